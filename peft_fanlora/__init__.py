@@ -1,0 +1,6 @@
+"""FanLoRA and PARA for Hugging Face PEFT: fine-tuning for one backbone that serves many tenants.
+
+Importing this package registers both methods with PEFT.
+"""
+
+__version__ = "0.1.0.dev0"
