@@ -3,4 +3,9 @@
 Importing this package registers both methods with PEFT.
 """
 
+from .fanlora import FanLoraCallback, FanLoraConfig, FanLoraModel, FanLoraSetting, ImportanceScores, export_lora
+
+
 __version__ = "0.1.0.dev0"
+
+__all__ = ["FanLoraCallback", "FanLoraConfig", "FanLoraModel", "FanLoraSetting", "ImportanceScores", "export_lora"]

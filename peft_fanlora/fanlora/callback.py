@@ -1,0 +1,227 @@
+"""Scoring and pruning inside a training run of transformers or TRL."""
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from .importance import METHODS, Method
+from .model import FanLoraModel
+from .modules import Module
+from .scores import ImportanceScores, Strategy
+from .setting import FanLoraSetting
+
+
+class FanLoraCallback(TrainerCallback, ExportableState):
+    """Steps (a) to (c) of FanLoRA in one run: LoRA on all modules, and from some step on only on the best ones.
+
+    At the end of step `prune_at` it scores the modules on a calibration set, prunes the adapter, and lets the run go
+    on with what is left: the optimizer keeps its state for exactly the remaining parameters, and the schedule of the
+    learning rate is not touched. The sums of the scores over each role go to the trainer's log, and all scores to
+    `trainer.state.log_history`. A run resumed from a checkpoint goes on pruned if the checkpoint was. The best
+    checkpoint of `load_best_model_at_end` is looked for anew after pruning. That training goes on after the choice,
+    in the same run, is ours; the paper fine-tunes fresh adapters on the setting [P].
+
+    Args:
+        calibration_dataset: the data to score on, in the form of the trainer's evaluation data: for an `SFTTrainer`
+            also as text, messages, or prompts and completions. A few hundred rows will do.
+        prune_at: when to prune: a fraction of all steps (above 0, up to 1), or a number of steps (from 1).
+        modules_per_layer: how many modules stay in each layer, see `ImportanceScores.select`.
+        strategy: what is ranked against what, see `ImportanceScores.select`.
+        keep: how many roles or modules stay, for the strategies "role" and "global".
+        groups: whether packed projections stay or go together.
+        method: the score, see `FanLoraModel.score_modules`.
+        num_points: the number of points that "path" integrates over.
+
+    Attributes:
+        scores: the scores, after pruning; None before, and after resuming from a pruned checkpoint.
+        setting: the modules that stayed; None before pruning.
+
+    Raises:
+        ValueError: `prune_at` or `method` is not valid; or, when training begins: the model is not a FanLoRA model,
+            has several active adapters, or there is no calibration data.
+
+    Example:
+        >>> callback = FanLoraCallback(calibration_dataset, prune_at=0.5, modules_per_layer=2)
+        >>> SFTTrainer(model, train_dataset=instructions, callbacks=[callback]).train()
+        >>> callback.setting.save_pretrained("my-setting")
+    """
+
+    def __init__(
+        self,
+        calibration_dataset: Any,
+        *,
+        prune_at: float | int = 0.5,
+        modules_per_layer: int | None = None,
+        strategy: Strategy = "layer",
+        keep: int | None = None,
+        groups: bool = False,
+        method: Method = "path",
+        num_points: int = 8,
+    ) -> None:
+        is_fraction = isinstance(prune_at, float) and 0 < prune_at <= 1
+        is_step = isinstance(prune_at, int) and not isinstance(prune_at, bool) and prune_at >= 1
+        if not (is_fraction or is_step):
+            raise ValueError(
+                f"prune_at={prune_at!r} says no point of the run; pass a fraction of the steps above 0 and up to 1.0 "
+                "(float), or a step from 1 (int)."
+            )
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} is unknown; use one of {', '.join(METHODS)}.")
+        self.calibration_dataset = calibration_dataset
+        self.prune_at = prune_at
+        self.selection = {
+            "modules_per_layer": modules_per_layer,
+            "strategy": strategy,
+            "keep": keep,
+            "groups": groups,
+        }
+        self.method = method
+        self.num_points = num_points
+        self.scores: ImportanceScores | None = None
+        self.setting: FanLoraSetting | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer writes into a checkpoint: the arguments but for the data, and the setting once found."""
+        return {
+            "args": {
+                "calibration_dataset": None,
+                "prune_at": self.prune_at,
+                "method": self.method,
+                "num_points": self.num_points,
+                **self.selection,
+            },
+            "attributes": {"saved_setting": None if self.setting is None else self.setting.to_dict()},
+        }
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks that the run can be pruned, and takes over the setting of a resumed one."""
+        tuner, adapter_name = _fanlora_adapter(kwargs["model"])
+        trainer = _running_trainer(self)
+        is_ddp = isinstance(trainer.model_wrapped, DistributedDataParallel)
+        if is_ddp or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError(
+                "FanLoraCallback cannot prune under DistributedDataParallel, FSDP or DeepSpeed, which hold on to the "
+                "parameters that they were set up with. Train in one process, or in two runs with score_modules and "
+                "prune_modules between them."
+            )
+        # A checkpoint of a run without this callback has no entry for it, which the trainer fails on when it saves.
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        config = tuner.peft_config[adapter_name]
+        if config.setting is not None:
+            saved = state.stateful_callbacks[type(self).__name__]["attributes"]["saved_setting"]
+            if saved is not None:
+                resumed = FanLoraSetting.from_dict(saved)  # has the scores, which the loaded weights do not tell
+                if resumed.kept.keys() == config.setting.kept.keys():
+                    config.setting = resumed
+            self.setting = config.setting
+        elif self.calibration_dataset is None:
+            raise ValueError(
+                "FanLoraCallback has no calibration data to score on: pass `calibration_dataset`. (A trainer with "
+                "restore_callback_states_from_checkpoint=True cannot restore it.)"
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Scores and prunes once the step of `prune_at` is reached."""
+        if self.setting is None and state.global_step >= self._prune_step(state):
+            self._prune(_running_trainer(self), kwargs["model"], kwargs["optimizer"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warns if the run ended with all modules."""
+        if self.setting is None:
+            warnings.warn(
+                f"Training ended at step {state.global_step} without pruning, which prune_at={self.prune_at!r} puts at "
+                f"step {self._prune_step(state)}: the adapter still has all its modules. Lower `prune_at`, or call "
+                "score_modules and prune_modules now.",
+                stacklevel=2,
+            )
+
+    def _prune_step(self, state: TrainerState) -> int:
+        if isinstance(self.prune_at, float):
+            return max(1, round(self.prune_at * state.max_steps))
+        return self.prune_at
+
+    def _prune(self, trainer: Trainer, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        tuner, adapter_name = _fanlora_adapter(model)
+        dataloader = trainer.get_test_dataloader(_prepared(self.calibration_dataset, trainer))
+        scores = tuner.score_modules(
+            dataloader,
+            self.method,
+            num_points=self.num_points,
+            adapter_name=adapter_name,
+            progress=not trainer.args.disable_tqdm,
+        )
+        self.setting = tuner.prune_modules(scores.select(**self.selection), adapter_name=adapter_name)
+        self.scores = scores
+        _forget_removed_parameters(optimizer, model)
+        trainer.state.best_metric = trainer.state.best_model_checkpoint = trainer.state.best_global_step = None
+        _log(trainer, scores, self.setting)
+
+
+def _fanlora_adapter(model: torch.nn.Module) -> tuple[FanLoraModel, str]:
+    """Returns the tuner of a trainer's model and the name of the adapter that is being trained."""
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, FanLoraModel):
+        raise ValueError(
+            f"FanLoraCallback trains a FanLoRA adapter, but the trainer's model is a {type(model).__name__} without "
+            "one. Pass get_peft_model(base, FanLoraConfig(...)), or peft_config=FanLoraConfig(...) to a TRL trainer."
+        )
+    if len(tuner.active_adapters) != 1:
+        raise ValueError(
+            f"FanLoraCallback prunes one adapter, but {tuner.active_adapters} are active; call `set_adapter` with one."
+        )
+    return tuner, tuner.active_adapters[0]
+
+
+def _running_trainer(callback: TrainerCallback) -> Trainer:
+    """Returns the trainer whose event a callback is handling.
+
+    Events carry the model, the optimizer and more, but not the trainer, which alone knows how to tokenise, collate and
+    log; it is the nearest caller that has this callback.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    raise RuntimeError("FanLoraCallback works inside a transformers.Trainer (or one of TRL's) that it was passed to.")
+
+
+def _prepared(dataset: Any, trainer: Trainer) -> Any:
+    """Tokenises the rows as the trainer does with its own data, if it is one of TRL's that take text."""
+    prepare = getattr(trainer, "_prepare_dataset", None)
+    if prepare is None or "input_ids" in (getattr(dataset, "column_names", None) or ["input_ids"]):
+        return dataset
+    formatting_func = getattr(trainer, "_formatting_func", None)
+    return prepare(dataset, trainer.processing_class, trainer.args, False, formatting_func, "calibration")
+
+
+def _log(trainer: Trainer, scores: ImportanceScores, setting: FanLoraSetting) -> None:
+    """Reports what each role adds up to as metrics, and keeps all scores in the log's history."""
+    by_role: dict[str, float] = {}
+    for name, score in scores.items():
+        role = Module.parse(name).role
+        by_role[role] = by_role.get(role, 0.0) + score
+    counts = {"fanlora/modules_scored": float(len(scores)), "fanlora/modules_kept": float(len(setting.kept))}
+    trainer.log({**counts, **{f"fanlora/{scores.method}/{role}": score for role, score in by_role.items()}})
+    trainer.state.log_history.append({"step": trainer.state.global_step, "fanlora_scores": dict(scores)})
+
+
+def _forget_removed_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """Takes parameters that are no longer in the model out of an optimizer, and leaves all else in it as it is."""
+    remaining = set(model.parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter in remaining]
+    for parameter in optimizer.state.keys() - remaining:
+        del optimizer.state[parameter]

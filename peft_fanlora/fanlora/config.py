@@ -1,0 +1,114 @@
+"""FanLoraConfig: LoRA's configuration, all-linear by default, with a FanLoRA setting."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from ..registration import add_peft_type
+from .setting import SETTING_NAME, FanLoraSetting
+
+
+_FANLORA = add_peft_type("FANLORA")
+
+_MUTATING_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
+
+
+@dataclass
+class FanLoraConfig(LoraConfig):
+    """The configuration of FanLoRA: every field of `peft.LoraConfig`, and a setting.
+
+    Without a setting, LoRA goes on all linear layers of the model (step a of the method [P]); `score_modules` and
+    `prune_modules` then find the setting (b, c). With one, a fresh adapter goes on its modules alone (d).
+
+    Args:
+        target_modules: as in LoRA; "all-linear" unless given.
+        setting: the modules to adapt, as a `FanLoraSetting`, a folder or the id of a Hub repository. It takes the
+            place of `target_modules` and fits any model of the family that it was found on.
+
+    Raises:
+        ValueError: a field has a value that pruning can't honour.
+        FileNotFoundError: `setting` names neither a folder nor a repository with a setting.
+
+    Example:
+        >>> config = FanLoraConfig(r=8, task_type="CAUSAL_LM")  # (a): LoRA on every linear layer
+        >>> config = FanLoraConfig(setting="me/my-setting", r=27, task_type="CAUSAL_LM")  # (d)
+    """
+
+    target_modules: list[str] | str | None = field(
+        default="all-linear",
+        metadata={
+            "help": "The modules to adapt, as in LoraConfig: names, a regular expression, or 'all-linear' (default)."
+        },
+    )
+    setting: FanLoraSetting | str | os.PathLike[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The FanLoRA setting, in place of target_modules: a FanLoraSetting, a folder, or a Hub repository."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = _FANLORA
+        if self.target_modules is None:
+            self.target_modules = "all-linear"
+        _refuse_what_pruning_cannot_honour(self)
+        if isinstance(self.setting, dict):  # from an adapter_config.json
+            self.setting = FanLoraSetting.from_dict(self.setting)
+        elif isinstance(self.setting, (str, os.PathLike)):
+            self.setting = FanLoraSetting.from_pretrained(self.setting)
+        elif self.setting is not None and not isinstance(self.setting, FanLoraSetting):
+            raise ValueError(
+                f"`setting` is a {type(self.setting).__name__}; pass a FanLoraSetting (`scores.select(...)` makes one), "
+                "the folder of a saved one, or the id of a Hub repository."
+            )
+
+    @property
+    def mutates_base_weights(self) -> bool:
+        """Whether the initialisation moves a part of each base weight into the adapter, as PiSSA's does."""
+        return str(self.init_lora_weights).lower().startswith(_MUTATING_INITIALISATIONS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the configuration as PEFT writes it; the setting becomes plain JSON types."""
+        setting, self.setting = self.setting, None
+        try:
+            content = super().to_dict()
+        finally:
+            self.setting = setting
+        if isinstance(setting, FanLoraSetting):
+            content["setting"] = setting.to_dict()
+        return content
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes `adapter_config.json`, and the setting beside it as a file of its own.
+
+        A setting of an earlier save that no longer applies is removed.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if isinstance(self.setting, FanLoraSetting):
+            self.setting.save_pretrained(save_directory)
+        else:
+            Path(save_directory, SETTING_NAME).unlink(missing_ok=True)
+
+
+def _refuse_what_pruning_cannot_honour(config: FanLoraConfig) -> None:
+    """Raises for the fields of LoraConfig that leave something in the model when a module is removed."""
+    if config.bias != "none":
+        raise ValueError(
+            f"FanLoRA does not support bias={config.bias!r}: the trained biases belong to the base model's layers and "
+            "would outlive the modules that are pruned. Use bias='none'."
+        )
+    if config.init_lora_weights == "loftq":
+        raise ValueError(
+            "FanLoRA does not support init_lora_weights='loftq': it replaces base weights by quantised ones, which a "
+            "pruned module would leave behind. Load the base model quantised and use init_lora_weights=True."
+        )
+    for name, reason in {
+        "kasa_config": "it truncates the base weights, and a pruned module would leave them truncated",
+        "arrow_config": "its adapter routes between other adapters and has no modules of its own to score",
+    }.items():
+        if getattr(config, name, None) is not None:
+            raise ValueError(f"FanLoRA does not support {name}: {reason}. Use LoraConfig for this adapter.")

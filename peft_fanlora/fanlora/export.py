@@ -1,0 +1,93 @@
+"""A FanLoRA adapter as an ordinary LoRA adapter, which needs nothing of this package to be read."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+from .config import FanLoraConfig
+from .model import FanLoraModel
+from .modules import adapted_layers, is_linear
+
+
+def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, adapter_name: str | None = None) -> None:
+    """Writes an adapter as a plain LoRA adapter: y = W x + (α/r) B A x, one r and one α for all modules.
+
+    PEFT loads it with the same output, with or without this package; so do engines that read nothing but r, α and the
+    names of the modules, such as vLLM and llama.cpp's converter. rsLoRA is written as the α that gives its factor
+    α/√r. What plain LoRA can't say is refused instead of written differently.
+
+    Args:
+        model: a `PeftModel` with a FanLoRA adapter, pruned or not.
+        save_directory: the folder, made if needed.
+        adapter_name: which adapter; None for the active one.
+
+    Raises:
+        ValueError: the model has no FanLoRA adapter of this name, it is merged, or it is more than plain LoRA.
+
+    Example:
+        >>> export_lora(model, "plain-lora")
+        >>> PeftModel.from_pretrained(base, "plain-lora")
+    """
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, FanLoraModel):
+        raise ValueError(f"export_lora needs a PeftModel with a FanLoRA adapter, not a {type(model).__name__}.")
+    adapter_name = tuner._require_usable_adapter(adapter_name)
+    config = tuner.peft_config[adapter_name]
+    layers = adapted_layers(tuner.model, adapter_name)
+    _refuse_more_than_plain_lora(config, layers, adapter_name)
+
+    layer = next(iter(layers.values()))
+    rank, alpha = layer.r[adapter_name], layer.scaling[adapter_name] * layer.r[adapter_name]
+    plain = LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        target_modules=sorted(layers),
+        lora_dropout=config.lora_dropout,
+        fan_in_fan_out=config.fan_in_fan_out,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    plain.save_pretrained(str(folder))
+
+
+def _refuse_more_than_plain_lora(config: FanLoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+    for name in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias"):
+        if getattr(config, name, None):
+            raise ValueError(
+                f"Plain LoRA has no {name}: this adapter would lose {getattr(config, name)!r}. Share it with "
+                "save_pretrained instead."
+            )
+    if config.mutates_base_weights:
+        raise ValueError(
+            f"This adapter was made with init_lora_weights={config.init_lora_weights!r} and belongs to base weights "
+            "that this changed. Save it with save_pretrained(..., path_initial_model_for_weight_conversion=...), which "
+            "gives one for the original weights, load that and export it."
+        )
+    shapes: dict[tuple[int, float], str] = {}
+    for name, layer in layers.items():
+        if adapter_name in layer.lora_variant:
+            variant = type(layer.lora_variant[adapter_name]).__name__
+            raise ValueError(
+                f"Plain LoRA can't say {name}, a {variant}. Share the adapter with save_pretrained instead."
+            )
+        if not is_linear(layer):
+            raise ValueError(f"Plain LoRA is for linear layers, {name} is a {type(layer.get_base_layer()).__name__}.")
+        shapes.setdefault((layer.r[adapter_name], layer.scaling[adapter_name]), name)
+    if len(shapes) > 1:
+        (first, one), (second, other) = list(shapes.items())[:2]
+        raise ValueError(
+            f"Plain LoRA has one r and one lora_alpha for all modules, but {one} has (r, scaling) = {first} and {other} "
+            f"{second}. Train without rank_pattern and alpha_pattern, or share it with save_pretrained instead."
+        )

@@ -1,0 +1,153 @@
+"""Gates: every module's LoRA times a number that a score can move, set to 0, or differentiate."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn import functional as F
+
+
+InitialFactors = tuple[torch.Tensor, torch.Tensor]
+"""The (A, B) that an initialisation such as PiSSA's took out of the base weight, (r, in) and (out, r)."""
+
+DeltaObserver = Callable[[str, torch.Tensor], None]
+"""Is shown a module's name and its LoRA output ΔW_m x, of shape (..., out)."""
+
+
+class Gates:
+    """The gates g ∈ R^M of one adapter's modules: module m computes y = W_m x + g_m · ΔW_m x.
+
+    At g = 1 the model is the trained one; at g_m = 0 module m is as if it had been pruned. Where nothing but the
+    factor α/r stands between a layer and its LoRA, the gate multiplies that factor, which PEFT keeps in
+    `layer.scaling`; so the gates reach every kind of LoRA layer, quantised ones included. Where there is more (DoRA and
+    the other variants, initialisations that change the base weight), the gate stands in for the layer's variant.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, LoraLayer], adapter_name: str, initial: Mapping[str, InitialFactors]
+    ) -> None:
+        self.names = list(layers)
+        self._layers = list(layers.values())
+        self._adapter_name = adapter_name
+        self._scalings = [layer.scaling[adapter_name] for layer in self._layers]
+        self._variants: dict[int, _GatedVariant] = {}
+        for index, (name, layer) in enumerate(layers.items()):
+            variant = layer.lora_variant.get(adapter_name)
+            if variant is not None or name in initial:
+                self._variants[index] = _GatedVariant(variant, initial.get(name))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def set(self, values: torch.Tensor) -> None:
+        """Sets all gates.
+
+        Args:
+            values: shape (M,), in the order of `names`. If they require a gradient, the loss has one to them.
+        """
+        for index, (layer, scaling, value) in enumerate(
+            zip(self._layers, self._scalings, values.unbind(), strict=True)
+        ):
+            if index in self._variants:
+                self._variants[index].gate = value
+            else:
+                layer.scaling[self._adapter_name] = scaling * value.to(_device(layer, self._adapter_name))
+
+    @contextmanager
+    def observed(self, observe: DeltaObserver) -> Iterator[None]:
+        """Shows every module's ΔW_m x to `observe` in each forward pass, at g = 1."""
+        hooks = []
+        try:
+            for index, (name, layer, scaling) in enumerate(zip(self.names, self._layers, self._scalings, strict=True)):
+                if index in self._variants:
+                    self._variants[index].observe = _bound(observe, name)
+                else:
+                    hook = _show_output(_bound(observe, name), scaling)
+                    hooks.append(layer.lora_B[self._adapter_name].register_forward_hook(hook))
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+            for variant in self._variants.values():
+                variant.observe = None
+
+    def _install(self) -> None:
+        for index, variant in self._variants.items():
+            self._layers[index].lora_variant[self._adapter_name] = variant
+
+    def _restore(self) -> None:
+        for layer, scaling in zip(self._layers, self._scalings, strict=True):
+            layer.scaling[self._adapter_name] = scaling
+        for index, variant in self._variants.items():
+            if variant.inner is None:
+                self._layers[index].lora_variant.pop(self._adapter_name, None)
+            else:
+                self._layers[index].lora_variant[self._adapter_name] = variant.inner
+
+
+@contextmanager
+def module_gates(
+    layers: Mapping[str, LoraLayer], adapter_name: str, initial: Mapping[str, InitialFactors]
+) -> Iterator[Gates]:
+    """Puts a gate on every module for the length of the context; the layers are as before afterwards, whatever happens.
+
+    Args:
+        layers: the LoRA layers by module name.
+        adapter_name: whose LoRA the gates multiply.
+        initial: for modules whose initialisation changed the base weight, the factors that were taken out of it.
+    """
+    gates = Gates(layers, adapter_name, initial)
+    try:
+        gates._install()
+        yield gates
+    finally:
+        gates._restore()
+
+
+class _GatedVariant:
+    """Takes the place of a layer's LoRA variant and computes y + g · ΔW x from what the variant computes.
+
+    For a module whose base weight was changed to W - s B₀A₀ when the adapter was made, the change that training has
+    made is ΔW = s (BA - B₀A₀), and s B₀A₀ x is given back as the gate closes.
+    """
+
+    def __init__(self, inner: Any | None, initial: InitialFactors | None) -> None:
+        self.inner = inner
+        self.initial = initial
+        self.gate: torch.Tensor | float = 1.0
+        self.observe: Callable[[torch.Tensor], None] | None = None
+
+    def forward(
+        self, module: LoraLayer, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        if self.inner is not None:  # some variants add to their `result` in place
+            adapted = self.inner.forward(module, active_adapter=active_adapter, x=x, result=result.clone(), **kwargs)
+        else:
+            lora_B, lora_A = module.lora_B[active_adapter], module.lora_A[active_adapter]
+            adapted = result + lora_B(lora_A(x)) * module.scaling[active_adapter]
+        if self.initial is not None:
+            A, B = (factor.to(device=x.device, dtype=x.dtype) for factor in self.initial)
+            result = result + F.linear(F.linear(x, A), B) * module.scaling[active_adapter]
+        delta = adapted - result
+        if self.observe is not None:
+            self.observe(delta)
+        gate = self.gate.to(delta.device) if isinstance(self.gate, torch.Tensor) else self.gate
+        return result + gate * delta
+
+
+def _device(layer: LoraLayer, adapter_name: str) -> torch.device:
+    return layer.lora_B[adapter_name].weight.device
+
+
+def _bound(observe: DeltaObserver, name: str) -> Callable[[torch.Tensor], None]:
+    return lambda delta: observe(name, delta)
+
+
+def _show_output(show: Callable[[torch.Tensor], None], scaling: float) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        show(output * scaling)
+
+    return hook

@@ -1,0 +1,359 @@
+"""FanLoraModel: LoRA that can score its modules and drop the less important ones."""
+
+import random
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+from peft import PeftConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import _get_submodules
+from torch import nn
+
+from .config import FanLoraConfig
+from .gates import InitialFactors
+from .importance import METHODS, Method, score
+from .modules import Module, adapted_layers, candidates, lora_modules, model_type, num_layers
+from .scores import ImportanceScores
+from .setting import FanLoraSetting
+
+
+class FanLoraModel(LoraModel):
+    """FanLoRA: LoRA on all linear layers, scored module by module, of which only the most critical ones stay.
+
+    Every module computes y = W_m x + (α/r) B_m A_m x with LoRA's own layers; what is added here is the choice of the
+    modules. `get_peft_model` makes it for a `FanLoraConfig`, and a `PeftModel` passes the methods below on.
+
+    Example:
+        >>> model = get_peft_model(base, FanLoraConfig(r=8, task_type="CAUSAL_LM"))
+        >>> ...  # (a) train on instructions
+        >>> scores = model.score_modules(dataloader)  # (b)
+        >>> setting = model.prune_modules(scores.select(modules_per_layer=2))  # (c)
+        >>> model = get_peft_model(base, FanLoraConfig(setting=setting, r=27, task_type="CAUSAL_LM"))  # (d)
+    """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds the adapter's layers, on the modules of the configuration's setting where there is one.
+
+        Raises:
+            ValueError: the setting does not fit the model, or disagrees with `target_modules`.
+        """
+        config = self.peft_config[adapter_name]
+        if isinstance(config, FanLoraConfig) and config.setting is not None:
+            setting = config.setting.resolve(model)
+            if config.target_modules == "all-linear":
+                config.target_modules = set(setting.names)
+            elif chosen := _disagreement(self, config, model, setting):
+                raise ValueError(
+                    f"`target_modules` and `setting` disagree, for instance about {chosen!r}: a setting already says "
+                    "which modules are adapted. Pass one of the two."
+                )
+            config.setting = setting
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if isinstance(config, FanLoraConfig) and config.mutates_base_weights:
+            self._initial_factors[adapter_name] = {
+                name: (
+                    layer.lora_A[adapter_name].weight.detach().clone(),
+                    layer.lora_B[adapter_name].weight.detach().clone(),
+                )
+                for name, layer in lora_modules(model, adapter_name).items()
+            }
+
+    @property
+    def _initial_factors(self) -> dict[str, dict[str, InitialFactors]]:
+        """For each adapter whose initialisation changed base weights, what it took out of each of them."""
+        return self.__dict__.setdefault("_initial_factors_by_adapter", {})
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, see `peft.PeftModel.delete_adapter`."""
+        super().delete_adapter(adapter_name)
+        self._initial_factors.pop(adapter_name, None)
+
+    def score_modules(
+        self,
+        dataloader: Iterable[Mapping[str, Any]] | None,
+        method: Method = "path",
+        *,
+        num_batches: int | None = None,
+        num_points: int = 8,
+        adapter_name: str | None = None,
+        progress: bool = True,
+    ) -> ImportanceScores:
+        """Scores how much each module of an adapter matters, step (b) of the method.
+
+        That each module is assessed with a score is the paper's [P]; the scores and the default are ours, see
+        `peft_fanlora.fanlora.importance` for their equations. The model runs in eval mode with this adapter alone, and
+        is bit-identical afterwards: weights, `requires_grad`, gradients, training flags and random state.
+
+        Args:
+            dataloader: the calibration data, dicts of the forward's arguments with `labels`, as a trainer's data
+                collator makes them. Tensors are moved to the model's device. None will do for "weight_norm".
+            method: "path" (K forward and backward passes a batch), "ablation" (2M+1 forward passes), "sensitivity"
+                (one pass), "output_norm" (one forward pass) or "weight_norm" (no data).
+            num_batches: how many batches to use; None for all.
+            num_points: K, the number of points that "path" integrates over.
+            adapter_name: which adapter; None for the active one.
+            progress: whether to show a progress bar.
+
+        Returns:
+            A dict-like of scores by module name, higher is more important.
+
+        Raises:
+            ValueError: an argument is out of range; there is no such adapter, it is merged or switched off, or several
+                are active and none is named; the data has no labels; the loss is not finite.
+
+        Example:
+            >>> scores = model.score_modules(dataloader, num_batches=4)
+            >>> scores.plot("importance.png")
+        """
+        if method not in METHODS:
+            raise ValueError(f"method={method!r} is unknown; use one of {', '.join(METHODS)}.")
+        for argument, value in (("num_batches", num_batches), ("num_points", num_points)):
+            if value is not None and value < 1:
+                raise ValueError(f"`{argument}` is {value}; it has to be at least 1.")
+        if dataloader is None and method != "weight_norm":
+            raise ValueError(f"method={method!r} needs calibration data; pass a dataloader.")
+        adapter_name = self._require_usable_adapter(adapter_name)
+        layers = self._require_modules(adapter_name)
+        length = len(dataloader) if hasattr(dataloader, "__len__") else None
+        total = length if num_batches is None else min(num_batches, length or num_batches)
+
+        with _inference_state(self, adapter_name):
+            batches = (_prepared(batch, self.model) for batch in islice(dataloader or (), num_batches))
+            values, num_tokens = score(
+                self.model,
+                layers,
+                adapter_name,
+                batches,
+                method=method,
+                num_points=num_points,
+                num_batches=total,
+                initial=self._initial_factors.get(adapter_name, {}),
+                progress=progress,
+            )
+        facts = {
+            "num_points": num_points if method == "path" else None,
+            "num_batches": num_batches,
+            "base_model_name_or_path": self.peft_config[adapter_name].base_model_name_or_path,
+            "peft_version": peft.__version__,
+            "transformers_version": transformers.__version__,
+        }
+        return ImportanceScores(
+            dict(zip(layers, values.tolist(), strict=True)),
+            method=method,
+            num_tokens=num_tokens,
+            num_layers=num_layers(self.model, map(Module.parse, layers)),
+            model_type=model_type(self.model),
+            calibration={key: value for key, value in facts.items() if value is not None},
+        )
+
+    def prune_modules(self, setting: FanLoraSetting, *, adapter_name: str | None = None) -> FanLoraSetting:
+        """Removes an adapter from every module that a setting does not keep, in place; step (c) of the method [P].
+
+        The LoRA layers go physically: a layer without any adapter left becomes the plain layer again. Other adapters,
+        and LoRA on embeddings, heads and vision towers, which are no candidates, stay as they are. The configuration's
+        `target_modules` then names what is left, and the setting is saved along with the adapter. The model's output
+        is the one that it had with the removed modules' gates at 0. An optimizer that was built before still holds the
+        removed parameters; `FanLoraCallback` takes care of that within a training run.
+
+        Args:
+            setting: from `ImportanceScores.select` or a file; one of another depth is transferred.
+            adapter_name: which adapter; None for the active one.
+
+        Returns:
+            The setting in the terms of this model.
+
+        Raises:
+            ValueError: there is no such adapter, it is merged or several are active and none is named; the setting
+                keeps a module that the adapter does not have; the setting does not fit the model.
+            RuntimeError: the model is in the middle of a forward pass.
+        """
+        if not isinstance(setting, FanLoraSetting):
+            raise ValueError(
+                f"`setting` is a {type(setting).__name__}; pass what `scores.select(...)` or "
+                "`FanLoraSetting.from_pretrained(...)` returns."
+            )
+        if _is_running(self.model):
+            raise RuntimeError(
+                "The model is in the middle of a forward pass, whose layers cannot be removed; prune between steps."
+            )
+        adapter_name = self._require_usable_adapter(adapter_name)
+        layers = self._require_modules(adapter_name)
+        setting = setting.resolve(self.model)
+        missing = [name for name in setting.names if name not in layers]
+        if missing:
+            raise ValueError(
+                f"The setting keeps {missing[0]!r}, which adapter {adapter_name!r} does not adapt (any more); "
+                f"it has {len(layers)} modules. Score this adapter, or make a new one with FanLoraConfig(setting=...)."
+            )
+        initial = self._initial_factors.get(adapter_name, {})
+        dropped = [name for name in layers if name not in set(setting.names)]
+        for name in dropped:
+            if name in initial and not layers[name].get_base_layer().weight.is_floating_point():
+                raise ValueError(
+                    f"The initialisation of adapter {adapter_name!r} changed the quantised weight of {name!r}, which "
+                    "can't be undone exactly. Use init_lora_weights=True on quantised models that will be pruned."
+                )
+
+        for name in dropped:
+            if name in initial:
+                _give_back(layers[name], adapter_name, initial.pop(name))
+            _remove_adapter(self, name, layers[name], adapter_name)
+        _rewrite_targets(self, adapter_name, setting)
+        return setting
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Prepares saved weights for loading, as in LoRA; an adapter of the same name is pruned as they are.
+
+        A trainer resumes by loading a checkpoint over the adapter that the script has just made, on all modules. If
+        the checkpoint was saved after pruning, its modules are fewer, and the others would stay in the model untrained.
+        """
+        tuner = getattr(model, "base_model", None)
+        if isinstance(tuner, FanLoraModel) and state_dict:
+            layers = lora_modules(tuner.model, adapter_name)
+            saved = {
+                key.partition(".lora_")[0].removeprefix("base_model.model.") for key in state_dict if ".lora_" in key
+            }
+            kept = [name for name in layers if name in saved]
+            if kept and saved <= adapted_layers(tuner.model, adapter_name).keys() and len(kept) < len(layers):
+                tuner.prune_modules(FanLoraSetting.from_modules(tuner.model, kept), adapter_name=adapter_name)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls,
+        peft_model: Any,
+        peft_config: PeftConfig,
+        path_initial_model_for_weight_conversion: str,
+        output_state_dict: dict[str, torch.Tensor],
+        kwargs: dict[str, Any],
+    ) -> dict[str, torch.Tensor]:
+        """Converts a PiSSA-like adapter to one for the original base weights, as in LoRA.
+
+        PEFT marks the initial adapter as plainly initialised only where the type is LORA, so that is done here.
+        """
+        peft_config.init_lora_weights = True
+        peft_config.save_pretrained(path_initial_model_for_weight_conversion)
+        return super()._convert_state_dict_for_initial_model(
+            peft_model, peft_config, path_initial_model_for_weight_conversion, output_state_dict, kwargs
+        )
+
+    def _require_usable_adapter(self, adapter_name: str | None) -> str:
+        """Returns the adapter to work on, after checking that it is there and computes."""
+        if adapter_name is None:
+            if len(self.active_adapters) != 1:
+                raise ValueError(
+                    f"{len(self.active_adapters)} adapters are active ({self.active_adapters}); say which one is meant "
+                    "with `adapter_name`."
+                )
+            (adapter_name,) = self.active_adapters
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"There is no adapter {adapter_name!r}; this model has {sorted(self.peft_config)}.")
+        lora_layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        if any(layer.merged for layer in lora_layers):
+            raise ValueError("The adapter is merged into the base weights; call `unmerge_adapter()` first.")
+        if any(layer.disable_adapters for layer in lora_layers):
+            raise ValueError("The adapters are switched off; call `enable_adapter_layers()` first.")
+        return adapter_name
+
+    def _require_modules(self, adapter_name: str) -> dict[str, LoraLayer]:
+        layers = lora_modules(self.model, adapter_name)
+        if not layers:
+            raise ValueError(
+                f"Adapter {adapter_name!r} adapts no linear layer that FanLoRA chooses among; embeddings, heads and "
+                "vision towers are not scored. Use target_modules='all-linear'."
+            )
+        return layers
+
+
+def _disagreement(tuner: FanLoraModel, config: FanLoraConfig, model: nn.Module, setting: FanLoraSetting) -> str | None:
+    """Returns a candidate that `target_modules` adapts and the setting does not, or the other way round."""
+    targeted = {name for name in candidates(model) if tuner._check_target_module_exists(config, name)}
+    return next(iter(sorted(targeted ^ set(setting.names))), None)
+
+
+def _remove_adapter(tuner: FanLoraModel, name: str, layer: LoraLayer, adapter_name: str) -> None:
+    """Deletes one adapter from a layer, and the layer's LoRA with it if that was the last."""
+    # PEFT would activate another adapter on this one layer in place of a deleted active one.
+    active = layer._active_adapter
+    layer._active_adapter = []
+    layer.delete_adapter(adapter_name)
+    layer._active_adapter = active
+    if not layer._all_available_adapter_names():
+        parent, target, target_name = _get_submodules(tuner.model, name)
+        tuner._replace_module(parent, target_name, layer.base_layer, target)
+
+
+def _give_back(layer: LoraLayer, adapter_name: str, initial: InitialFactors) -> None:
+    """Adds to a base weight what an initialisation such as PiSSA's took out of it."""
+    weight = layer.get_base_weight()
+    A, B = (factor.to(weight.device, torch.float32) for factor in initial)
+    delta = layer.scaling[adapter_name] * (B @ A)
+    layer.set_base_weight((weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype))
+
+
+def _rewrite_targets(tuner: FanLoraModel, adapter_name: str, setting: FanLoraSetting) -> None:
+    """Lets the configuration name exactly the modules that are left, so that saving and loading round-trips."""
+    names = set(adapted_layers(tuner.model, adapter_name))
+    config = tuner.peft_config[adapter_name]
+    config.target_modules = names
+    config.setting = setting
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        for key in [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]:
+            del pattern[key]
+    adapted = {name for name, module in tuner.model.named_modules() if isinstance(module, LoraLayer)}
+    tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name in adapted]
+
+
+@contextmanager
+def _inference_state(tuner: FanLoraModel, adapter_name: str) -> Iterator[None]:
+    """The model in eval mode with one adapter active and no parameter to train, and everything as before afterwards."""
+    training = [(module, module.training) for module in tuner.modules()]
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
+    active = tuner.active_adapter
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            tuner.set_adapter(adapter_name)
+            tuner.requires_grad_(False)
+            tuner.eval()
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        tuner.set_adapter(active)
+        for module, flag in training:
+            module.training = flag
+        for parameter, flag in requires_grad:
+            parameter.requires_grad = flag
+
+
+def _prepared(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Moves a batch to the model's device, and switches the KV cache off where the model has one."""
+    device = next(model.parameters()).device
+    moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        moved.setdefault("use_cache", False)
+    return moved
+
+
+def _is_running(model: nn.Module) -> bool:
+    """Whether some thread is inside the forward pass of `model` at this moment."""
+    modules = set(model.modules())
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") in modules:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -1,0 +1,141 @@
+"""What a FanLoRA module is: one linear layer of one Transformer block, named by its stack, layer and role."""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+_BLOCK = re.compile(r"^(?P<stack>.*?)\.(?P<layer>\d+)\.(?P<role>.+)$")
+
+_PACKED_GROUPS = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"q", "k", "v"},
+    {"query", "key", "value"},
+    {"gate_proj", "up_proj"},
+    {"wi_0", "wi_1"},
+    {"w1", "w3"},
+)
+"""Projections of the same input, by the last part of their names, that serving engines fuse into one matrix."""
+
+
+class Module(NamedTuple):
+    """One linear layer of one Transformer block.
+
+    `model.layers.7.mlp.up_proj` is the role `mlp.up_proj` of layer 7 in the stack `model.layers`; an encoder-decoder
+    model has two stacks. In a model without numbered blocks every linear layer is a role of layer 0 in the stack "".
+    """
+
+    stack: str
+    layer: int
+    role: str
+
+    @classmethod
+    def parse(cls, name: str) -> "Module":
+        """Reads a qualified module name; the first number in it is the layer."""
+        match = _BLOCK.match(name)
+        return cls(match["stack"], int(match["layer"]), match["role"]) if match else cls("", 0, name)
+
+    @property
+    def block(self) -> str:
+        """The qualified name of the block, such as `model.layers.7`."""
+        return f"{self.stack}.{self.layer}" if self.stack else ""
+
+    @property
+    def name(self) -> str:
+        """The qualified name that the model knows the module by."""
+        return f"{self.block}.{self.role}" if self.stack else self.role
+
+    @property
+    def packed_group(self) -> tuple[str, str]:
+        """What the modules of a packed group have in common within their block: the parent and the members' names."""
+        parent, _, leaf = self.role.rpartition(".")
+        members = next((group for group in _PACKED_GROUPS if leaf in group), {leaf})
+        return parent, "+".join(sorted(members))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer, bare, quantised or with LoRA.
+
+    Like PEFT's own "all-linear", this goes by PEFT's convention that the LoRA layer of any linear layer has "Linear"
+    in the name of its class; the quantised layers themselves follow it as well.
+    """
+    return isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__
+
+
+def candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the linear layers that FanLoRA chooses among, by name and in the model's order.
+
+    These are the linear layers in the numbered blocks of the language model. Embeddings and heads stand outside the
+    blocks; the towers that read images or sound run once a request and not once a token, so they are left alone. In a
+    model without numbered blocks all linear layers but the output head are candidates.
+
+    Args:
+        model: the base model, with adapters or without.
+    """
+    towers = _prefixes_of(model, _towers(model))
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linear: dict[str, nn.Module] = {}
+    inside = None  # the linear layer that the walk is in: what LoRA keeps below its layer is no candidate
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        if is_linear(module):
+            inside = f"{name}."
+            if module is not head and not name.startswith(towers):
+                linear[name] = module
+    in_blocks = {name: module for name, module in linear.items() if Module.parse(name).stack}
+    return in_blocks or linear
+
+
+def lora_modules(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """Returns those candidates that carry the adapter, by name and in the model's order."""
+    return {
+        name: module
+        for name, module in candidates(model).items()
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
+    }
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """Returns all LoRA layers that carry the adapter, candidates or not, by name and in the model's order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module._all_available_adapter_names()
+    }
+
+
+def num_layers(model: nn.Module, modules: Iterable[Module]) -> dict[str, int]:
+    """Returns how many blocks each of the modules' stacks has in `model`, adapted or not."""
+    stacks = dict.fromkeys(module.stack for module in modules)
+    return {stack: len(list(model.get_submodule(stack).children())) if stack else 1 for stack in stacks}
+
+
+def num_parameters_per_rank(module: nn.Module) -> int:
+    """Returns what one rank of LoRA costs on a linear layer: its number of input features plus that of its outputs."""
+    if hasattr(module, "in_features"):
+        return module.in_features + module.out_features
+    return sum(module.weight.shape)  # Conv1D
+
+
+def model_type(model: nn.Module) -> str | None:
+    """Returns the family of a transformers model, such as "llama", and None for any other."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _towers(model: nn.Module) -> list[nn.Module]:
+    """Returns the encoders of other modalities that stand beside a language model."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    towers = [model.get_encoder(modality=modality) for modality in ("image", "audio")]
+    language = model.get_decoder()
+    return [tower for tower in towers if tower not in (model, model.base_model, language)]
+
+
+def _prefixes_of(model: nn.Module, parts: list[nn.Module]) -> tuple[str, ...]:
+    return tuple(f"{name}." for name, module in model.named_modules() if any(module is part for part in parts))

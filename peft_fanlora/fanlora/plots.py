@@ -1,0 +1,56 @@
+"""The heat map layer x role. Needs matplotlib."""
+
+import os
+from collections.abc import Collection, Mapping
+
+from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from .modules import Module
+
+
+def plot_modules(
+    scores: Mapping[Module, float], *, path: str | os.PathLike[str], title: str, kept: Collection[Module] = ()
+) -> None:
+    """Draws one panel a stack: layers along the x axis, roles along the y axis, the score as colour.
+
+    A few modules tend to score far above the rest, so the colour scale is symmetric-logarithmic: linear up to a
+    hundredth of the largest score, logarithmic above.
+
+    Args:
+        scores: the modules' scores.
+        path: the image file.
+        title: stands above the panels.
+        kept: modules to frame, those of a setting.
+    """
+    stacks = list(dict.fromkeys(module.stack for module in scores))
+    roles = {stack: list(dict.fromkeys(m.role for m in scores if m.stack == stack)) for stack in stacks}
+    depths = {stack: 1 + max(m.layer for m in scores if m.stack == stack) for stack in stacks}
+    figure = Figure(
+        figsize=(3.5 + 0.22 * max(depths.values()), 1.4 + sum(0.6 + 0.3 * len(roles[stack]) for stack in stacks)),
+        layout="constrained",
+    )
+    panels = figure.subplots(
+        len(stacks), squeeze=False, gridspec_kw={"height_ratios": [len(roles[stack]) for stack in stacks]}
+    )
+    limit = max(map(abs, scores.values())) or 1.0
+    norm = SymLogNorm(linthresh=limit / 100, vmin=min(0.0, *scores.values()), vmax=limit)
+    for stack, (axes,) in zip(stacks, panels, strict=True):
+        grid = [[float("nan")] * depths[stack] for _ in roles[stack]]
+        for module, score in scores.items():
+            if module.stack == stack:
+                grid[roles[stack].index(module.role)][module.layer] = score
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", norm=norm)
+        axes.set_yticks(range(len(roles[stack])), roles[stack], fontsize=8)
+        step = 1 if depths[stack] <= 40 else 5
+        axes.set_xticks(range(0, depths[stack], step))
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_xlabel("layer" if len(stacks) == 1 else f"layer of {stack}", fontsize=8)
+        for module in kept:
+            if module.stack == stack:
+                corner = (module.layer - 0.5, roles[stack].index(module.role) - 0.5)
+                axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="tab:red", linewidth=1.2))
+        figure.colorbar(image, ax=axes, label="score", pad=0.01)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)

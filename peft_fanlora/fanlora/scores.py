@@ -1,0 +1,156 @@
+"""The result of scoring, and the choice of modules from it."""
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from .modules import Module
+from .setting import FanLoraSetting
+
+
+if TYPE_CHECKING:
+    import pandas
+
+
+Strategy = Literal["layer", "role", "global"]
+
+
+class ImportanceScores(Mapping[str, float]):
+    """The score of every module, by its qualified name and in the model's order; higher is more important.
+
+    Reads like a dict: `scores["model.layers.7.mlp.up_proj"]`.
+
+    Attributes:
+        method: the score's name.
+        num_tokens: the number of label tokens that it was averaged over; 0 for `weight_norm`, which needs no data.
+        num_layers: for each stack of blocks its number of layers.
+        model_type: the family of the model, such as "llama".
+        calibration: the facts that a setting made from these scores keeps.
+    """
+
+    def __init__(
+        self,
+        scores: Mapping[str, float],
+        *,
+        method: str,
+        num_tokens: int,
+        num_layers: Mapping[str, int],
+        model_type: str | None,
+        calibration: Mapping[str, Any],
+    ) -> None:
+        self._scores = dict(scores)
+        self.method = method
+        self.num_tokens = num_tokens
+        self.num_layers = dict(num_layers)
+        self.model_type = model_type
+        self.calibration = {"method": method, "num_tokens": num_tokens, **calibration}
+
+    def __getitem__(self, name: str) -> float:
+        return self._scores[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scores)
+
+    def __len__(self) -> int:
+        return len(self._scores)
+
+    def __repr__(self) -> str:
+        return f"ImportanceScores({len(self)} modules, method={self.method!r}, num_tokens={self.num_tokens})"
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """Returns a table with a row a module: `module`, `stack`, `layer`, `role`, `score`. Needs pandas."""
+        import pandas
+
+        rows = [(name, *Module.parse(name), score) for name, score in self.items()]
+        return pandas.DataFrame(rows, columns=["module", *Module._fields, "score"])
+
+    def plot(self, path: str | os.PathLike[str], setting: FanLoraSetting | None = None) -> None:
+        """Draws the scores as a heat map, layers by roles, into an image file. Needs matplotlib.
+
+        Args:
+            path: the file; its suffix says the format, as for `matplotlib.figure.Figure.savefig`.
+            setting: frames the modules that this setting keeps.
+        """
+        from .plots import plot_modules
+
+        scores = {Module.parse(name): score for name, score in self.items()}
+        kept = setting.kept if setting is not None else ()
+        plot_modules(scores, path=path, title=f"Importance by {self.method}", kept=kept)
+
+    def select(
+        self,
+        modules_per_layer: int | None = None,
+        *,
+        strategy: Strategy = "layer",
+        keep: int | None = None,
+        groups: bool = False,
+    ) -> FanLoraSetting:
+        """Chooses the modules that stay.
+
+        - "layer": in every layer the best `modules_per_layer` modules. That only the most critical modules of each
+          layer stay is the paper's rule [P]; how many is not known to us.
+        - "role": the `keep` roles with the highest sum of scores over the layers, in all layers. Engines that wrap a
+          linear layer by its role then wrap only these [ours].
+        - "global": the best `keep` modules of the whole model [ours].
+
+        Equal scores are decided by the order of the roles in the model, then by the layer.
+
+        Args:
+            modules_per_layer: for "layer".
+            strategy: what is ranked against what.
+            keep: for "role" the number of roles, for "global" that of modules.
+            groups: choose projections that engines pack into one matrix (Q, K and V; gate and up) together or not at
+                all. A group then counts as one module, and its score is the sum of its members'.
+
+        Returns:
+            The setting, with the scores of the modules kept and dropped.
+
+        Raises:
+            ValueError: the number does not go with the strategy, is below 1, or would keep all.
+        """
+        wanted = {"layer": ("modules_per_layer", modules_per_layer), "role": ("keep", keep), "global": ("keep", keep)}
+        if strategy not in wanted:
+            raise ValueError(f"strategy={strategy!r} is unknown; use one of {sorted(wanted)}.")
+        argument, number = wanted[strategy]
+        other = "keep" if argument == "modules_per_layer" else "modules_per_layer"
+        if {"modules_per_layer": modules_per_layer, "keep": keep}[other] is not None:
+            raise ValueError(f"`{other}` does not go with strategy={strategy!r}; pass `{argument}`.")
+        if number is None:
+            raise ValueError(f"strategy={strategy!r} needs `{argument}`, how many to keep.")
+
+        modules = [Module.parse(name) for name in self]
+        role_order = {
+            role: position for position, role in enumerate(dict.fromkeys(_place(module) for module in modules))
+        }
+        units: dict[tuple[Any, ...], list[Module]] = {}
+        for module in modules:
+            part: Any = module.packed_group if groups else module.role
+            units.setdefault(
+                (module.stack, part) if strategy == "role" else (module.stack, module.layer, part), []
+            ).append(module)
+        contests: dict[Any, list[list[Module]]] = {}
+        for unit in units.values():
+            contests.setdefault(unit[0].block if strategy == "layer" else None, []).append(unit)
+
+        largest = max(map(len, contests.values()))
+        if not 1 <= number < largest:
+            raise ValueError(
+                f"`{argument}`={number} keeps nothing or drops nothing; with strategy={strategy!r}"
+                f"{' and packed groups' if groups else ''} this model has {largest} to choose from, so pass a number "
+                f"from 1 to {largest - 1}."
+            )
+
+        def rank(unit: list[Module]) -> tuple[float, int, int]:
+            return -sum(self[module.name] for module in unit), role_order[_place(unit[0])], unit[0].layer
+
+        chosen = {
+            module for contest in contests.values() for unit in sorted(contest, key=rank)[:number] for module in unit
+        }
+        kept = {module: self[module.name] for module in modules if module in chosen}
+        dropped = {module: self[module.name] for module in modules if module not in chosen}
+        how = {"strategy": strategy, argument: number, "groups": groups}
+        return FanLoraSetting(kept, dropped, self.num_layers, self.model_type, {**self.calibration, **how})
+
+
+def _place(module: Module) -> tuple[str, str]:
+    return module.stack, module.role

@@ -1,0 +1,327 @@
+"""The FanLoRA setting: which modules of a model stay, found once and used for every downstream task."""
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import nn
+
+from .modules import Module, candidates, model_type, num_layers, num_parameters_per_rank
+
+
+SETTING_NAME = "fanlora_setting.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FanLoraSetting:
+    """Which modules of a model keep their LoRA.
+
+    That a setting found once, on instruction data, serves all later tasks is the paper's idea [P]; what is stored, the
+    transfer to another depth and the arithmetic of ranks are ours.
+
+    Attributes:
+        kept: the modules that stay, each with its score (None where no score is known, as in a hand-written setting).
+        dropped: the modules that were scored and do not stay.
+        num_layers: for each stack of blocks its number of layers in the model that was scored.
+        model_type: the family of that model, such as "llama"; None for one that is not of transformers.
+        calibration: how the scores came about: method, number of label tokens, base model, versions.
+    """
+
+    kept: Mapping[Module, float | None]
+    dropped: Mapping[Module, float | None] = field(default_factory=dict)
+    num_layers: Mapping[str, int] = field(default_factory=dict)
+    model_type: str | None = None
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.kept:
+            raise ValueError("A FanLoRA setting has to keep at least one module, this one keeps none.")
+        both = sorted(self.kept.keys() & self.dropped.keys())
+        if both:
+            raise ValueError(
+                f"{both[0].name} stands among the kept and among the dropped modules; remove one of them."
+            )
+        for stack in {module.stack for module in self.kept} - self.num_layers.keys():
+            raise ValueError(
+                f"The setting has modules in {stack!r} but `num_layers` does not say how many layers that stack has."
+            )
+        for module in self.kept:
+            if not 0 <= module.layer < self.num_layers[module.stack]:
+                raise ValueError(
+                    f"{module.name} lies outside its stack, which has {self.num_layers[module.stack]} layers "
+                    "according to `num_layers`."
+                )
+
+    @classmethod
+    def from_modules(cls, model: nn.Module, names: Iterable[str]) -> "FanLoraSetting":
+        """Makes a setting from names of modules of `model`, without scores.
+
+        Raises:
+            ValueError: a name is given twice, or is none of the model's linear layers.
+        """
+        names = list(names)
+        repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+        if repeated:
+            raise ValueError(f"{repeated[0]} is named {Counter(names)[repeated[0]]} times; name each module once.")
+        _require(names, candidates(model))
+        modules = [Module.parse(name) for name in names]
+        return cls(dict.fromkeys(modules), {}, num_layers(model, modules), model_type(model))
+
+    @property
+    def names(self) -> list[str]:
+        """The qualified names of the kept modules in the model that was scored."""
+        return [module.name for module in self.kept]
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles that stay in at least one layer: what a serving engine that goes by role has to wrap."""
+        return list(dict.fromkeys(module.role for module in self.kept))
+
+    def resolve(self, model: nn.Module) -> "FanLoraSetting":
+        """Returns the setting in the terms of `model`, which may be another size of the same family.
+
+        Layer j of D' takes over the choice of layer round(j (D-1) / (D'-1)) of the D layers that were scored, so that
+        the first and the last layers correspond; with D' = D that is the setting itself. Stacks may have another
+        prefix, as `layers` of a bare model has beside `model.layers`.
+
+        Args:
+            model: the base model, with adapters or without.
+
+        Raises:
+            ValueError: the model is of another family, or lacks a module of the setting.
+        """
+        if self.model_type and model_type(model) and self.model_type != model_type(model):
+            raise ValueError(
+                f"The setting was found on a model of type {self.model_type!r} and cannot be used for one of type "
+                f"{model_type(model)!r}; score a {model_type(model)!r} model with `score_modules` instead."
+            )
+        available = candidates(model)
+        depths = num_layers(model, map(Module.parse, available))
+        stacks = {stack: _counterpart(stack, depths) for stack in self.num_layers}
+
+        def transfer(modules: Mapping[Module, float | None]) -> dict[Module, float | None]:
+            scores = {}
+            for stack, target in stacks.items():
+                roles: dict[int, dict[str, float | None]] = {}
+                for module, score in modules.items():
+                    if module.stack == stack:
+                        roles.setdefault(module.layer, {})[module.role] = score
+                for layer in range(depths[target]):
+                    source = _relative_layer(layer, depths[target], self.num_layers[stack])
+                    for role, score in roles.get(source, {}).items():
+                        scores[Module(target, layer, role)] = score
+            return scores
+
+        kept = transfer(self.kept)
+        _require([module.name for module in kept], available)
+        dropped = {module: score for module, score in transfer(self.dropped).items() if module.name in available}
+        depths = {target: depths[target] for target in stacks.values()}
+        return replace(self, kept=kept, dropped=dropped, num_layers=depths, model_type=model_type(model))
+
+    def rank_for_budget(self, base: nn.Module, num_parameters: int) -> int:
+        """Returns the rank at which LoRA on this setting's modules comes closest to a number of parameters.
+
+        LoRA of rank r has r · Σ_m (in_m + out_m) parameters, m over the kept modules.
+
+        Args:
+            base: the model to adapt; it may lie on the meta device.
+            num_parameters: the budget, in trainable parameters.
+
+        Raises:
+            ValueError: the budget does not reach for rank 1.
+        """
+        modules = candidates(base)
+        per_rank = sum(num_parameters_per_rank(modules[name]) for name in self.resolve(base).names)
+        rank = round(num_parameters / per_rank)
+        if rank < 1:
+            raise ValueError(
+                f"A budget of {num_parameters:,} parameters is too small for this setting: rank 1 on its "
+                f"{len(self.kept)} modules already has {per_rank:,}. Keep fewer modules or raise the budget."
+            )
+        return rank
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the setting as plain JSON types; `from_dict` reads it back."""
+        blocks: dict[str, dict[str, Any]] = {}
+        for choice, modules in (("kept", self.kept), ("dropped", self.dropped)):
+            for module, score in modules.items():
+                blocks.setdefault(module.block, {"kept": {}, "dropped": {}})[choice][module.role] = score
+        return {
+            "format_version": FORMAT_VERSION,
+            "model_type": self.model_type,
+            "num_layers": dict(self.num_layers),
+            "calibration": dict(self.calibration),
+            "blocks": blocks,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "FanLoraSetting":
+        """Reads what `to_dict` returns.
+
+        Raises:
+            ValueError: the content has an unknown format version or is incomplete.
+        """
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"This FanLoRA setting has format version {version!r}, this peft_fanlora reads {FORMAT_VERSION}; "
+                "upgrade it with `pip install -U peft-fanlora`."
+            )
+        missing = [key for key in ("num_layers", "blocks") if not isinstance(content.get(key), Mapping)]
+        if missing:
+            raise ValueError(f"This FanLoRA setting has no {missing[0]!r}; is the file complete?")
+
+        def modules(choice: str) -> dict[Module, float | None]:
+            return {
+                Module.parse(f"{block}.{role}" if block else role): score
+                for block, choices in content["blocks"].items()
+                for role, score in choices.get(choice, {}).items()
+            }
+
+        return cls(
+            modules("kept"),
+            modules("dropped"),
+            dict(content["num_layers"]),
+            content.get("model_type"),
+            dict(content.get("calibration", {})),
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes `fanlora_setting.json`, which people can read and edit, into a folder that is made if needed."""
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise NotADirectoryError(f"{folder} is a file; pass the folder that the setting shall be saved in.")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SETTING_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        **download_kwargs: Any,
+    ) -> "FanLoraSetting":
+        """Reads a setting from a folder or from a Hub repository, which may also be that of a pruned adapter.
+
+        Args:
+            pretrained_model_name_or_path: the folder or the repository's id.
+            subfolder: a folder below it.
+            download_kwargs: for `huggingface_hub.hf_hub_download`, such as `revision`, `token` and `cache_dir`.
+
+        Raises:
+            FileNotFoundError: neither the folder nor the repository has a setting.
+            ValueError: the file is no setting that this version can read.
+        """
+        location = str(pretrained_model_name_or_path)
+        path = Path(location, subfolder or "", SETTING_NAME)
+        if not path.is_file():
+            path = _download(location, subfolder, download_kwargs)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        return cls.from_dict(content)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Uploads the setting to a model repository of the Hub, made where it does not exist.
+
+        Args:
+            repo_id: such as `me/my-setting`; an adapter's repository can hold its setting as well.
+            kwargs: `token`, `private`; all others go to `huggingface_hub.HfApi.upload_folder`.
+
+        Returns:
+            What `huggingface_hub` says of the commit.
+        """
+        api = HfApi(token=kwargs.pop("token", None))
+        api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
+        kwargs.setdefault("commit_message", "Upload FanLoRA setting")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"FanLoraSetting({len(self.kept)} modules kept, model_type={self.model_type!r})"
+
+    def __str__(self) -> str:
+        """A small table: for each role the layers that keep it."""
+        total = len(self.kept) + len(self.dropped)
+        how = f", by {self.calibration['method']}" if "method" in self.calibration else ""
+        layers: dict[str, list[int]] = {}
+        several_stacks = len(self.num_layers) > 1
+        for module in self.kept:
+            layers.setdefault(f"{module.stack}.*.{module.role}" if several_stacks else module.role, []).append(
+                module.layer
+            )
+        width = max(map(len, layers))
+        rows = [f"{role:<{width}}  {len(found):>5}  {_ranges(found)}" for role, found in layers.items()]
+        head = (
+            f"FanLoRA setting: {len(self.kept)} of {total} modules{how}"
+            if self.dropped
+            else (f"FanLoRA setting: {len(self.kept)} modules{how}")
+        )
+        return "\n".join([head, f"{'role':<{width}}  count  layers", *rows])
+
+
+def _relative_layer(layer: int, depth: int, source_depth: int) -> int:
+    """Returns the layer of `source_depth` layers that lies at the relative depth of `layer` among `depth` layers."""
+    return round(layer * (source_depth - 1) / (depth - 1)) if depth > 1 else 0
+
+
+def _counterpart(stack: str, available: Iterable[str]) -> str:
+    """Returns the one stack of a model that stands for `stack`: of the same name, or one name ending in the other."""
+    found = [other for other in available if other == stack] or [
+        other for other in available if f".{other}".endswith(f".{stack}") or f".{stack}".endswith(f".{other}")
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"The setting has modules in {stack!r}, but the model's blocks are in {sorted(available)}: "
+            "the setting belongs to another architecture."
+        )
+    return found[0]
+
+
+def _require(names: Iterable[str], available: Mapping[str, nn.Module]) -> None:
+    missing = [name for name in names if name not in available]
+    if missing:
+        raise ValueError(
+            f"The model has no linear layer {missing[0]!r}"
+            + (f" (nor {len(missing) - 1} others that are asked for)" if len(missing) > 1 else "")
+            + "; a FanLoRA setting fits models of the architecture that it was found on."
+        )
+
+
+def _download(repo_id: str, subfolder: str | None, download_kwargs: dict[str, Any]) -> Path:
+    try:
+        return Path(hf_hub_download(repo_id, SETTING_NAME, subfolder=subfolder, **download_kwargs))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"There is no {SETTING_NAME} in {repo_id!r}: it is neither a folder with a saved setting nor a Hub "
+            f"repository that could be read ({type(error).__name__}). An adapter that was never pruned has no setting."
+        ) from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} stands twice in the FanLoRA setting; remove one of the two entries.")
+    return dict(pairs)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Writes 0, 1, 2, 5 as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
