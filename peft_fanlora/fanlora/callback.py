@@ -74,7 +74,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             raise ValueError(f"method={method!r} is unknown; use one of {', '.join(METHODS)}.")
         self.calibration_dataset = calibration_dataset
         self.prune_at = prune_at
-        self.selection = {
+        self.selection: dict[str, Any] = {
             "modules_per_layer": modules_per_layer,
             "strategy": strategy,
             "keep": keep,
@@ -112,10 +112,11 @@ class FanLoraCallback(TrainerCallback, ExportableState):
                 "prune_modules between them."
             )
         # A checkpoint of a run without this callback has no entry for it, which the trainer fails on when it saves.
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        checkpointed: Any = state.stateful_callbacks
+        checkpointed.setdefault(type(self).__name__, self.state())
         config = tuner.peft_config[adapter_name]
         if config.setting is not None:
-            saved = state.stateful_callbacks[type(self).__name__]["attributes"]["saved_setting"]
+            saved = checkpointed[type(self).__name__]["attributes"]["saved_setting"]
             if saved is not None:
                 resumed = FanLoraSetting.from_dict(saved)  # has the scores, which the loaded weights do not tell
                 if resumed.kept.keys() == config.setting.kept.keys():
@@ -214,8 +215,9 @@ def _log(trainer: Trainer, scores: ImportanceScores, setting: FanLoraSetting) ->
         role = Module.parse(name).role
         by_role[role] = by_role.get(role, 0.0) + score
     counts = {"fanlora/modules_scored": float(len(scores)), "fanlora/modules_kept": float(len(setting.kept))}
-    trainer.log({**counts, **{f"fanlora/{scores.method}/{role}": score for role, score in by_role.items()}})
-    trainer.state.log_history.append({"step": trainer.state.global_step, "fanlora_scores": dict(scores)})
+    trainer.log(counts | {f"fanlora/{scores.method}/{role}": score for role, score in by_role.items()})
+    history: list[Any] = trainer.state.log_history
+    history.append({"step": trainer.state.global_step, "fanlora_scores": dict(scores)})
 
 
 def _forget_removed_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:

@@ -3,9 +3,9 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
@@ -62,7 +62,7 @@ def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, ada
     plain.save_pretrained(str(folder))
 
 
-def _refuse_more_than_plain_lora(config: FanLoraConfig, layers: Mapping[str, LoraLayer], adapter_name: str) -> None:
+def _refuse_more_than_plain_lora(config: FanLoraConfig, layers: Mapping[str, Any], adapter_name: str) -> None:
     for name in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias"):
         if getattr(config, name, None):
             raise ValueError(

@@ -17,6 +17,11 @@ DeltaObserver = Callable[[str, torch.Tensor], None]
 """Is shown a module's name and its LoRA output ΔW_m x, of shape (..., out)."""
 
 
+def factors(layer: Any, adapter_name: str) -> InitialFactors:
+    """Returns the (A, B) of a LoRA layer, of shapes (r, in) and (out, r), without their history."""
+    return layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
+
+
 class Gates:
     """The gates g ∈ R^M of one adapter's modules: module m computes y = W_m x + g_m · ΔW_m x.
 
@@ -54,7 +59,8 @@ class Gates:
             if index in self._variants:
                 self._variants[index].gate = value
             else:
-                layer.scaling[self._adapter_name] = scaling * value.to(_device(layer, self._adapter_name))
+                device = factors(layer, self._adapter_name)[1].device
+                layer.scaling[self._adapter_name] = scaling * value.to(device)
 
     @contextmanager
     def observed(self, observe: DeltaObserver) -> Iterator[None]:
@@ -76,7 +82,7 @@ class Gates:
 
     def _install(self) -> None:
         for index, variant in self._variants.items():
-            self._layers[index].lora_variant[self._adapter_name] = variant
+            self._layers[index].lora_variant[self._adapter_name] = variant  # type: ignore[assignment]
 
     def _restore(self) -> None:
         for layer, scaling in zip(self._layers, self._scalings, strict=True):
@@ -136,10 +142,6 @@ class _GatedVariant:
             self.observe(delta)
         gate = self.gate.to(delta.device) if isinstance(self.gate, torch.Tensor) else self.gate
         return result + gate * delta
-
-
-def _device(layer: LoraLayer, adapter_name: str) -> torch.device:
-    return layer.lora_B[adapter_name].weight.device
 
 
 def _bound(observe: DeltaObserver, name: str) -> Callable[[torch.Tensor], None]:

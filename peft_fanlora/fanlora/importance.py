@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
 
-from .gates import Gates, InitialFactors, module_gates
+from .gates import Gates, InitialFactors, factors, module_gates
 
 
 Method = Literal["path", "ablation", "sensitivity", "output_norm", "weight_norm"]
@@ -122,8 +122,7 @@ def weight_norm(
     """S_m = ‖ΔW_m‖ in the Frobenius norm, from the factors alone: ‖BA‖² = Σ (BᵀB ∘ AAᵀ), r × r each."""
     norms = []
     for name, layer in layers.items():
-        A = layer.lora_A[adapter_name].weight.detach().double().cpu()
-        B = layer.lora_B[adapter_name].weight.detach().double().cpu()
+        A, B = (factor.double().cpu() for factor in factors(layer, adapter_name))
         if name in initial:
             A0, B0 = (factor.double().cpu() for factor in initial[name])
             A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
@@ -193,7 +192,7 @@ def score(
     return total / (total.sum() if method == "output_norm" else num_tokens), num_tokens
 
 
-def label_mask(model: nn.Module, batch: Batch) -> torch.Tensor:
+def label_mask(model: Any, batch: Batch) -> torch.Tensor:
     """Returns where in the batch the model's loss counts, as a bool tensor in the shape of the labels.
 
     A causal model predicts label t+1 at token t, so the mask is shifted to the tokens that predict.
@@ -207,9 +206,7 @@ def label_mask(model: nn.Module, batch: Batch) -> torch.Tensor:
             "Use the data collator of your trainer, or DataCollatorForLanguageModeling(tokenizer, mlm=False)."
         )
     counted = batch["labels"] != -100
-    config = getattr(model, "config", None)
-    is_causal = hasattr(model, "can_generate") and model.can_generate() and not config.is_encoder_decoder
-    if is_causal:
+    if hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder:
         counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
     return counted
 

@@ -3,7 +3,7 @@
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from peft.utils import _get_submodules
 from torch import nn
 
 from .config import FanLoraConfig
-from .gates import InitialFactors
+from .gates import InitialFactors, factors
 from .importance import METHODS, Method, score
 from .modules import Module, adapted_layers, candidates, lora_modules, model_type, num_layers
 from .scores import ImportanceScores
@@ -39,14 +39,16 @@ class FanLoraModel(LoraModel):
         >>> model = get_peft_model(base, FanLoraConfig(setting=setting, r=27, task_type="CAUSAL_LM"))  # (d)
     """
 
+    peft_config: dict[str, Any]
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds the adapter's layers, on the modules of the configuration's setting where there is one.
 
         Raises:
             ValueError: the setting does not fit the model, or disagrees with `target_modules`.
         """
-        config = self.peft_config[adapter_name]
-        if isinstance(config, FanLoraConfig) and config.setting is not None:
+        config: Any = self.peft_config[adapter_name]
+        if isinstance(config.setting, FanLoraSetting):
             setting = config.setting.resolve(model)
             if config.target_modules == "all-linear":
                 config.target_modules = set(setting.names)
@@ -57,14 +59,9 @@ class FanLoraModel(LoraModel):
                 )
             config.setting = setting
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if isinstance(config, FanLoraConfig) and config.mutates_base_weights:
-            self._initial_factors[adapter_name] = {
-                name: (
-                    layer.lora_A[adapter_name].weight.detach().clone(),
-                    layer.lora_B[adapter_name].weight.detach().clone(),
-                )
-                for name, layer in lora_modules(model, adapter_name).items()
-            }
+        if config.mutates_base_weights:
+            initial = {name: factors(layer, adapter_name) for name, layer in lora_modules(model, adapter_name).items()}
+            self._initial_factors[adapter_name] = {name: (A.clone(), B.clone()) for name, (A, B) in initial.items()}
 
     @property
     def _initial_factors(self) -> dict[str, dict[str, InitialFactors]]:
@@ -75,6 +72,20 @@ class FanLoraModel(LoraModel):
         """Deletes an adapter, see `peft.PeftModel.delete_adapter`."""
         super().delete_adapter(adapter_name)
         self._initial_factors.pop(adapter_name, None)
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Combines adapters into a new one, see `peft.LoraModel.add_weighted_adapter`.
+
+        The new adapter has the modules of all of them, and so the setting of none.
+        """
+        settings = {name: self.peft_config[name].setting for name in adapters if name in self.peft_config}
+        try:
+            for name in settings:
+                self.peft_config[name].setting = None
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+        finally:
+            for name, setting in settings.items():
+                self.peft_config[name].setting = setting
 
     def score_modules(
         self,
@@ -122,7 +133,7 @@ class FanLoraModel(LoraModel):
             raise ValueError(f"method={method!r} needs calibration data; pass a dataloader.")
         adapter_name = self._require_usable_adapter(adapter_name)
         layers = self._require_modules(adapter_name)
-        length = len(dataloader) if hasattr(dataloader, "__len__") else None
+        length = len(dataloader) if isinstance(dataloader, Sized) else None
         total = length if num_batches is None else min(num_batches, length or num_batches)
 
         with _inference_state(self, adapter_name):
@@ -196,7 +207,8 @@ class FanLoraModel(LoraModel):
         initial = self._initial_factors.get(adapter_name, {})
         dropped = [name for name in layers if name not in set(setting.names)]
         for name in dropped:
-            if name in initial and not layers[name].get_base_layer().weight.is_floating_point():
+            base_layer: Any = layers[name].get_base_layer()
+            if name in initial and not base_layer.weight.is_floating_point():
                 raise ValueError(
                     f"The initialisation of adapter {adapter_name!r} changed the quantised weight of {name!r}, which "
                     "can't be undone exactly. Use init_lora_weights=True on quantised models that will be pruned."
@@ -233,7 +245,7 @@ class FanLoraModel(LoraModel):
     def _convert_state_dict_for_initial_model(
         cls,
         peft_model: Any,
-        peft_config: PeftConfig,
+        peft_config: Any,
         path_initial_model_for_weight_conversion: str,
         output_state_dict: dict[str, torch.Tensor],
         kwargs: dict[str, Any],
@@ -294,7 +306,7 @@ def _remove_adapter(tuner: FanLoraModel, name: str, layer: LoraLayer, adapter_na
         tuner._replace_module(parent, target_name, layer.base_layer, target)
 
 
-def _give_back(layer: LoraLayer, adapter_name: str, initial: InitialFactors) -> None:
+def _give_back(layer: Any, adapter_name: str, initial: InitialFactors) -> None:
     """Adds to a base weight what an initialisation such as PiSSA's took out of it."""
     weight = layer.get_base_weight()
     A, B = (factor.to(weight.device, torch.float32) for factor in initial)

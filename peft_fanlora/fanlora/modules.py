@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -116,7 +116,7 @@ def num_layers(model: nn.Module, modules: Iterable[Module]) -> dict[str, int]:
     return {stack: len(list(model.get_submodule(stack).children())) if stack else 1 for stack in stacks}
 
 
-def num_parameters_per_rank(module: nn.Module) -> int:
+def num_parameters_per_rank(module: Any) -> int:
     """Returns what one rank of LoRA costs on a linear layer: its number of input features plus that of its outputs."""
     if hasattr(module, "in_features"):
         return module.in_features + module.out_features

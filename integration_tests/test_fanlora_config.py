@@ -1,0 +1,105 @@
+"""FanLoraConfig takes what LoraConfig takes, and refuses at once what pruning can't honour."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from tiny_models import TINY, adapted, logits
+
+from peft_fanlora import FanLoraConfig, FanLoraSetting
+
+
+def test_has_every_field_of_lora() -> None:
+    ours = {field.name for field in fields(FanLoraConfig)}
+    assert ours - {field.name for field in fields(LoraConfig)} == {"setting"}
+    assert FanLoraConfig().target_modules == "all-linear"
+    assert FanLoraConfig(target_modules=None).target_modules == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"bias": "all"}, "would outlive the modules that are pruned"),
+        ({"bias": "lora_only"}, "Use bias='none'"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "Load the base model quantised"),
+        ({"setting": 3}, "`setting` is a int; pass a FanLoraSetting"),
+    ],
+)
+def test_refuses(arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        FanLoraConfig(**arguments)
+
+
+def test_refuses_variants_that_change_the_base_or_have_no_modules() -> None:
+    from peft.tuners.lora.config import ArrowConfig, KasaConfig
+
+    with pytest.raises(ValueError, match="truncates the base weights"):
+        FanLoraConfig(kasa_config=KasaConfig())
+    with pytest.raises(ValueError, match="no modules of its own"):
+        FanLoraConfig(arrow_config=ArrowConfig())
+
+
+def test_a_setting_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no fanlora_setting\.json"):
+        FanLoraConfig(setting=str(tmp_path))
+
+
+def test_a_setting_and_other_target_modules_disagree() -> None:
+    base = TINY["llama"].base()
+    setting = FanLoraSetting.from_modules(base, ["model.layers.0.mlp.up_proj"])
+    before = logits(base, TINY["llama"].batch())
+    with pytest.raises(ValueError, match="`target_modules` and `setting` disagree"):
+        get_peft_model(base, FanLoraConfig(setting=setting, target_modules=["up_proj", "down_proj"]))
+    assert torch.equal(logits(base, TINY["llama"].batch()), before)
+    assert not any("lora" in name for name, _ in base.named_modules())
+
+
+@pytest.mark.parametrize("kind", ["object", "string", "path"])
+def test_a_setting_in_every_form(kind: str, tmp_path: Path) -> None:
+    base = TINY["llama"].base()
+    setting = FanLoraSetting.from_modules(base, ["model.layers.1.mlp.up_proj", "model.layers.2.self_attn.v_proj"])
+    setting.save_pretrained(tmp_path)
+    given = {"object": setting, "string": str(tmp_path), "path": tmp_path}[kind]
+    model = get_peft_model(base, FanLoraConfig(setting=given, r=2))
+    assert sorted(model.base_model.targeted_module_names) == sorted(setting.names)
+    assert model.peft_config["default"].setting.names == setting.names
+
+
+def test_round_trip_through_json(tmp_path: Path) -> None:
+    model = adapted()
+    model.prune_modules(FanLoraSetting.from_modules(model.get_base_model(), ["model.layers.1.mlp.up_proj"]))
+    config = model.peft_config["default"]
+    config.save_pretrained(str(tmp_path))
+    loaded = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(loaded, FanLoraConfig)
+    assert loaded.setting == config.setting
+    assert set(loaded.target_modules) == config.target_modules
+
+
+def test_an_outdated_setting_file_is_removed(tmp_path: Path) -> None:
+    """Saving an unpruned adapter over a pruned one must not leave the old one's setting beside it."""
+    model = adapted()
+    (tmp_path / "fanlora_setting.json").write_text("{}")
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "fanlora_setting.json").exists()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_fresh_adapter_changes_no_logit(name: str) -> None:
+    tiny = TINY[name]
+    before = logits(tiny.base(), tiny.batch())
+    model = get_peft_model(tiny.base(), FanLoraConfig(r=4, task_type=tiny.task_type)).eval()
+    assert torch.equal(logits(model, tiny.batch()), before)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_nothing_but_the_adapter_trains(name: str) -> None:
+    tiny = TINY[name]
+    model = get_peft_model(tiny.base(), FanLoraConfig(r=4, task_type=tiny.task_type))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    heads = "modules_to_save" if tiny.task_type == "SEQ_CLS" else "lora_"
+    assert all("lora_" in name or heads in name for name in trained)

@@ -1,0 +1,305 @@
+"""The five scores against their definitions, and that scoring leaves no trace."""
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tiny_models import TINY, adapted, logits, randomize
+
+from peft_fanlora import ImportanceScores
+from peft_fanlora.fanlora.modules import lora_modules
+
+
+METHODS = ["path", "ablation", "sensitivity", "output_norm", "weight_norm"]
+
+
+def layers_of(model: PeftModel, adapter_name: str = "default") -> dict[str, Any]:
+    return lora_modules(model.get_base_model(), adapter_name)
+
+
+@contextmanager
+def only(model: PeftModel, names: set[str]) -> Iterator[None]:
+    """Brute force: the LoRA of all other modules is zero."""
+    weights = {name: layer.lora_B["default"].weight for name, layer in layers_of(model).items() if name not in names}
+    saved = {name: weight.data.clone() for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.data.zero_()
+    yield
+    for name, weight in weights.items():
+        weight.data.copy_(saved[name])
+
+
+def loss_of(model: PeftModel, batches: list[dict[str, torch.Tensor]], names: set[str]) -> float:
+    """The mean over label tokens, computed from the logits and independently of the package."""
+    total, count = 0.0, 0
+    with only(model, names):
+        for batch in batches:
+            output, labels = logits(model, batch), batch["labels"]
+            if model.peft_config["default"].task_type == "CAUSAL_LM":
+                output, labels = output[:, :-1], labels[:, 1:]
+            flat = labels.reshape(-1)
+            total += torch.nn.functional.cross_entropy(
+                output.reshape(len(flat), -1), flat, ignore_index=-100, reduction="sum"
+            ).item()
+            count += int((flat != -100).sum())
+    return total / count
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_path_sums_to_what_the_adapter_gains(name: str) -> None:
+    model, tiny = adapted(name), TINY[name]
+    randomize(model, std=0.1)
+    batches = [tiny.batch(seed=0), tiny.batch(rows=2, tokens=9, seed=1)]
+    scores = model.score_modules(batches, num_points=128, progress=False)
+    everything = set(scores)
+    gain = loss_of(model, batches, set()) - loss_of(model, batches, everything)
+    assert len(scores) == tiny.num_modules
+    assert sum(scores.values()) == pytest.approx(gain, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_ablation_equals_brute_force(name: str) -> None:
+    model, tiny = adapted(name), TINY[name]
+    batches = [tiny.batch(seed=0), tiny.batch(rows=2, tokens=9, seed=1)]
+    scores = model.score_modules(batches, "ablation", progress=False)
+    everything = set(scores)
+    for module in list(scores)[::4]:
+        expected = (
+            -loss_of(model, batches, everything)
+            + loss_of(model, batches, everything - {module})
+            - loss_of(model, batches, {module})
+        )
+        assert scores[module] == pytest.approx(expected, abs=1e-5)
+
+
+def test_sensitivity_is_the_slope_at_the_trained_model() -> None:
+    model, batches = adapted(), [TINY["llama"].batch()]
+    scores = model.score_modules(batches, "sensitivity", progress=False)
+    module, layer = list(layers_of(model).items())[5]
+    step, losses = 1e-2, []
+    for factor in (1 - step, 1 + step):
+        layer.scaling["default"] *= factor
+        losses.append(loss_of(model, batches, set(scores)))
+        layer.scaling["default"] /= factor
+    assert scores[module] == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-2)
+
+
+def test_output_norm_is_the_mean_square_over_label_tokens() -> None:
+    model, batch = adapted(), TINY["llama"].batch()
+    scores = model.score_modules([batch], "output_norm", progress=False)
+    predicts = batch["labels"][:, 1:] != -100
+    squares = {}
+    for name, layer in layers_of(model).items():
+        inputs: list[torch.Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda module, args, seen=inputs: seen.append(args[0]))
+        logits(model, batch)
+        handle.remove()
+        delta = inputs[0] @ layer.get_delta_weight("default").T
+        squares[name] = delta.square().sum(-1)[:, :-1][predicts].mean().item()
+    assert sum(scores.values()) == pytest.approx(1)
+    for name, square in squares.items():
+        assert scores[name] == pytest.approx(square / sum(squares.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_weight_norm_is_the_frobenius_norm(name: str) -> None:
+    model = adapted(name)
+    scores = model.score_modules(None, "weight_norm", progress=False)
+    for module, layer in layers_of(model).items():
+        assert scores[module] == pytest.approx(layer.get_delta_weight("default").norm().item(), rel=1e-5)
+    assert scores.num_tokens == 0
+
+
+@pytest.mark.parametrize("method", METHODS[:4])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_padding_and_batch_size_change_nothing(name: str, method: str) -> None:
+    model, tiny = adapted(name), TINY[name]
+    whole = tiny.batch(rows=4)
+    rows = [{key: value[index : index + 1] for key, value in whole.items()} for index in range(4)]
+    sides = {"input_ids": (0, 3), "attention_mask": (0, 0), "labels": (0, -100)}
+    padded = {
+        key: torch.nn.functional.pad(value, (0, 5), value=sides[key][1]) if value.ndim == 2 else value
+        for key, value in whole.items()
+    }
+    expected = model.score_modules([whole], method, progress=False)
+    for batches in (rows, [padded]):
+        scores = model.score_modules(batches, method, progress=False)
+        assert scores.num_tokens == expected.num_tokens
+        assert list(scores.values()) == pytest.approx(list(expected.values()), rel=1e-4, abs=1e-6)
+
+
+def test_a_batch_without_label_tokens_counts_nothing() -> None:
+    """The mean over no tokens is not a number; it must not spoil the other batches."""
+    model, batch = adapted(), TINY["llama"].batch()
+    unlabelled = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    expected = model.score_modules([batch], progress=False)
+    assert dict(model.score_modules([batch, unlabelled], progress=False)) == dict(expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_comes_back_bit_identical(method: str) -> None:
+    model, batch = adapted(lora_dropout=0.1), TINY["llama"].batch()
+    model.train()
+    model.get_base_model().model.layers[1].eval()
+    model(**batch).loss.backward()
+    shuffling = torch.utils.data.DataLoader([{k: v[0] for k, v in batch.items()}] * 4, batch_size=2, shuffle=True)
+
+    def tensors() -> list[torch.Tensor]:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return copy.deepcopy([*model.state_dict().values(), *gradients, torch.get_rng_state()])
+
+    def flags() -> list[Any]:
+        return copy.deepcopy(
+            [
+                [parameter.requires_grad for parameter in model.parameters()],
+                [(module.training, len(module._forward_hooks)) for module in model.modules()],
+                [(layer.scaling, layer.active_adapters, layer.lora_variant) for layer in layers_of(model).values()],
+                (random.getstate(), np.random.get_state()[1].tolist()),
+            ]
+        )
+
+    before = tensors(), flags()
+    model.score_modules(shuffling, method, progress=False)
+    torch.testing.assert_close(tensors(), before[0], rtol=0, atol=0)
+    assert flags() == before[1]
+    assert all(type(layer.scaling["default"]) is float for layer in layers_of(model).values())
+
+
+def test_a_failure_leaves_the_model_as_it_was() -> None:
+    model, batch = adapted(), TINY["llama"].batch()
+    before = logits(model, batch)
+    with pytest.raises(IndexError):
+        model.score_modules([batch, {**batch, "input_ids": batch["input_ids"] + 1000}], progress=False)
+    assert torch.equal(logits(model, batch), before)
+    assert all(type(layer.scaling["default"]) is float for layer in layers_of(model).values())
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models_score_like_float32(dtype: torch.dtype) -> None:
+    batch = TINY["llama"].batch(rows=8, tokens=16)
+    expected = adapted().score_modules([batch], progress=False)
+    low = adapted(base=TINY["llama"].base().to(dtype)).score_modules([batch], progress=False)
+    correlation = np.corrcoef(list(expected.values()), list(low.values()))[0, 1]
+    assert correlation > 0.95
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"rank_pattern": {"mlp.up_proj": 2}, "alpha_pattern": {"self_attn.q_proj": 5}},
+    ],
+    ids=lambda config: next(iter(config)) + str(next(iter(config.values()))),
+)
+def test_gates_work_for_lora_variants(config: dict[str, Any]) -> None:
+    """At g = 0 the base model must answer, also where the adapter changed its weights or norms when it was made."""
+    tiny, batch = TINY["llama"], TINY["llama"].batch()
+    model = adapted(**config)
+    randomize(model, std=0.1)
+    base_loss = tiny.base()(**batch).loss.item()
+    with torch.no_grad():
+        trained_loss = model(**batch).loss.item()
+    scores = model.score_modules([batch], num_points=64, progress=False)
+    assert sum(scores.values()) == pytest.approx(base_loss - trained_loss, rel=2e-2)
+
+
+def test_a_named_adapter_is_scored_alone() -> None:
+    from peft_fanlora import FanLoraConfig
+
+    model, batch = adapted(), TINY["llama"].batch()
+    expected = dict(model.score_modules([batch], progress=False))
+    model.add_adapter("other", FanLoraConfig(r=2, task_type="CAUSAL_LM"))
+    model.set_adapter("other")
+    assert dict(model.score_modules([batch], adapter_name="default", progress=False)) == expected
+    assert model.active_adapter == "other"
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".other." in name for name in trained)
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="2 adapters are active"):
+        model.score_modules([batch], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"method": "magic"}, "method='magic' is unknown; use one of path, ablation"),
+        ({"num_batches": 0}, "`num_batches` is 0"),
+        ({"num_points": 0}, "`num_points` is 0"),
+        ({"adapter_name": "nobody"}, "There is no adapter 'nobody'; this model has"),
+        ({"dataloader": None}, "needs calibration data"),
+        ({"dataloader": []}, "no label tokens"),
+        ({"dataloader": [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]}, "no `labels`, only"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], reason: str) -> None:
+    arguments = {"dataloader": [TINY["llama"].batch()], "progress": False, **arguments}
+    with pytest.raises(ValueError, match=reason):
+        adapted().score_modules(**arguments)
+
+
+def test_merged_and_disabled_adapters_are_refused() -> None:
+    model, batches = adapted(), [TINY["llama"].batch()]
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.score_modules(batches, progress=False)
+    model.unmerge_adapter()
+    with model.disable_adapter(), pytest.raises(ValueError, match="enable_adapter_layers"):
+        model.score_modules(batches, progress=False)
+
+
+def test_a_loss_that_is_not_finite_is_reported() -> None:
+    model = adapted()
+    next(iter(layers_of(model).values())).lora_B["default"].weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="calibration loss is nan"):
+        model.score_modules([TINY["llama"].batch()], progress=False)
+
+
+def test_num_batches_and_generators() -> None:
+    model = adapted()
+    batches = [TINY["llama"].batch(seed=seed) for seed in range(3)]
+    expected = dict(model.score_modules(batches[:2], progress=False))
+    assert dict(model.score_modules(iter(batches), num_batches=2, progress=False)) == expected
+
+
+def test_scores_read_like_a_dict(tmp_path: Path) -> None:
+    scores = adapted().score_modules([TINY["llama"].batch()], progress=False)
+    assert isinstance(scores, ImportanceScores)
+    assert scores["model.layers.1.mlp.up_proj"] == dict(scores)["model.layers.1.mlp.up_proj"]
+    assert (scores.method, scores.num_tokens) == ("path", 16)
+    table = scores.to_dataframe()
+    assert list(table.columns) == ["module", "stack", "layer", "role", "score"]
+    assert len(table) == 21
+    assert table.iloc[-1].tolist()[:4] == ["model.layers.2.mlp.down_proj", "model.layers", 2, "mlp.down_proj"]
+    scores.plot(tmp_path / "heat.png", scores.select(2))
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_heads_embeddings_and_towers_are_no_candidates() -> None:
+    """A vision tower runs once a request; its linear layers must not compete with those that run at every token."""
+    import transformers
+
+    from peft_fanlora.fanlora.modules import candidates
+
+    text = TINY["llama"].config
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", **text},
+        vision_config={"model_type": "clip_vision_model", **vision, "image_size": 8, "patch_size": 4},
+    )
+    names = list(candidates(transformers.LlavaForConditionalGeneration(config)))
+    assert len(names) == 21
+    assert all("language_model.layers" in name for name in names)
+    assert len(candidates(TINY["bert"].base())) == 18
+    vit = transformers.ViTModel(transformers.ViTConfig(**vision, image_size=8, patch_size=4))
+    assert len(candidates(vit)) == 6
