@@ -25,6 +25,8 @@ class Tiny:
     task_type: str = "CAUSAL_LM"
     num_modules: int = 0
     """How many linear layers FanLoRA chooses among."""
+    others: frozenset[str] = frozenset()
+    """The linear layers outside the blocks that "all-linear" adapts as well."""
     labels: Callable[[torch.Tensor], torch.Tensor] = field(default=torch.clone)
 
     def base(self, **overrides: Any) -> nn.Module:
@@ -90,6 +92,7 @@ TINY = {
         | {"num_attention_heads": 4, "max_position_embeddings": 64, "num_labels": 3},
         task_type="SEQ_CLS",
         num_modules=18,
+        others=frozenset({"bert.pooler.dense"}),
         labels=lambda input_ids: input_ids[:, 0] % 3,
     ),
 }
