@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,19 +26,21 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from peft_fanlora import FanLoraConfig, FanLoraSetting, export_lora
+from peft_fanlora import FanLoraConfig, FanLoraSetting, ImportanceScores, export_lora
 
 
 MODULES_PER_LAYER = 2
-NUM_HELD_OUT = 64
-NUM_CALIBRATION = 16
-NUM_TASK_HELD_OUT = 160
-BATCH_SIZE = 8
 RANDOM_DRAWS = 3
-RANK_OF_LORA_ON_ALL = 3
+BATCH_SIZE = 8
+LEARNING_RATE = 1e-3
+NUM_CALIBRATION = 16
+NUM_HELD_OUT = 64
+NUM_TASK_HELD_OUT = 128
+RANK_ON_ALL_MODULES = 3
+"""Of LoRA on all modules in (d); the others get the rank that comes closest to its number of parameters."""
 
 # Loads a folder written by export_lora in a process that never imports peft_fanlora, and completes a prompt.
 PLAIN_PEFT = """
@@ -52,215 +55,222 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 assert "peft_fanlora" not in sys.modules
 """
 
+console = Console()
 
-def sft_trainer(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path, steps: int, rate: float, **data: Any
-) -> SFTTrainer:
-    """Makes TRL's trainer with the settings that all runs here share."""
-    arguments = SFTConfig(
-        output_dir=str(output / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH_SIZE,
-        per_device_eval_batch_size=BATCH_SIZE,
-        learning_rate=rate,
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, round(0.06 * steps)),
-        max_length=128,
-        gradient_checkpointing=False,  # saves memory that this model does not need, for a third more time
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        bf16=torch.cuda.is_available(),  # emulated, and so slow, on most CPUs
-        use_cpu=not torch.cuda.is_available(),
-    )
-    return SFTTrainer(model, args=arguments, processing_class=tokenizer, **data)
+
+@dataclass(frozen=True)
+class Run:
+    """What all steps share."""
+
+    base_model: str
+    output: Path
+    seed: int
+
+    @property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.base_model)
+
+    def base(self) -> PreTrainedModel:
+        """Loads the base model; every adapter is made on a fresh one, with the same seed."""
+        set_seed(self.seed)
+        return AutoModelForCausalLM.from_pretrained(self.base_model, dtype=torch.float32)
+
+    def trainer(self, model: PeftModel, steps: int, training: Dataset, **held_out: Dataset) -> SFTTrainer:
+        """Makes TRL's trainer; `get_eval_dataloader(name)` gives the batches of a held-out set."""
+        arguments = SFTConfig(
+            output_dir=str(self.output / "trainer"),
+            max_steps=steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            per_device_eval_batch_size=BATCH_SIZE,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="linear",
+            warmup_steps=max(1, round(0.06 * steps)),
+            max_length=128,
+            gradient_checkpointing=False,  # would save memory that this model does not need, for a third more time
+            bf16=torch.cuda.is_available(),  # emulated, and so slow, on most CPUs
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+        )
+        return SFTTrainer(
+            model, args=arguments, processing_class=self.tokenizer, train_dataset=training, eval_dataset=held_out
+        )
 
 
 @torch.no_grad()
-def label_loss(model: torch.nn.Module, dataloader: DataLoader, description: str) -> float:
-    """Returns the mean cross-entropy over all label tokens, in nats a token."""
+def evaluate(
+    model: torch.nn.Module, dataloader: DataLoader, name: str, choices: tuple[int, ...] = ()
+) -> dict[str, float]:
+    """Returns the loss in nats a label token, and the accuracy if the answers begin with one of some tokens.
+
+    An answer is right if its first token is the likeliest of `choices`.
+    """
     model.eval()
-    total, num_tokens = 0.0, 0
-    for batch in tqdm(dataloader, desc=description, leave=False):
-        counted = int((batch["labels"][:, 1:] != -100).sum())
-        total += model(**batch).loss.item() * counted
+    total, num_tokens, right, rows = 0.0, 0, 0, 0
+    for batch in tqdm(dataloader, desc=f"Evaluating {name}", leave=False):
+        labels = batch["labels"][:, 1:]
+        output = model(**batch)
+        counted = int((labels != -100).sum())
+        total += output.loss.item() * counted
         num_tokens += counted
-    return total / num_tokens
-
-
-@torch.no_grad()
-def accuracy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[assets.Row]) -> float:
-    """Returns how often the right one of the two labels is the more likely answer."""
-    model.eval()
-    tokenizer.padding_side = "left"
-    first_tokens = [tokenizer(label, add_special_tokens=False)["input_ids"][0] for label in ("negative", "positive")]
-    right = 0
-    for start in tqdm(range(0, len(rows), BATCH_SIZE), desc="accuracy", leave=False):
-        part = rows[start : start + BATCH_SIZE]
-        prompts = [
-            tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True) for row in part
-        ]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-        positive = model(**inputs).logits[:, -1, first_tokens].argmax(dim=-1).bool().tolist()
-        right += sum(
-            row["completion"][0]["content"] == "positive" for row, yes in zip(part, positive, strict=True) if yes
-        )
-        right += sum(
-            row["completion"][0]["content"] == "negative" for row, yes in zip(part, positive, strict=True) if not yes
-        )
-    return right / len(rows)
+        if choices:
+            row, first = torch.arange(len(labels)), (labels != -100).int().argmax(dim=1)
+            likeliest = output.logits[row, first][:, choices].argmax(dim=1)
+            right += int((torch.tensor(choices)[likeliest.cpu()] == labels[row, first].cpu()).sum())
+        rows += len(labels)
+    return {"loss": total / num_tokens} | ({"accuracy": right / rows} if choices else {})
 
 
 def num_adapter_parameters(model: PeftModel) -> int:
     return sum(parameter.numel() for name, parameter in model.named_parameters() if "lora_" in name)
 
 
-def folder_size(folder: Path) -> str:
-    return f"{sum(file.stat().st_size for file in folder.glob('*.safetensors')) / 1e6:.1f} MB"
+def file_size(folder: Path) -> str:
+    return f"{(folder / 'adapter_model.safetensors').stat().st_size / 1e6:.1f} MB"
+
+
+def random_setting(model: PeftModel, scores: ImportanceScores, draw: int) -> FanLoraSetting:
+    """Keeps as many modules of each layer as the scored setting, drawn at random."""
+    layers = scores.to_dataframe().groupby("layer")["module"]
+    generator = random.Random(draw)
+    names = [name for _, layer in layers for name in generator.sample(layer.tolist(), MODULES_PER_LAYER)]
+    return FanLoraSetting.from_modules(model.get_base_model(), names)
+
+
+def find_setting(run: Run, instructions: Dataset, steps: int) -> tuple[ImportanceScores, dict[str, Any]]:
+    """Steps (a) to (c); writes the setting and the adapter, and returns what each way of pruning loses."""
+    console.rule("(a) LoRA on all linear layers")
+    model = get_peft_model(run.base(), FanLoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"))
+    model.print_trainable_parameters()
+    held_out = instructions.select(range(NUM_HELD_OUT))
+    calibration = instructions.select(range(NUM_HELD_OUT, NUM_HELD_OUT + NUM_CALIBRATION))
+    training = instructions.select(range(NUM_HELD_OUT + NUM_CALIBRATION, len(instructions)))
+    trainer = run.trainer(model, steps, training, held_out=held_out, calibration=calibration)
+    test = trainer.get_eval_dataloader("held_out")
+    results: dict[str, Any] = {}
+
+    def record(name: str, model: PeftModel, folder: Path | None = None) -> None:
+        size = folder and file_size(folder)
+        results[name] = {**evaluate(model, test, name), "parameters": num_adapter_parameters(model), "file": size}
+
+    with model.disable_adapter():
+        results["base model"] = {**evaluate(model, test, "base model"), "parameters": 0, "file": None}
+    trainer.train()
+    model.save_pretrained(run.output / "all-modules")
+    record("LoRA on all modules", model, run.output / "all-modules")
+
+    console.rule("(b) a score for each module")
+    scores = model.score_modules(trainer.get_eval_dataloader("calibration"), method="path")
+
+    console.rule(f"(c) the best {MODULES_PER_LAYER} modules of each layer")
+    setting = model.prune_modules(scores.select(modules_per_layer=MODULES_PER_LAYER))
+    console.print(str(setting), highlight=False)
+    setting.save_pretrained(run.output / "setting")
+    scores.plot(run.output / "importance.png", setting)
+    model.save_pretrained(run.output / "adapter")
+    record("pruned by score", model, run.output / "adapter")
+    for draw in range(RANDOM_DRAWS):
+        other = AutoPeftModelForCausalLM.from_pretrained(run.output / "all-modules")
+        other.prune_modules(random_setting(other, scores, draw))
+        record(f"pruned at random, draw {draw + 1}", other)
+
+    export_lora(model, run.output / "plain-lora")
+    results["sample"] = sample(run, model, held_out[0]["prompt"])
+    return scores, results
+
+
+def sample(run: Run, model: PeftModel, messages: list[assets.Message]) -> str:
+    """Answers a prompt, and checks that the exported adapter gives the same answer without this package."""
+    tokenizer = run.tokenizer
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    command = [sys.executable, "-c", PLAIN_PEFT, run.base_model, str(run.output / "plain-lora"), prompt]
+    exported = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    if exported != answer:
+        raise RuntimeError(f"the exported adapter answers {exported!r}, the original {answer!r}")
+    return f"{messages[-1]['content']} {answer}"
+
+
+def use_setting(run: Run, scores: ImportanceScores, rows: list[assets.Row], steps: int) -> dict[str, Any]:
+    """Step (d): fresh adapters with the same number of parameters on three choices of modules."""
+    console.rule("(d) the setting on another task")
+    base = run.base()
+    setting = FanLoraSetting.from_pretrained(run.output / "setting")
+    on_all = FanLoraSetting.from_modules(base, scores)
+    on_q_v = FanLoraSetting.from_modules(base, [name for name in scores if name.endswith(("q_proj", "v_proj"))])
+    all_modules = LoraConfig(r=RANK_ON_ALL_MODULES, target_modules=on_all.names)
+    budget = num_adapter_parameters(get_peft_model(run.base(), all_modules))
+
+    def config(config_class: type[LoraConfig], choice: FanLoraSetting, **target: Any) -> LoraConfig:
+        rank = choice.rank_for_budget(base, budget)
+        return config_class(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **target)
+
+    configs = {
+        "FanLoRA": config(FanLoraConfig, setting, setting=run.output / "setting"),
+        "LoRA on all modules": config(LoraConfig, on_all, target_modules="all-linear"),
+        "LoRA on Q and V": config(LoraConfig, on_q_v, target_modules=["q_proj", "v_proj"]),
+    }
+    test, training = Dataset.from_list(rows[:NUM_TASK_HELD_OUT]), Dataset.from_list(rows[NUM_TASK_HELD_OUT:])
+    tokenizer = run.tokenizer
+    labels = tuple(tokenizer(label, add_special_tokens=False)["input_ids"][0] for label in ("negative", "positive"))
+    results: dict[str, Any] = {}
+    for name, lora in configs.items():
+        model = get_peft_model(run.base(), lora)
+        trainer = run.trainer(model, steps, training, test=test)
+        batches = trainer.get_eval_dataloader("test")
+        if not results:
+            with model.disable_adapter():
+                results["base model"] = {**evaluate(model, batches, "base model", labels), "r": 0, "parameters": 0}
+        trainer.train()
+        figures = {"r": lora.r, "parameters": num_adapter_parameters(model)}
+        results[name] = {**evaluate(model, batches, name, labels), **figures}
+    return results
+
+
+def table(title: str, results: dict[str, dict[str, Any]], formats: dict[str, str]) -> Table:
+    """Lays results out as a table with a row a model; figures that a model does not have stay empty."""
+    built = Table("", title=title)
+    for column in formats:
+        built.add_column(column, justify="right")
+    for name, figures in results.items():
+        built.add_row(name, *(format(figures[key], form) if figures[key] else "" for key, form in formats.items()))
+    return built
 
 
 def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a chat model [default: SmolLM2-135M-Instruct]")] = "",
     dataset: Annotated[str, typer.Option(help="Hub id of a prompt-completion data set [default: WordNet]")] = "",
     output: Annotated[Path, typer.Option(help="Where the results go")] = Path("quickstart-output"),
-    steps: Annotated[int, typer.Option(help="Training steps of (a)")] = 50,
-    task_steps: Annotated[int, typer.Option(help="Training steps of each run of (d)")] = 30,
+    steps: Annotated[int, typer.Option(help="Training steps of (a)")] = 40,
+    task_steps: Annotated[int, typer.Option(help="Training steps of each run of (d)")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of all runs")] = 0,
 ) -> None:
     """Runs the four steps and prints what they gain."""
     started = time.perf_counter()
-    console = Console()
-    output.mkdir(parents=True, exist_ok=True)
-    base_folder = model or str(assets.model_folder())
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
-
-    def base() -> PreTrainedModel:
-        set_seed(seed)
-        return AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-
+    run = Run(model or str(assets.model_folder()), output, seed)
     needed = NUM_HELD_OUT + NUM_CALIBRATION + steps * BATCH_SIZE
     if dataset:
         instructions = load_dataset(dataset, split="train").shuffle(seed=seed).select(range(needed))
     else:
         instructions = Dataset.from_list(assets.glosses()[:needed])
-    held_out = instructions.select(range(NUM_HELD_OUT))
-    calibration = instructions.select(range(NUM_HELD_OUT, NUM_HELD_OUT + NUM_CALIBRATION))
-    training = instructions.select(range(NUM_HELD_OUT + NUM_CALIBRATION, needed))
 
-    console.rule("(a) LoRA on all linear layers")
-    peft_model = get_peft_model(base(), FanLoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"))
-    peft_model.print_trainable_parameters()
-    data = {"train_dataset": training, "eval_dataset": {"held_out": held_out, "calibration": calibration}}
-    trainer = sft_trainer(peft_model, tokenizer, output, steps, 1e-3, **data)
-    test_batches = trainer.get_eval_dataloader("held_out")
-    with peft_model.disable_adapter():
-        losses = {"base model": (label_loss(peft_model, test_batches, "base model"), 0, "")}
-    trainer.train()
-    peft_model.save_pretrained(output / "all-modules")
-    losses["LoRA on all modules"] = (
-        label_loss(peft_model, test_batches, "all modules"),
-        num_adapter_parameters(peft_model),
-        folder_size(output / "all-modules"),
-    )
+    scores, definitions = find_setting(run, instructions, steps)
+    reviews = assets.sentiment()[: NUM_TASK_HELD_OUT + task_steps * BATCH_SIZE]
+    sentiment = use_setting(run, scores, reviews, task_steps)
 
-    console.rule("(b) a score for each module")
-    scores = peft_model.score_modules(trainer.get_eval_dataloader("calibration"), method="path")
-
-    console.rule(f"(c) the best {MODULES_PER_LAYER} modules of each layer")
-    setting = peft_model.prune_modules(scores.select(modules_per_layer=MODULES_PER_LAYER))
-    console.print(str(setting), highlight=False)
-    scores.plot(output / "importance.png", setting)
-    setting.save_pretrained(output / "setting")
-    peft_model.save_pretrained(output / "adapter")
-    export_lora(peft_model, output / "plain-lora")
-    parameters, size = num_adapter_parameters(peft_model), folder_size(output / "adapter")
-    losses["pruned by score"] = (label_loss(peft_model, test_batches, "by score"), parameters, size)
-    names_by_layer: dict[str, list[str]] = {}
-    for name in scores:
-        names_by_layer.setdefault(name.rpartition(".layers.")[2].split(".")[0], []).append(name)
-    for draw in range(RANDOM_DRAWS):
-        rng = random.Random(draw)
-        names = [name for names in names_by_layer.values() for name in rng.sample(names, MODULES_PER_LAYER)]
-        randomly = AutoPeftModelForCausalLM.from_pretrained(output / "all-modules")
-        randomly.prune_modules(FanLoraSetting.from_modules(randomly.get_base_model(), names))
-        loss = label_loss(randomly, test_batches, f"at random, draw {draw + 1}")
-        losses[f"pruned at random, draw {draw + 1}"] = (loss, num_adapter_parameters(randomly), "")
-
-    question = instructions[0]["prompt"]
-    prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    peft_model.eval()
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(peft_model.device)
-    generated = peft_model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    answer = tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    command = [sys.executable, "-c", PLAIN_PEFT, base_folder, str(output / "plain-lora"), prompt]
-    plain_answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    if plain_answer != answer.strip():
-        raise RuntimeError(f"the exported adapter answers {plain_answer!r}, the original {answer.strip()!r}")
-
-    console.rule("(d) the setting on another task")
-    rows = assets.sentiment()[: NUM_TASK_HELD_OUT + task_steps * BATCH_SIZE]
-    task_test, task_training = rows[:NUM_TASK_HELD_OUT], Dataset.from_list(rows[NUM_TASK_HELD_OUT:])
-    untrained = base()
-    on_all = FanLoraSetting.from_modules(untrained, scores)
-    on_q_v = FanLoraSetting.from_modules(untrained, [name for name in scores if name.endswith(("q_proj", "v_proj"))])
-    budget = num_adapter_parameters(
-        get_peft_model(base(), LoraConfig(r=RANK_OF_LORA_ON_ALL, target_modules=on_all.names))
-    )
-    configs: dict[str, LoraConfig] = {}
-    for name, choice in {"FanLoRA": setting, "LoRA, all linear layers": on_all, "LoRA, Q and V": on_q_v}.items():
-        rank = choice.rank_for_budget(untrained, budget)
-        common = {"r": rank, "lora_alpha": 2 * rank, "task_type": "CAUSAL_LM"}
-        is_fanlora = name == "FanLoRA"
-        configs[name] = (
-            FanLoraConfig(setting=str(output / "setting"), **common)
-            if is_fanlora
-            else LoraConfig(target_modules=choice.names, **common)
-        )
-    task = {"base model": (accuracy(untrained, tokenizer, task_test), float("nan"), 0, 0)}
-    for name, config in configs.items():
-        task_model = get_peft_model(base(), config)
-        tuner = sft_trainer(
-            task_model,
-            tokenizer,
-            output,
-            task_steps,
-            1e-3,
-            train_dataset=task_training,
-            eval_dataset=Dataset.from_list(task_test),
-        )
-        tuner.train()
-        loss = label_loss(task_model, tuner.get_eval_dataloader(), name)
-        task[name] = (accuracy(task_model, tokenizer, task_test), loss, config.r, num_adapter_parameters(task_model))
-
-    report(console, losses, task, question[-1]["content"], answer.strip())
-    results = {"seed": seed, "steps": steps, "task_steps": task_steps, "definitions": losses, "sentiment": task}
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    answer = definitions.pop("sample")
+    title = f"Loss on {NUM_HELD_OUT} held-out instructions; nothing is retrained after pruning"
+    console.print(table(title, definitions, {"loss": ".3f", "parameters": ",", "file": ""}))
+    title = f"Sentiment of {NUM_TASK_HELD_OUT} held-out reviews after {task_steps} steps; a fresh adapter each"
+    console.print(table(title, sentiment, {"accuracy": ".3f", "loss": ".3f", "r": "", "parameters": ","}))
+    console.print(f"[bold]{answer}[/bold]\n(the exported plain LoRA gives the same answer without this package)")
+    results = {"seed": seed, "steps": steps, "task_steps": task_steps, "sample": answer}
+    content = json.dumps({**results, "instructions": definitions, "sentiment": sentiment}, indent=2)
+    (output / "results.json").write_text(content + "\n")
     console.print(f"Everything is in {output}/. It took {(time.perf_counter() - started) / 60:.1f} minutes.")
-
-
-def report(
-    console: Console,
-    losses: dict[str, tuple[float, int, str]],
-    task: dict[str, tuple[float, float, int, int]],
-    question: str,
-    answer: str,
-) -> None:
-    """Prints the two tables and the sample."""
-    table = Table(title=f"Definitions: loss on {NUM_HELD_OUT} held-out ones, nothing retrained after pruning")
-    for column in ("", "nats a token", "parameters", "file"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, (loss, parameters, size) in losses.items():
-        table.add_row(name, f"{loss:.3f}", f"{parameters:,}" if parameters else "", size)
-    console.print(table)
-
-    table = Table(title=f"Sentiment: a fresh adapter each, {NUM_TASK_HELD_OUT} held-out reviews")
-    for column in ("", "accuracy", "nats a token", "r", "parameters"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, (right, loss, rank, parameters) in task.items():
-        trained = (f"{loss:.3f}", str(rank), f"{parameters:,}") if parameters else ("", "", "")
-        table.add_row(name, f"{right:.3f}", *trained)
-    console.print(table)
-    console.print(f"{question}\n[bold]{answer}[/bold]\n(the exported plain LoRA, loaded without this package, agrees)")
 
 
 if __name__ == "__main__":

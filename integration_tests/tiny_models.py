@@ -119,3 +119,27 @@ def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Returns the model's output without a gradient."""
     with torch.no_grad():
         return model(**batch).logits
+
+
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Makes a tokenizer of a few words, with a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", ":", *(f"w{index}" for index in range(VOCAB - 7))]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    made.chat_template = (
+        "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] + ' </s> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+    )
+    return made
+
+
+def sentences(rows: int, seed: int = 0) -> list[str]:
+    """Makes text in which each word is followed by its successor, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, VOCAB - 20, (rows,), generator=generator).tolist()
+    return [" ".join(f"w{start + step}" for step in range(8)) for start in starts]

@@ -215,7 +215,10 @@ def _log(trainer: Trainer, scores: ImportanceScores, setting: FanLoraSetting) ->
         role = Module.parse(name).role
         by_role[role] = by_role.get(role, 0.0) + score
     counts = {"fanlora/modules_scored": float(len(scores)), "fanlora/modules_kept": float(len(setting.kept))}
-    trainer.log(counts | {f"fanlora/{scores.method}/{role}": score for role, score in by_role.items()})
+    should_log = trainer.control.should_log  # of this step, which logging would take for done
+    # TRL's own `log` would add its running metrics to these and start them anew.
+    Trainer.log(trainer, counts | {f"fanlora/{scores.method}/{role}": score for role, score in by_role.items()})
+    trainer.control.should_log = should_log
     history: list[Any] = trainer.state.log_history
     history.append({"step": trainer.state.global_step, "fanlora_scores": dict(scores)})
 
