@@ -1,0 +1,92 @@
+"""The examples, the benchmarks and the README's code run as they stand, at a small size."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import assets
+import pytest
+from tiny_models import TINY
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def tiny_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A chat model with SmolLM2's tokenizer and next to no weights."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder())
+    tokenizer.save_pretrained(folder)
+    config = {**TINY["llama"].config, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
+    return folder
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_quickstart(tiny_chat_model: Path, tmp_path: Path) -> None:
+    arguments = ["--model", tiny_chat_model, "--steps", "2", "--task-steps", "2", "--output", tmp_path / "out"]
+    printed = run("examples/quickstart.py", *arguments)
+    assert "pruned at random, draw 3" in printed
+    assert "LoRA on Q and V" in printed
+    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    for file in ("importance.png", "setting/fanlora_setting.json", "adapter/fanlora_setting.json", "results.json"):
+        assert file in files
+    assert json.loads((tmp_path / "out/plain-lora/adapter_config.json").read_text())["peft_type"] == "LORA"
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    pruned = results["instructions"]["pruned by score"]["parameters"]
+    assert {results["instructions"][f"pruned at random, draw {draw}"]["loss"] for draw in (1, 2, 3)}
+    assert pruned < results["instructions"]["LoRA on all modules"]["parameters"]
+
+
+def test_scoring_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "scoring.json"
+    run("benchmarks/scoring.py", "--model", tiny_chat_model, "--steps", "1", "--output", file)
+    result = json.loads(file.read_text())
+    assert result["modules"] == 21
+    assert set(result["seconds"]) == {"path", "ablation", "sensitivity", "output_norm", "weight_norm"}
+    assert result["machine"]["threads"] >= 1
+
+
+def test_the_readme_code_runs(tiny_chat_model: Path, tmp_path: Path) -> None:
+    code = next(iter(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)))
+    rows = [{"prompt": "w1 w2 w3", "completion": f" w{index}"} for index in range(120)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for there, here in {
+        '"HuggingFaceTB/SmolLM2-135M-Instruct"': f'"{tiny_chat_model}"',
+        'load_dataset("trl-lib/tldr", split="train[:2000]")': 'load_dataset("json", data_files="rows.jsonl", split="train")',
+        "num_parameters=1_000_000": "num_parameters=5_000",
+        "from trl import SFTTrainer": "from trl import SFTConfig, SFTTrainer",
+        "SFTTrainer(model, ": "SFTTrainer(model, args=SFTConfig('output', use_cpu=True, max_steps=3), ",
+    }.items():
+        assert there in code
+        code = code.replace(there, here)
+    (tmp_path / "readme.py").write_text(code)
+    run("readme.py", cwd=tmp_path)
+    assert (tmp_path / "my-setting" / "fanlora_setting.json").exists()
+    assert (tmp_path / "plain-lora" / "adapter_model.safetensors").exists()
+
+
+def test_a_download_that_is_not_the_expected_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PEFT_FANLORA_CACHE", str(tmp_path))
+    write = (sys.executable, "-c", "open('file', 'w').write('something else')")
+    with pytest.raises(RuntimeError, match="expected 0000: it was not kept"):
+        assets.Download(write, "0000").path("thing")
+    fail = (sys.executable, "-c", "raise SystemExit(1)")
+    with pytest.raises(RuntimeError, match="downloading thing failed"):
+        assets.Download(fail, "0000").path("thing")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_data_has_no_row_twice() -> None:
+    for rows in (assets.glosses(), assets.sentiment()):
+        prompts = [row["prompt"][-1]["content"] for row in rows]
+        assert len(set(prompts)) == len(prompts) > 10_000
