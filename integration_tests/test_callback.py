@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -272,6 +273,16 @@ def test_other_models_are_refused_when_training_begins(tmp_path: Path) -> None:
     several.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"\['default', 'other'\] are active"):
         sft(tmp_path, FanLoraCallback(CALIBRATION, modules_per_layer=2), several).train()
+
+
+@pytest.mark.parametrize("engine", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_engines_that_hold_on_to_parameters_are_refused(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = SimpleNamespace(model_wrapped=None, is_fsdp_enabled=False, is_deepspeed_enabled=False)
+    setattr(trainer, engine, True)
+    monkeypatch.setattr("peft_fanlora.fanlora.callback._running_trainer", lambda callback: trainer)
+    callback = FanLoraCallback(CALIBRATION, modules_per_layer=2)
+    with pytest.raises(ValueError, match="cannot prune under DistributedDataParallel, FSDP or DeepSpeed"):
+        callback.on_train_begin(None, None, None, model=adapted())
 
 
 def test_outside_a_trainer_it_says_so() -> None:

@@ -50,7 +50,7 @@ class FanLoraModel(LoraModel):
         config: Any = self.peft_config[adapter_name]
         if isinstance(config.setting, FanLoraSetting):
             setting = config.setting.resolve(model)
-            if config.target_modules == "all-linear":
+            if str(config.target_modules).lower() == "all-linear":
                 config.target_modules = set(setting.names)
             elif chosen := _disagreement(self, config, model, setting):
                 raise ValueError(

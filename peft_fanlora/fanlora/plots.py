@@ -5,7 +5,6 @@ from collections.abc import Collection, Mapping
 
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from .modules import Module
 
@@ -16,13 +15,13 @@ def plot_modules(
     """Draws one panel a stack: layers along the x axis, roles along the y axis, the score as colour.
 
     A few modules tend to score far above the rest, so the colour scale is symmetric-logarithmic: linear up to a
-    hundredth of the largest score, logarithmic above.
+    tenth of the largest score, logarithmic above.
 
     Args:
         scores: the modules' scores.
         path: the image file.
         title: stands above the panels.
-        kept: modules to frame, those of a setting.
+        kept: modules to mark with a dot, those of a setting.
     """
     stacks = list(dict.fromkeys(module.stack for module in scores))
     roles = {stack: list(dict.fromkeys(m.role for m in scores if m.stack == stack)) for stack in stacks}
@@ -35,7 +34,7 @@ def plot_modules(
         len(stacks), squeeze=False, gridspec_kw={"height_ratios": [len(roles[stack]) for stack in stacks]}
     )
     limit = max(map(abs, scores.values())) or 1.0
-    norm = SymLogNorm(linthresh=limit / 100, vmin=min(0.0, *scores.values()), vmax=limit)
+    norm = SymLogNorm(linthresh=limit / 10, vmin=min(0.0, *scores.values()), vmax=limit)
     for stack, (axes,) in zip(stacks, panels, strict=True):
         grid = [[float("nan")] * depths[stack] for _ in roles[stack]]
         for module, score in scores.items():
@@ -47,10 +46,9 @@ def plot_modules(
         axes.set_xticks(range(0, depths[stack], step))
         axes.tick_params(axis="x", labelsize=7)
         axes.set_xlabel("layer" if len(stacks) == 1 else f"layer of {stack}", fontsize=8)
-        for module in kept:
-            if module.stack == stack:
-                corner = (module.layer - 0.5, roles[stack].index(module.role) - 0.5)
-                axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="tab:red", linewidth=1.2))
+        dots = [(module.layer, roles[stack].index(module.role)) for module in kept if module.stack == stack]
+        if dots:
+            axes.scatter(*zip(*dots, strict=True), s=16, color="white", edgecolor="black", linewidth=0.8)
         figure.colorbar(image, ax=axes, label="score", pad=0.01)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)

@@ -69,7 +69,7 @@ class ImportanceScores(Mapping[str, float]):
 
         Args:
             path: the file; its suffix says the format, as for `matplotlib.figure.Figure.savefig`.
-            setting: frames the modules that this setting keeps.
+            setting: marks the modules that this setting keeps.
         """
         from .plots import plot_modules
 
