@@ -3,6 +3,7 @@
 import random
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from itertools import islice
@@ -238,6 +239,11 @@ class FanLoraModel(LoraModel):
             }
             kept = [name for name in layers if name in saved]
             if kept and saved <= adapted_layers(tuner.model, adapter_name).keys() and len(kept) < len(layers):
+                warnings.warn(
+                    f"The weights to load have {len(kept)} of the {len(layers)} modules of adapter {adapter_name!r}: they "
+                    "were saved after pruning, so the adapter is pruned to these modules.",
+                    stacklevel=2,
+                )
                 tuner.prune_modules(FanLoraSetting.from_modules(tuner.model, kept), adapter_name=adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -334,9 +340,10 @@ def _inference_state(tuner: FanLoraModel, adapter_name: str) -> Iterator[None]:
     training = [(module, module.training) for module in tuner.modules()]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
     active = tuner.active_adapter
+    devices = {parameter.device for parameter in tuner.parameters() if parameter.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices):
             tuner.set_adapter(adapter_name)
             tuner.requires_grad_(False)
             tuner.eval()

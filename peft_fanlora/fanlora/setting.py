@@ -252,23 +252,18 @@ class FanLoraSetting:
         return f"FanLoraSetting({len(self.kept)} modules kept, model_type={self.model_type!r})"
 
     def __str__(self) -> str:
-        """A small table: for each role the layers that keep it."""
-        total = len(self.kept) + len(self.dropped)
+        """A small table: for each role the layers that keep it, the most frequent role first."""
+        of_all = f" of {len(self.kept) + len(self.dropped)}" if self.dropped else ""
         how = f", by {self.calibration['method']}" if "method" in self.calibration else ""
         layers: dict[str, list[int]] = {}
-        several_stacks = len(self.num_layers) > 1
         for module in self.kept:
-            layers.setdefault(f"{module.stack}.*.{module.role}" if several_stacks else module.role, []).append(
-                module.layer
-            )
+            role = module.role if len(self.num_layers) == 1 else f"{module.stack}.*.{module.role}"
+            layers.setdefault(role, []).append(module.layer)
         width = max(map(len, layers))
-        rows = [f"{role:<{width}}  {len(found):>5}  {_ranges(found)}" for role, found in layers.items()]
-        head = (
-            f"FanLoRA setting: {len(self.kept)} of {total} modules{how}"
-            if self.dropped
-            else (f"FanLoRA setting: {len(self.kept)} modules{how}")
-        )
-        return "\n".join([head, f"{'role':<{width}}  count  layers", *rows])
+        by_count = sorted(layers.items(), key=lambda item: -len(item[1]))
+        rows = [f"{role:<{width}}  {len(found):>5}  {_ranges(found)}" for role, found in by_count]
+        title = f"FanLoRA setting: {len(self.kept)}{of_all} modules{how}"
+        return "\n".join([title, f"{'role':<{width}}  count  layers", *rows])
 
 
 def _relative_layer(layer: int, depth: int, source_depth: int) -> int:
