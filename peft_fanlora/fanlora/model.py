@@ -1,8 +1,6 @@
 """FanLoraModel: LoRA that can score its modules and drop the less important ones."""
 
 import random
-import re
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -15,13 +13,13 @@ import torch
 import transformers
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils import _get_submodules
 from torch import nn
 
 from .config import FanLoraConfig
 from .gates import InitialFactors, factors
 from .importance import METHODS, Method, score
 from .modules import Module, adapted_layers, candidates, lora_modules, model_type, num_layers
+from .pruning import give_back, is_running, remove_adapter, rewrite_targets
 from .scores import ImportanceScores
 from .setting import FanLoraSetting
 
@@ -192,7 +190,7 @@ class FanLoraModel(LoraModel):
                 f"`setting` is a {type(setting).__name__}; pass what `scores.select(...)` or "
                 "`FanLoraSetting.from_pretrained(...)` returns."
             )
-        if _is_running(self.model):
+        if is_running(self.model):
             raise RuntimeError(
                 "The model is in the middle of a forward pass, whose layers cannot be removed; prune between steps."
             )
@@ -217,9 +215,9 @@ class FanLoraModel(LoraModel):
 
         for name in dropped:
             if name in initial:
-                _give_back(layers[name], adapter_name, initial.pop(name))
-            _remove_adapter(self, name, layers[name], adapter_name)
-        _rewrite_targets(self, adapter_name, setting)
+                give_back(layers[name], adapter_name, initial.pop(name))
+            remove_adapter(self, name, layers[name], adapter_name)
+        rewrite_targets(self, adapter_name, setting)
         return setting
 
     @classmethod
@@ -300,40 +298,6 @@ def _disagreement(tuner: FanLoraModel, config: FanLoraConfig, model: nn.Module, 
     return next(iter(sorted(targeted ^ set(setting.names))), None)
 
 
-def _remove_adapter(tuner: FanLoraModel, name: str, layer: LoraLayer, adapter_name: str) -> None:
-    """Deletes one adapter from a layer, and the layer's LoRA with it if that was the last."""
-    # PEFT would activate another adapter on this one layer in place of a deleted active one.
-    active = layer._active_adapter
-    layer._active_adapter = []
-    layer.delete_adapter(adapter_name)
-    layer._active_adapter = active
-    if not layer._all_available_adapter_names():
-        parent, target, target_name = _get_submodules(tuner.model, name)
-        tuner._replace_module(parent, target_name, layer.base_layer, target)
-
-
-def _give_back(layer: Any, adapter_name: str, initial: InitialFactors) -> None:
-    """Adds to a base weight what an initialisation such as PiSSA's took out of it."""
-    weight = layer.get_base_weight()
-    A, B = (factor.to(weight.device, torch.float32) for factor in initial)
-    delta = layer.scaling[adapter_name] * (B @ A)
-    layer.set_base_weight((weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype))
-
-
-def _rewrite_targets(tuner: FanLoraModel, adapter_name: str, setting: FanLoraSetting) -> None:
-    """Lets the configuration name exactly the modules that are left, so that saving and loading round-trips."""
-    names = set(adapted_layers(tuner.model, adapter_name))
-    config = tuner.peft_config[adapter_name]
-    config.target_modules = names
-    config.setting = setting
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    for pattern in (config.rank_pattern, config.alpha_pattern):
-        for key in [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]:
-            del pattern[key]
-    adapted = {name for name, module in tuner.model.named_modules() if isinstance(module, LoraLayer)}
-    tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name in adapted]
-
-
 @contextmanager
 def _inference_state(tuner: FanLoraModel, adapter_name: str) -> Iterator[None]:
     """The model in eval mode with one adapter active and no parameter to train, and everything as before afterwards."""
@@ -365,14 +329,3 @@ def _prepared(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     if getattr(getattr(model, "config", None), "use_cache", False):
         moved.setdefault("use_cache", False)
     return moved
-
-
-def _is_running(model: nn.Module) -> bool:
-    """Whether some thread is inside the forward pass of `model` at this moment."""
-    modules = set(model.modules())
-    for frame in sys._current_frames().values():
-        while frame is not None:
-            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") in modules:
-                return True
-            frame = frame.f_back  # type: ignore[assignment]
-    return False

@@ -1,0 +1,59 @@
+"""Taking LoRA out of a model, module by module, so that nothing of it is left behind."""
+
+import re
+import sys
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils import _get_submodules
+from torch import nn
+
+from .gates import InitialFactors
+from .modules import adapted_layers
+from .setting import FanLoraSetting
+
+
+def is_running(model: nn.Module) -> bool:
+    """Whether some thread is inside the forward pass of `model` at this moment."""
+    modules = set(model.modules())
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") in modules:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def remove_adapter(tuner: LoraModel, name: str, layer: LoraLayer, adapter_name: str) -> None:
+    """Deletes one adapter from a layer, and the layer's LoRA with it if that was the last."""
+    # PEFT would activate another adapter on this one layer in place of a deleted active one.
+    active = layer._active_adapter
+    layer._active_adapter = []
+    layer.delete_adapter(adapter_name)
+    layer._active_adapter = active
+    if not layer._all_available_adapter_names():
+        parent, target, target_name = _get_submodules(tuner.model, name)
+        tuner._replace_module(parent, target_name, layer.base_layer, target)
+
+
+def give_back(layer: Any, adapter_name: str, initial: InitialFactors) -> None:
+    """Adds to a base weight what an initialisation such as PiSSA's took out of it."""
+    weight = layer.get_base_weight()
+    A, B = (factor.to(weight.device, torch.float32) for factor in initial)
+    delta = layer.scaling[adapter_name] * (B @ A)
+    layer.set_base_weight((weight.float() + (delta.T if layer.fan_in_fan_out else delta)).to(weight.dtype))
+
+
+def rewrite_targets(tuner: LoraModel, adapter_name: str, setting: FanLoraSetting) -> None:
+    """Lets the configuration name exactly the modules that are left, so that saving and loading round-trips."""
+    names = set(adapted_layers(tuner.model, adapter_name))
+    config: Any = tuner.peft_config[adapter_name]
+    config.target_modules = names
+    config.setting = setting
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        for key in [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]:
+            del pattern[key]
+    adapted = {name for name, module in tuner.model.named_modules() if isinstance(module, LoraLayer)}
+    tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name in adapted]
