@@ -39,7 +39,7 @@ LEARNING_RATE = 1e-3
 NUM_CALIBRATION = 16
 NUM_HELD_OUT = 64
 NUM_TASK_HELD_OUT = 128
-RANK_ON_ALL_MODULES = 3
+RANK_ON_ALL_MODULES = 4
 """Of LoRA on all modules in (d); the others get the rank that comes closest to its number of parameters."""
 
 # Loads a folder written by export_lora in a process that never imports peft_fanlora, and completes a prompt.
