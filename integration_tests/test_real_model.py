@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         optimizer.zero_grad()
     model.save_pretrained(folder)
     held_out, calibration = batches(rows[:16], tokenizer, size=8), batches(rows[16:24], tokenizer, size=8)
-    scores = model.eval().score_modules(calibration, progress=False)
+    scores = model.eval().score_modules(calibration, num_points=16, progress=False)
     return {"folder": folder, "held_out": held_out, "calibration": calibration, "scores": scores}
 
 
