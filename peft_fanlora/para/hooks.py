@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -170,19 +171,25 @@ class CallHooks:
     def _refuse_longer_prompt(
         self, kept: CachedVectors, cached: int, tokens: int | None, prompt_mask: torch.Tensor | None
     ) -> None:
-        """Raises where a call brings more of a prompt whose vectors are already made."""
+        """Raises where a call brings more of a prompt whose vectors are already made.
+
+        The first token after a prompt is never in doubt, and neither is a call within the `generate` of that prompt,
+        or of a model that drafts for another: there several accepted tokens come back at once.
+        """
         generation = self.state.current.generation
         if prompt_mask is not None:
             longer = bool(prompt_mask.any())
-        elif cached > kept.prompt_length or tokens is None or tokens < 2:
+        elif generation is not None and generation.drafts:
+            longer = False
+        elif cached >= kept.prompt_length and (cached > kept.prompt_length or tokens is None or tokens < 2):
             longer = False
         else:
             longer = generation is None or generation.length is None or generation.length > kept.prompt_length
         if longer:
             raise ValueError(
-                f"The cache holds exactly the {kept.prompt_length} tokens of a prompt, whose vectors are made, and this "
-                f"call brings {tokens} more tokens: were they prompt too, the vectors would have to be made from all of "
-                "them. Pass the whole prompt in one call (no prefill_chunk_size, no prefix from another prompt). If the "
+                f"The cache holds {cached} tokens and the vectors of a prompt of {kept.prompt_length}, and this call "
+                f"brings {tokens} more tokens: were they prompt too, the vectors would have to be made from all of "
+                "it. Pass the whole prompt in one call (no prefill_chunk_size, no prefix from another prompt). If the "
                 "tokens go on from the prompt, say so with prompt_mask=torch.zeros(batch, tokens, dtype=torch.bool)."
             )
 
@@ -312,15 +319,17 @@ class PromptKeepingGenerate:
         generate = self.wrapped or type(self.model).generate.__get__(self.model)
         if not self.state.active_adapters():
             return generate(*args, **kwargs)
-        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        config = config or self.model.generation_config
+        config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or self.model.generation_config
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if chunk is not None:
             raise ValueError(
                 f"prefill_chunk_size={chunk} splits the prompt, but PARA makes its vectors from the whole prompt, when "
                 "it first passes: leave prefill_chunk_size out."
             )
-        with self.state.generating(self._generation(args, kwargs, prompt_mask)):
+        generation = self._generation(args, kwargs, prompt_mask)
+        if getattr(config, "is_assistant", False):
+            generation = replace(generation, drafts=True)
+        with self.state.generating(generation):
             return generate(*args, **kwargs)
 
     def _generation(

@@ -120,11 +120,13 @@ class Generation:
         length: the tokens of its prompt; None where it begins with none, or where the encoder reads it.
         input_ids: the prompt's ids, (batch, length), which tell its calls from others that are made meanwhile.
         prompt_mask: the prompt as the caller gives it, bool (batch, length).
+        drafts: whether it drafts tokens for another model's `generate`.
     """
 
     length: int | None = None
     input_ids: torch.Tensor | None = None
     prompt_mask: torch.Tensor | None = None
+    drafts: bool = False
 
     def owns(self, input_ids: torch.Tensor | None) -> bool:
         """Says whether a call that fills a cache, or has none, is one of this generation's."""
