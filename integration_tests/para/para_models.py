@@ -135,6 +135,11 @@ def tiny(name: str, seed: int = 0, **overrides) -> nn.Module:
     else:
         config_class, fields = SEQ2SEQ[name]
         model = tf.AutoModelForSeq2SeqLM.from_config(config_class(**{**fields, **overrides}))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.25)

@@ -1,7 +1,7 @@
 """The vector generator of a block: pool -> normalise -> down -> activation -> up.
 
-The functions are pure; `VectorGenerator` holds their parameters. All of it computes in float32, whatever the dtype of
-the model: a bfloat16 sum over a long prompt stops growing, and a bfloat16 scale near 1 has steps of 0.008.
+The functions are pure; `VectorGenerator` holds their parameters. All of it computes in float32, or in
+float64 where the model does: a bfloat16 sum over a long prompt stops growing, and a bfloat16 scale near 1 has steps of 0.008.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RATIONAL = "rational"
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query: torch.Tensor | None = None) -> torch.Tensor:
-    """Pools the prompt's hidden states of each sequence into one vector, in float32.
+    """Pools the prompt's hidden states of each sequence into one vector.
 
     "attention" is p = Σ_t softmax_t(h_t·w) h_t over the prompt's tokens t [sister]; "mean", "max" and "last" are what
     their names say. A sequence without prompt tokens gives zeros.
@@ -30,10 +30,10 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query: torch.Te
         query: w, (d,), for "attention".
 
     Returns:
-        (batch, sequences, d), float32.
+        (batch, sequences, d), at least float32.
     """
     # What lies outside of every prompt may be anything, even NaN, and 0 * NaN is not 0.
-    hidden = hidden.masked_fill(~mask.any(1).unsqueeze(-1), 0).float()
+    hidden = _precise(hidden.masked_fill(~mask.any(1).unsqueeze(-1), 0))
     if pooling == "max":
         lowest = torch.finfo(hidden.dtype).min
         pooled = [
@@ -41,7 +41,11 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query: torch.Te
             for sequence in mask.unbind(1)
         ]
         return torch.stack(pooled, 1)
-    return _token_weights(hidden, mask, pooling, query) @ hidden
+    return _token_weights(hidden, mask, pooling, query).to(hidden.dtype) @ hidden
+
+
+def _precise(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _token_weights(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query: torch.Tensor | None) -> torch.Tensor:
@@ -54,7 +58,7 @@ def _token_weights(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query
         return ((positions == last) & mask).float()
     if query is None:
         raise ValueError('pooling="attention" needs a query.')
-    scores = (hidden @ query.float()).unsqueeze(1)
+    scores = (hidden @ query.to(hidden.dtype)).unsqueeze(1)
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
     return weights * mask
 
@@ -108,7 +112,7 @@ class RationalActivation(nn.Module):
         self.denominator = nn.Parameter(torch.tensor(self.GELU_DENOMINATOR))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rational(x, self.numerator.float(), self.denominator.float())
+        return rational(x, self.numerator.to(x.dtype), self.denominator.to(x.dtype))
 
 
 class VectorGenerator(nn.Module):
@@ -167,9 +171,9 @@ class VectorGenerator(nn.Module):
             mask: which tokens are the prompt of which sequence, bool (batch, sequences, tokens).
 
         Returns:
-            Target name -> (batch, sequences, outputs), float32.
+            Target name -> (batch, sequences, outputs), at least float32.
         """
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             pooled = self.dropout(rms_normalise(pool(hidden, mask, self.pooling, self.query)))
-            code = self.activation(F.linear(pooled, self.down.float())).float()
-            return {name: 1 + F.linear(code, up.float()) for name, up in self.up.items()}
+            code = self.activation(F.linear(pooled, self.down.to(pooled.dtype))).to(pooled.dtype)
+            return {name: 1 + F.linear(code, up.to(pooled.dtype)) for name, up in self.up.items()}
