@@ -176,15 +176,13 @@ class CallHooks:
         The first token after a prompt is never in doubt, and neither is a call within the `generate` of that prompt,
         or of a model that drafts for another: there several accepted tokens come back at once.
         """
-        generation = self.state.current.generation
-        if prompt_mask is not None:
-            longer = bool(prompt_mask.any())
-        elif generation is not None and generation.drafts:
-            longer = False
-        elif cached >= kept.prompt_length and (cached > kept.prompt_length or tokens is None or tokens < 2):
-            longer = False
+        generation = self.state.current.generation or Generation()
+        beyond_prompt = cached > kept.prompt_length or (cached == kept.prompt_length and (tokens or 1) < 2)
+        within_prompt = generation.length is not None and generation.length <= kept.prompt_length
+        if prompt_mask is None:
+            longer = not (beyond_prompt or within_prompt or generation.drafts)
         else:
-            longer = generation is None or generation.length is None or generation.length > kept.prompt_length
+            longer = bool(prompt_mask.any())
         if longer:
             raise ValueError(
                 f"The cache holds {cached} tokens and the vectors of a prompt of {kept.prompt_length}, and this call "

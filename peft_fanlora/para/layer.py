@@ -65,8 +65,8 @@ def scale(result: torch.Tensor, vector: torch.Tensor, segments: torch.Tensor | N
 class ParaBlock:
     """What the target layers of one Transformer block share; not a module, so that nothing is saved twice.
 
-    Whichever of the layers a call reaches first makes the vectors of all of them, from its own input: the hidden states
-    with which the block begins. That happens inside of the layer's `forward`, so that gradient checkpointing, which
+    Whichever of an adapter's layers a call reaches first makes the vectors of all of them, from its own input: the
+    hidden states with which the block begins. That happens inside of the layer's `forward`, so that gradient checkpointing, which
     runs the block once more, makes them once more.
 
     Attributes:
@@ -90,44 +90,50 @@ class ParaBlock:
         owner = self.owners.get(adapter)
         return None if owner is None else cast(VectorGenerator, owner.para_generator[adapter])
 
-    def make_vectors(self, call: PromptPass, hidden: torch.Tensor) -> None:
-        """Adds the vectors of the block's layers to a call.
+    def vector_for(self, layer: ParaLayer, call: PromptPass, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Returns a layer's vector, and keeps it in the call.
 
-        Several active adapters multiply; in a mixed batch each row takes those of its own adapter.
+        Several active adapters multiply; in a mixed batch each row takes the vector of its own adapter.
 
         Args:
+            layer: a layer of the block.
             call: the current call.
-            hidden: the input of the layer that the call reached first.
+            hidden: the layer's input, which is pooled if the layer is the first of an adapter's that the call reaches.
+        """
+        vector = None
+        for adapter in dict.fromkeys(call.rows or call.adapters):
+            target = layer.para_target.get(adapter)
+            if target is None:
+                continue
+            if (self.name, adapter) not in call.made:
+                call.made[self.name, adapter] = self._make_vectors(adapter, call, hidden)
+            made = layer.slices.spread(call.made[self.name, adapter][target])
+            vector = made if vector is None else vector * made
+        call.vectors[layer.name] = vector
+        return vector
+
+    def _make_vectors(self, adapter: str, call: PromptPass, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns an adapter's vectors for its targets in the block; in a mixed batch, 1 in the rows of the others.
 
         Raises:
             ValueError: the hidden states do not have the tokens that the prompt mask speaks of.
         """
-        for layer in self.layers:
-            call.vectors[layer.name] = None
-        named = ((name, self.generator(name)) for name in dict.fromkeys(call.rows or call.adapters))
-        generators = {name: generator for name, generator in named if generator is not None}
-        if not generators:
-            return
+        generator = cast(VectorGenerator, self.generator(adapter))
         hidden = self._prompt_states(call, hidden)
-        for name, generator in generators.items():
-            mask = call.prompts[generator.prompt_end].mask_for(hidden.shape[0], hidden.shape[1], hidden.device)
-            if mask.shape[0] != hidden.shape[0] or mask.shape[2] != hidden.shape[1]:
-                raise ValueError(
-                    f"The block {self.name} sees {hidden.shape[0]} x {hidden.shape[1]} tokens, but the prompt is known "
-                    f"for {mask.shape[0]} x {mask.shape[2]}: take blocks that do not run over the text, such as a "
-                    "vision tower, out of the targets with exclude_modules or a pattern in target_modules."
-                )
-            own = [row for row, row_name in enumerate(call.rows) if row_name == name] if call.rows else None
-            made = generator(hidden, mask) if own is None else generator(hidden[own], mask[own])
-            for layer in self.layers:
-                if (target := layer.para_target.get(name)) is None:
-                    continue
-                vector = layer.slices.spread(made[target])
-                if own is not None:
-                    everyone = vector.new_ones(hidden.shape[0], *vector.shape[1:])
-                    vector = everyone.index_copy(0, torch.tensor(own, device=vector.device), vector)
-                before = call.vectors[layer.name]
-                call.vectors[layer.name] = vector if before is None else before * vector
+        mask = call.prompts[generator.prompt_end].mask_for(hidden.shape[0], hidden.shape[1], hidden.device)
+        if mask.shape[0] != hidden.shape[0] or mask.shape[2] != hidden.shape[1]:
+            raise ValueError(
+                f"The block {self.name} sees {hidden.shape[0]} x {hidden.shape[1]} tokens, but the prompt is known for "
+                f"{mask.shape[0]} x {mask.shape[2]}: take blocks that do not run over the text, such as a vision tower, "
+                "out of the targets with exclude_modules or a pattern in target_modules."
+            )
+        if call.rows is None:
+            return generator(hidden, mask)
+        own = torch.tensor([row for row, name in enumerate(call.rows) if name == adapter], device=hidden.device)
+        return {
+            target: vector.new_ones(hidden.shape[0], *vector.shape[1:]).index_copy(0, own, vector)
+            for target, vector in generator(hidden[own], mask[own]).items()
+        }
 
     def _prompt_states(self, call: PromptPass, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the hidden states to pool, (batch, tokens, d)."""
@@ -224,14 +230,15 @@ class ParaLayer(nn.Module, BaseTunerLayer):
                 "than its blocks, and for activation checkpointing use model.gradient_checkpointing_enable() rather "
                 "than a wrapper around the blocks."
             )
-        if self.name not in call.vectors:
-            if call.from_cache:
-                raise ValueError(
-                    f"The cache holds no vector for {self.name}: it was filled by a call that left this layer out. "
-                    "Fill a new cache with the prompt."
-                )
-            self.block.make_vectors(call, x)
-        vector = call.vectors[self.name]
+        if self.name in call.vectors:
+            vector = call.vectors[self.name]
+        elif call.from_cache:
+            raise ValueError(
+                f"The cache holds no vector for {self.name}: it was filled by a call that left this layer out. "
+                "Fill a new cache with the prompt."
+            )
+        else:
+            vector = self.block.vector_for(self, call, x)
         return result if vector is None else scale(result, vector, call.segments)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

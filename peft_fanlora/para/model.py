@@ -121,7 +121,6 @@ class ParaModel(BaseTuner):
         slices = scaled_outputs(getattr(self.model, "config", None), current_key, linear_shape(target)[1])
         layer = ParaLayer(target, current_key, block, slices)
         layer.update_layer(adapter_name, peft_config)
-        layer.requires_grad_(adapter_name in self.active_adapters)
         self._replace_module(parent, target_name, layer, target)
 
     def _block_of(self, key: str) -> ParaBlock:

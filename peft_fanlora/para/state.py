@@ -40,6 +40,7 @@ class PromptPass:
         tokens: how many tokens each row has; None where that is unknown.
         vectors: layer name -> l, (batch, sequences, outputs), or None where a layer scales nothing. They appear while
             the call runs, or come from the cache.
+        made: (block name, adapter) -> what the adapter's generator made for its targets in the block.
         segments: the sequence of each token in a packed batch, (batch, tokens); else None.
         memory: the encoder's output, which the decoder of an encoder-decoder model pools.
         from_cache: whether the vectors were made by an earlier call.
@@ -51,13 +52,14 @@ class PromptPass:
     batch: int | None = None
     tokens: int | None = None
     vectors: Vectors = field(default_factory=dict)
+    made: dict[tuple[str, str], dict[str, torch.Tensor]] = field(default_factory=dict)
     segments: torch.Tensor | None = None
     memory: torch.Tensor | None = None
     from_cache: bool = False
 
     def renewed(self) -> PromptPass:
         """Returns the same call before its vectors were made: checkpointing makes them once more, with gradients."""
-        return self if self.from_cache else replace(self, vectors={})
+        return self if self.from_cache else replace(self, vectors={}, made={})
 
 
 @dataclass
