@@ -31,16 +31,21 @@ def prompt_end_token_ids_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             "tokenizer.encode('\\nAnswer:', add_special_tokens=False)."
         )
 
-    def encode(*turns: tuple[str, str]) -> list[int]:
+    def render(*turns: tuple[str, str]) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=turns[-1][0] == "user")
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=turns[-1][0] == "user")
+
+    def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    first, second = encode(("user", "How far is the sun?")), encode(("user", "Name three rivers"))
-    conversation = encode(("user", "How far is the sun?"), ("assistant", "Eight minutes of light."))
-    shared = _common_prefix(first[::-1], second[::-1])
-    end = _common_prefix(first, conversation)
-    marker = first[len(first) - shared : end]
+    text, other = render(("user", "How far is the sun?")), render(("user", "Name three rivers"))
+    prompt = encode(text)
+    conversation = encode(render(("user", "How far is the sun?"), ("assistant", "Eight minutes of light.")))
+    # The template's own text is found as text, because words that the tokenizer does not know are all one token.
+    own_text = text[len(text) - _common_prefix(text[::-1], other[::-1]) :]
+    shared = _common_prefix(prompt[::-1], encode(own_text)[::-1])
+    end = _common_prefix(prompt, conversation)
+    marker = prompt[len(prompt) - shared : end]
     if not marker or _first_match(conversation, marker) + len(marker) != end:
         raise ValueError(
             f"The chat template of {tokenizer.name_or_path!r} puts no tokens of its own between a prompt and its answer "
