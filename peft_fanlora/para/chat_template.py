@@ -33,7 +33,8 @@ def prompt_end_token_ids_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
     def render(*turns: tuple[str, str]) -> str:
         messages = [{"role": role, "content": content} for role, content in turns]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=turns[-1][0] == "user")
+        asks = turns[-1][0] == "user"
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -54,7 +55,7 @@ def prompt_end_token_ids_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return marker
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def _common_prefix(a: Sequence[object], b: Sequence[object]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
