@@ -263,6 +263,48 @@ def test_whisper():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["T5EncoderModel", "T5ForSequenceClassification", "BartForSequenceClassification"])
+def test_parts_and_heads_of_encoder_decoder_models(name):
+    config_class, fields = SEQ2SEQ["t5" if name.startswith("T5") else "bart"]
+    torch.manual_seed(0)
+    base = getattr(tf, name)(config_class(**fields)).eval()
+    ids = tokens()
+    ids[:, -1] = 2
+    expected = base(input_ids=ids)[0]
+    model = get_peft_model(base, ParaConfig()).eval()
+    assert torch.equal(model(input_ids=ids)[0], expected)
+    assert not torch.equal(awaken(model)(input_ids=ids)[0], expected)
+
+
+@torch.no_grad()
+def test_a_whisper_encoder_that_classifies():
+    torch.manual_seed(0)
+    config = tf.WhisperConfig(**ENCODER_DECODER, num_mel_bins=8, max_source_positions=12)
+    base, features = tf.WhisperForAudioClassification(config).eval(), torch.randn(2, 8, 24)
+    expected = base(features).logits
+    model = get_peft_model(base, ParaConfig()).eval()
+    assert torch.equal(model(features).logits, expected)
+    assert not torch.equal(awaken(model)(features).logits, expected)
+
+
+@torch.no_grad()
+def test_a_layer_that_sees_some_of_the_tokens_is_refused():
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up_proj = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return x + self.up_proj(x[:, ::2].reshape(-1, 32)).mean()
+
+    base = tiny("llama")
+    base.model.layers[0].mlp = Expert()
+    model = get_peft_model(base, ParaConfig(init_para_weights=False)).eval()
+    with pytest.raises(ValueError, match="saw 8 of the call's 14 tokens"):
+        model(tokens())
+
+
+@torch.no_grad()
 def test_the_vision_tower_of_gemma_3_is_left_alone():
     text = tf.Gemma3TextConfig(**{**CAUSAL["gemma3_text"][1], "vocab_size": 300})
     vision = {

@@ -169,7 +169,7 @@ class CallHooks:
             )
         if not self.has_encoder_and_decoder:
             self._refuse_longer_prompt(kept, int(cache.get_seq_length()), tokens, prompt_mask)
-        return PromptPass(adapters, expected, batch=batch, vectors=vectors, from_cache=True)
+        return PromptPass(adapters, expected, batch=batch, tokens=tokens, vectors=vectors, from_cache=True)
 
     def _refuse_longer_prompt(
         self, kept: CachedVectors, cached: int, tokens: int | None, prompt_mask: torch.Tensor | None

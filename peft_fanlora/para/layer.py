@@ -219,6 +219,7 @@ class ParaLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             RuntimeError: no call of the model is running, so that no prompt is known.
+            ValueError: the layer sees some of the tokens, or the cache holds no vector for it.
         """
         result = self.base_layer(x, *args, **kwargs)
         if self._disable_adapters or not self.para_target:
@@ -239,7 +240,14 @@ class ParaLayer(nn.Module, BaseTunerLayer):
             )
         else:
             vector = self.block.vector_for(self, call, x)
-        return result if vector is None else scale(result, vector, call.segments)
+        if vector is None:
+            return result
+        if result.dim() == 2 and call.num_tokens not in (None, len(result)):
+            raise ValueError(
+                f"{self.name} saw {len(result)} of the call's {call.num_tokens} tokens without their rows, so that PARA "
+                "cannot tell which vector each takes: leave the experts of a mixture out of target_modules."
+            )
+        return scale(result, vector, call.segments)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuses: the vectors depend on the prompt.

@@ -139,7 +139,10 @@ class ParaModel(BaseTuner):
         if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             return False
         block = self.model.get_submodule(block_name)
-        return any(module is block for module in self.model.get_decoder().modules())
+        encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
+        # A model with the encoder alone, such as an audio classifier, calls itself its decoder.
+        in_encoder = encoder is not self.model and any(module is block for module in encoder.modules())
+        return not in_encoder and any(module is block for module in decoder.modules())
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -57,6 +57,11 @@ class PromptPass:
     memory: torch.Tensor | None = None
     from_cache: bool = False
 
+    @property
+    def num_tokens(self) -> int | None:
+        """All tokens of the call; None where that is unknown."""
+        return None if self.batch is None or self.tokens is None else self.batch * self.tokens
+
     def renewed(self) -> PromptPass:
         """Returns the same call before its vectors were made: checkpointing makes them once more, with gradients."""
         return self if self.from_cache else replace(self, vectors={}, made={})
