@@ -325,12 +325,13 @@ class TestRefusals:
         """Guards against a call that stays open after an exception, under which the next one would run."""
         model = para()
         expected = model(tokens()).logits
+        backbone, head = model.get_base_model().model, model.get_base_model().lm_head
         with pytest.raises(IndexError):
-            model(torch.full((2, 7), 10_000))
+            model(torch.full((2, 7), 10_000), prompt_mask=leading(tokens(), 2))
+        close(head(backbone(tokens()).last_hidden_state), expected)
         with pytest.raises(ValueError, match="prompt_mask has the shape"):
             model(tokens(), prompt_mask=torch.ones(1, 1, dtype=torch.bool))
-        backbone = model.get_base_model().model
-        close(model.get_base_model().lm_head(backbone(tokens()).last_hidden_state), expected)
+        close(head(backbone(tokens()).last_hidden_state), expected)
         close(model(tokens()).logits, expected)
 
     @torch.no_grad()
