@@ -190,6 +190,8 @@ def test_mixed_batch_errors():
         model(batch, adapter_names=["thrid", "second"])
     with pytest.raises(ValueError, match="3 names, but the call has 2 rows"):
         model(batch, adapter_names=["second"] * 3)
+    with pytest.raises(ValueError, match="1 names, but the call has 2 rows"):
+        model(batch, adapter_names=["second"])
     with pytest.raises(IndexError):
         model(batch + 10_000, adapter_names=["second", "second"])
     close(model(batch).logits, expected)

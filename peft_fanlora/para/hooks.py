@@ -160,7 +160,7 @@ class CallHooks:
             )
         batch, tokens = _token_shape(named)
         vectors = kept.vectors_for(batch)
-        expected = kept.rows if rows is None else _rows_for(rows, batch)
+        expected = kept.rows if rows is None else self._rows_for(rows, batch)
         if kept.rows != expected or (kept.rows is None and kept.adapters != adapters):
             raise ValueError(
                 f"The cache was filled with the adapters {list(kept.rows or kept.adapters)}, but "
@@ -220,7 +220,7 @@ class CallHooks:
             else:
                 prompts = dict.fromkeys(ends, whole_input(inputs))
         segments = next((prompt.segments for prompt in prompts.values()), None)
-        rows = None if rows is None else _rows_for(rows, batch)
+        rows = None if rows is None else self._rows_for(rows, batch)
         return PromptPass(adapters, rows, prompts, batch, tokens=tokens, segments=segments, memory=memory)
 
     def _inputs(
@@ -258,6 +258,21 @@ class CallHooks:
             generated_from=None if generation is None else generation.length,
         )
 
+    def _rows_for(self, rows: tuple[str, ...], batch: int | None) -> tuple[str, ...]:
+        """Returns the adapter of each row of a call; within `generate` each row may have been repeated.
+
+        Raises:
+            ValueError: the names are not one for each row.
+        """
+        if batch is None or batch == len(rows):
+            return rows
+        if self.state.current.generation is None or not rows or batch % len(rows):
+            raise ValueError(
+                f"adapter_names has {len(rows)} names, but the call has {batch} rows: pass one name for each row, "
+                "'__base__' for those without an adapter."
+            )
+        return tuple(name for name in rows for _ in range(batch // len(rows)))
+
     def _keep_prompts_in_checkpoints(self) -> None:
         for module in self.model.modules():
             checkpoint = module.__dict__.get(CHECKPOINT_FUNCTION)
@@ -287,22 +302,6 @@ def _token_shape(named: dict[str, Any]) -> tuple[int | None, int | None]:
         if isinstance(value := named.get(name), torch.Tensor) and value.dim() >= 2:
             return value.shape[0], None
     return None, None
-
-
-def _rows_for(rows: tuple[str, ...], batch: int | None) -> tuple[str, ...]:
-    """Returns the adapter of each row of a call, where generation may have repeated each row.
-
-    Raises:
-        ValueError: the names are not one for each row.
-    """
-    if batch is None or batch == len(rows):
-        return rows
-    if not rows or batch % len(rows):
-        raise ValueError(
-            f"adapter_names has {len(rows)} names, but the call has {batch} rows: pass one name for each row, "
-            "'__base__' for those without an adapter."
-        )
-    return tuple(name for name in rows for _ in range(batch // len(rows)))
 
 
 def _fit(prompt_mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
