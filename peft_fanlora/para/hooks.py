@@ -161,7 +161,7 @@ class CallHooks:
         batch, tokens = _token_shape(named)
         vectors = kept.vectors_for(batch)
         expected = kept.rows if rows is None else self._rows_for(rows, batch)
-        if kept.rows != expected or (kept.rows is None and kept.adapters != adapters):
+        if kept.rows != expected or (kept.rows is None and set(kept.adapters) != set(adapters)):
             raise ValueError(
                 f"The cache was filled with the adapters {list(kept.rows or kept.adapters)}, but "
                 f"{list(expected or adapters)} are active now: a prompt's vectors serve the adapter that made them. "
