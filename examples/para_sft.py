@@ -83,7 +83,9 @@ def train(
     minutes = (time.perf_counter() - started) / 60
     parameters = model.get_nb_trainable_parameters()[0]
     result = Result(str(config.peft_type.value), learning_rate, parameters, before, held_out_loss(trainer), minutes)
-    console.print(f"{result.method}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f}", highlight=False)
+    console.print(
+        f"{result.method}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f}", highlight=False
+    )
     return model, result
 
 

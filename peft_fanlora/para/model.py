@@ -157,7 +157,7 @@ class ParaModel(BaseTuner):
             return
         if self.training:
             raise ValueError("adapter_names mixes adapters in inference only: call model.eval() first.")
-        unknown = sorted(set(names) - self._state.adapter_names() - {BASE_ROWS})
+        unknown = sorted(name for name in set(names) - {BASE_ROWS} if not self._state.knows(name))
         if unknown:
             raise ValueError(
                 f"adapter_names has {unknown}, but the adapters are {sorted(self._state.adapter_names())}, and "
@@ -165,7 +165,9 @@ class ParaModel(BaseTuner):
             )
         with ExitStack() as stack:
             stack.enter_context(self._state.mixing(tuple(names)))
-            for module in self.model.modules():
+            # To walk over the modules of many tenants' adapters would cost more than a step's multiplications.
+            whole_modules = any(getattr(config, "modules_to_save", None) for config in self.peft_config.values())
+            for module in self.model.modules() if whole_modules else ():
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     hook = partial(_pass_adapter_names, adapter_names=list(names))
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)

@@ -189,6 +189,10 @@ class ParaState:
         """Returns the names of all adapters."""
         return {name for block in self.blocks.values() for name in block.owners}
 
+    def knows(self, adapter: str) -> bool:
+        """Says whether there is an adapter of this name."""
+        return any(adapter in block.owners for block in self.blocks.values())
+
     @contextmanager
     def using(self, call: PromptPass) -> Iterator[None]:
         """Makes a call the current one of this thread, for as long as the context lasts."""
