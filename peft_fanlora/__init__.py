@@ -4,8 +4,19 @@ Importing this package registers both methods with PEFT.
 """
 
 from .fanlora import FanLoraCallback, FanLoraConfig, FanLoraModel, FanLoraSetting, ImportanceScores, export_lora
+from .para import ParaConfig, ParaModel, prompt_end_token_ids_of
 
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["FanLoraCallback", "FanLoraConfig", "FanLoraModel", "FanLoraSetting", "ImportanceScores", "export_lora"]
+__all__ = [
+    "FanLoraCallback",
+    "FanLoraConfig",
+    "FanLoraModel",
+    "FanLoraSetting",
+    "ImportanceScores",
+    "ParaConfig",
+    "ParaModel",
+    "export_lora",
+    "prompt_end_token_ids_of",
+]

@@ -1,0 +1,134 @@
+"""The configuration of PARA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+from transformers.activations import ACT2FN
+
+from .generator import POOLINGS, RATIONAL
+from ..registration import add_peft_type
+
+
+@dataclass
+class ParaConfig(PeftConfig):
+    """Configures prompt-aware representation adjustment (PARA, arXiv 2502.01033).
+
+    In each Transformer block one small generator reads the hidden states of the prompt and makes the vectors
+    l = 1 + up(act(down(pool(h)))), which scale the outputs of the target modules for the whole sequence [P, S].
+
+    Args:
+        r: the width of the generator's bottleneck, at least 1. Twelve gives about 8.9M parameters on LLaMA-2-7B,
+            the size that a secondary page reports [S]; the width itself is our arithmetic [ours].
+        target_modules: the modules whose output is scaled: a list of names, a regular expression, or "all-linear".
+            By default the query, value and up projections [S] of the architecture.
+        exclude_modules: names, or a regular expression, of modules to leave alone.
+        layers_to_transform: the index, or the indices, of the blocks to adapt. Every block by default.
+        layers_pattern: the name of the list of blocks, such as "layers", where it has an unusual one.
+        pooling: how the hidden states of the prompt become one vector: "attention" (a learned query, the best of a
+            sister paper's comparison [sister]), "mean", "max" or "last".
+        activation: the name of an activation of transformers, or "rational" for the learned rational function of
+            the sister papers [sister].
+        prompt_end_token_ids: the token ids with which every prompt ends, such as those of "<|im_start|>assistant\\n".
+            Training needs them wherever the labels do not show the prompt; `prompt_end_token_ids_of` reads them from
+            a tokenizer's chat template.
+        para_dropout: the dropout probability of the pooled vector, 0 <= p < 1.
+        init_para_weights: whether the adapter starts as the identity, with `up` at zero. With False `up` is random,
+            which is useful in tests.
+        modules_to_save: names of modules that are trained and saved in full, such as a new classification head.
+
+    Raises:
+        ValueError: a field has a value that PARA cannot use.
+    """
+
+    r: int = field(default=12, metadata={"help": "Width of the generator's bottleneck, at least 1; typically 8-64."})
+    target_modules: set[str] | list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules whose output is scaled: names, a regular expression, or 'all-linear'. "
+            "By default the query, value and up projections of the architecture."
+        },
+    )
+    exclude_modules: set[str] | list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or a regular expression, of modules to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Index or indices of the blocks to adapt; needs target_modules as a list."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of blocks, such as 'layers'; needs layers_to_transform."}
+    )
+    pooling: str = field(
+        default="attention",
+        metadata={"help": f"How the prompt's hidden states become one vector: one of {', '.join(POOLINGS)}."},
+    )
+    activation: str = field(
+        default="gelu",
+        metadata={"help": "Name of a transformers activation, such as 'gelu' or 'silu', or 'rational'."},
+    )
+    prompt_end_token_ids: list[int] | None = field(
+        default=None,
+        metadata={"help": "Token ids with which every prompt ends, such as those of '<|im_start|>assistant\\n'."},
+    )
+    para_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout probability of the pooled vector, 0 <= p < 1; typically 0-0.1."}
+    )
+    init_para_weights: bool = field(
+        default=True, metadata={"help": "Whether to start as the identity; False gives random vectors, for tests."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved in full, such as a classification head."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("PARA")
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+        self._check_generator()
+        self._check_targets()
+        self._check_prompt_end()
+
+    def _check_generator(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ValueError(f"r={self.r!r} is not a width: pass a whole number of at least 1, such as r=12.")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling={self.pooling!r} is unknown: choose one of {', '.join(map(repr, POOLINGS))}.")
+        if self.activation != RATIONAL and self.activation not in ACT2FN:
+            raise ValueError(
+                f"activation={self.activation!r} is unknown: pass {RATIONAL!r} or a name from transformers' ACT2FN, "
+                "such as 'gelu', 'silu' or 'relu'."
+            )
+        if not 0 <= self.para_dropout < 1:
+            raise ValueError(f"para_dropout={self.para_dropout!r} is not a probability below 1: pass 0 <= p < 1.")
+
+    def _check_targets(self) -> None:
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: "
+                "pass layers_to_transform=[…] too, or leave layers_pattern out."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} selects among named modules, but "
+                f"target_modules={self.target_modules!r} is a pattern: name the modules in a list, "
+                "or put the layers into the pattern."
+            )
+
+    def _check_prompt_end(self) -> None:
+        ends = self.prompt_end_token_ids
+        if ends is None:
+            return
+        if (
+            isinstance(ends, (str, int))
+            or not len(ends)
+            or any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in ends)
+        ):
+            raise ValueError(
+                f"prompt_end_token_ids={ends!r} is not a list of token ids: pass the ids of the text that ends every "
+                "prompt, such as tokenizer.encode('<|im_start|>assistant\\n', add_special_tokens=False)."
+            )
+        self.prompt_end_token_ids = list(ends)

@@ -1,0 +1,264 @@
+"""The layers whose outputs PARA scales, and what the layers of a block share."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import ParaConfig
+from .generator import VectorGenerator
+from .state import ParaState, PromptPass
+from .targets import OutputSlices
+
+
+MERGE_REFUSAL = (
+    "PARA cannot be merged: its vectors depend on the prompt, so that no single weight matrix holds them. Serve the "
+    "adapter as it is, where a generated token costs one multiplication a target module more than the base model, or "
+    "take the adapter off with unload()."
+)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Returns the (inputs, outputs) of a linear layer: torch's, GPT-2's `Conv1D`, or a quantised one.
+
+    Raises:
+        TypeError: the module is not linear.
+    """
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(module, BaseTunerLayer) or not all(isinstance(size, int) for size in shape):
+        raise TypeError(
+            f"PARA scales the output of linear layers, and {type(module).__name__} is none: choose target_modules that "
+            "name linear layers."
+        )
+    return shape  # type: ignore[return-value]
+
+
+def scale(result: torch.Tensor, vector: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns the output of a projection times its adjusting vector, y' = l ⊙ y [S].
+
+    Without gradients this writes into `result`, so that a decoding step costs one multiplication in place.
+
+    Args:
+        result: y, (batch, …, outputs), or (batch * tokens, outputs) where a model flattens its tokens.
+        vector: l, (batch, sequences, outputs).
+        segments: the sequence of each token in a packed batch, (batch, tokens).
+    """
+    if segments is not None:
+        rows = torch.arange(vector.shape[0], device=vector.device).unsqueeze(1)
+        vector = vector[rows, segments.to(vector.device)]
+    if result.dim() == 2:
+        batch, _, outputs = vector.shape
+        vector = vector.expand(batch, result.shape[0] // batch, outputs).reshape(-1, outputs)
+    elif result.dim() > 3:
+        vector = vector.reshape(vector.shape[0], *(1 for _ in result.shape[2:]), vector.shape[-1])
+    if torch.is_grad_enabled():
+        return (result * vector).to(result.dtype)
+    return result.mul_(vector)
+
+
+class ParaBlock:
+    """What the target layers of one Transformer block share; not a module, so that nothing is saved twice.
+
+    Whichever of an adapter's layers a call reaches first makes the vectors of all of them, from its own input: the
+    hidden states with which the block begins. That happens inside of the layer's `forward`, so that gradient checkpointing, which
+    runs the block once more, makes them once more.
+
+    Attributes:
+        name: the block's name in the model.
+        state: the state of the model.
+        reads_memory: whether the block belongs to the decoder of an encoder-decoder model, whose prompt is the
+            encoder's output.
+        layers: the target layers of the block.
+        owners: adapter name -> the layer that holds the adapter's generator.
+    """
+
+    def __init__(self, name: str, state: ParaState, reads_memory: bool = False) -> None:
+        self.name = name
+        self.state = state
+        self.reads_memory = reads_memory
+        self.layers: list[ParaLayer] = []
+        self.owners: dict[str, ParaLayer] = {}
+
+    def generator(self, adapter: str) -> VectorGenerator | None:
+        """Returns the generator of an adapter, or None where the adapter leaves the block alone."""
+        owner = self.owners.get(adapter)
+        return None if owner is None else cast(VectorGenerator, owner.para_generator[adapter])
+
+    def vector_for(self, layer: ParaLayer, call: PromptPass, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Returns a layer's vector, and keeps it in the call.
+
+        Several active adapters multiply; in a mixed batch each row takes the vector of its own adapter.
+
+        Args:
+            layer: a layer of the block.
+            call: the current call.
+            hidden: the layer's input, which is pooled if the layer is the first of an adapter's that the call reaches.
+        """
+        vector = None
+        for adapter in dict.fromkeys(call.rows or call.adapters):
+            target = layer.para_target.get(adapter)
+            if target is None:
+                continue
+            if (self.name, adapter) not in call.made:
+                call.made[self.name, adapter] = self._make_vectors(adapter, call, hidden)
+            made = layer.slices.spread(call.made[self.name, adapter][target])
+            vector = made if vector is None else vector * made
+        call.vectors[layer.name] = vector
+        return vector
+
+    def _make_vectors(self, adapter: str, call: PromptPass, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns an adapter's vectors for its targets in the block; in a mixed batch, 1 in the rows of the others.
+
+        Raises:
+            ValueError: the hidden states do not have the tokens that the prompt mask speaks of.
+        """
+        generator = cast(VectorGenerator, self.generator(adapter))
+        hidden = self._prompt_states(call, hidden)
+        mask = call.prompts[generator.prompt_end].mask_for(hidden.shape[0], hidden.shape[1], hidden.device)
+        if mask.shape[0] != hidden.shape[0] or mask.shape[2] != hidden.shape[1]:
+            raise ValueError(
+                f"The block {self.name} sees {hidden.shape[0]} x {hidden.shape[1]} tokens, but the prompt is known for "
+                f"{mask.shape[0]} x {mask.shape[2]}: take blocks that do not run over the text, such as a vision tower, "
+                "out of the targets with exclude_modules or a pattern in target_modules."
+            )
+        if call.rows is None:
+            return generator(hidden, mask)
+        own = torch.tensor([row for row, name in enumerate(call.rows) if name == adapter], device=hidden.device)
+        return {
+            target: vector.new_ones(hidden.shape[0], *vector.shape[1:]).index_copy(0, own, vector)
+            for target, vector in generator(hidden[own], mask[own]).items()
+        }
+
+    def _prompt_states(self, call: PromptPass, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the hidden states to pool, (batch, tokens, d)."""
+        if self.reads_memory:
+            if call.memory is None:
+                raise ValueError(
+                    f"The decoder block {self.name} has no encoder output to pool: call the whole model, or pass "
+                    "encoder_outputs or encoder_hidden_states."
+                )
+            return call.memory.to(hidden.device)
+        batch = call.batch if call.batch is not None else hidden.shape[0]
+        if hidden.shape[0] != batch and hidden.dim() == 2 and hidden.shape[0] % batch == 0:
+            return hidden.reshape(batch, -1, hidden.shape[-1])
+        return hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+
+
+class ParaLayer(nn.Module, BaseTunerLayer):
+    """A linear layer whose output the prompt's vector scales: y' = l ⊙ (W x + b).
+
+    The first target of each block holds the block's generator, and the others read its vectors.
+
+    Args:
+        base_layer: the layer to scale.
+        name: its full name in the model.
+        block: what it shares with the other targets of its block.
+        slices: which of its outputs are scaled.
+    """
+
+    adapter_layer_names = ("para_generator",)
+    other_param_names = ("para_target",)
+
+    def __init__(self, base_layer: nn.Module, name: str, block: ParaBlock, slices: OutputSlices) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = linear_shape(base_layer)
+        self.name = name
+        self.block = block
+        self.slices = slices
+        self.para_generator = nn.ModuleDict()
+        self.para_target: dict[str, str] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        block.layers.append(self)
+
+    def update_layer(self, adapter_name: str, config: ParaConfig) -> None:
+        """Makes the layer a target of one more adapter.
+
+        The first target of the block makes the generator, and each adds its own up-projection to it.
+
+        Args:
+            adapter_name: the name of the adapter.
+            config: its configuration.
+        """
+        owner = self.block.owners.setdefault(adapter_name, self)
+        if owner is self:
+            owner.para_generator[adapter_name] = VectorGenerator(
+                self.in_features,
+                config.r,
+                pooling=config.pooling,
+                activation=config.activation,
+                dropout=config.para_dropout,
+                prompt_end=None if config.prompt_end_token_ids is None else tuple(config.prompt_end_token_ids),
+            )
+        target = self.name.removeprefix(self.block.name + ".").replace(".", "_")
+        generator = cast(VectorGenerator, owner.para_generator[adapter_name])
+        generator.add_target(target, self.slices.num_scaled, identity=config.init_para_weights)
+        self.para_target[adapter_name] = target
+        owner._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter from the layer.
+
+        Args:
+            adapter_name: the name of the adapter.
+        """
+        super().delete_adapter(adapter_name)
+        if self.block.owners.get(adapter_name) is self:
+            del self.block.owners[adapter_name]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Returns the base layer's output, scaled by the vector of the current call's prompt.
+
+        Raises:
+            RuntimeError: no call of the model is running, so that no prompt is known.
+            ValueError: the layer sees some of the tokens, or the cache holds no vector for it.
+        """
+        result = self.base_layer(x, *args, **kwargs)
+        if self._disable_adapters or not self.para_target:
+            return result
+        call = self.block.state.current.call
+        if call is None:
+            raise RuntimeError(
+                f"{self.name} ran outside of a call of its model, where PARA knows no prompt. Call the model rather "
+                "than its blocks, and for activation checkpointing use model.gradient_checkpointing_enable() rather "
+                "than a wrapper around the blocks."
+            )
+        if self.name in call.vectors:
+            vector = call.vectors[self.name]
+        elif call.from_cache:
+            raise ValueError(
+                f"The cache holds no vector for {self.name}: it was filled by a call that left this layer out. "
+                "Fill a new cache with the prompt."
+            )
+        else:
+            vector = self.block.vector_for(self, call, x)
+        if vector is None:
+            return result
+        if result.dim() == 2 and call.num_tokens not in (None, len(result)):
+            raise ValueError(
+                f"{self.name} saw {len(result)} of the call's {call.num_tokens} tokens without their rows, so that PARA "
+                "cannot tell which vector each takes: leave the experts of a mixture out of target_modules."
+            )
+        return scale(result, vector, call.segments)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuses: the vectors depend on the prompt.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(MERGE_REFUSAL)
+
+    def unmerge(self) -> None:
+        """Does nothing, as nothing can have been merged."""
+
+    def __repr__(self) -> str:
+        return "para." + super().__repr__()

@@ -1,0 +1,203 @@
+"""PARA's tuner: puts the layers and hooks into a model, and takes them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .hooks import CallHooks
+from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, linear_shape
+from .state import ParaState
+from .targets import DEFAULT_TARGETS, scaled_outputs
+
+
+BASE_ROWS = "__base__"
+
+
+class ParaModel(BaseTuner):
+    """Adapts a model with prompt-aware vectors (PARA, arXiv 2502.01033).
+
+    In each Transformer block a generator pools the hidden states of the prompt and makes a vector for each target,
+    l = 1 + up(act(down(pool(h)))), by which the target's outputs are scaled: Q' = l_q ⊙ Q, V' = l_v ⊙ V and
+    U' = l_u ⊙ U [S]. The vectors are made when the prompt first passes, and kept with its KV cache [S].
+
+    Args:
+        model: the model to adapt.
+        peft_config: the configuration, or the configurations by adapter name.
+        adapter_name: the name of the adapter.
+        low_cpu_mem_usage: whether to leave the new parameters empty, to be loaded.
+
+    Example:
+        >>> import peft_fanlora
+        >>> model = get_peft_model(base, ParaConfig(r=12, task_type="CAUSAL_LM"))
+    """
+
+    prefix = "para_"
+    tuner_layer_cls = ParaLayer
+    target_module_mapping: dict[str, Any] = DEFAULT_TARGETS
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Puts an adapter into the model; a failed call leaves the model as it was.
+
+        Args:
+            model: the model to adapt.
+            adapter_name: the name of the adapter, whose configuration the tuner already has.
+            autocast_adapter_dtype: see PEFT.
+            low_cpu_mem_usage: whether to leave the new parameters empty, to be loaded.
+            state_dict: ignored. Most target layers hold no parameters of their own, so that the keys of a checkpoint do
+                not say which layers they are; the configuration does.
+
+        Raises:
+            ValueError: the configuration does not fit the model.
+            TypeError: a target module is not linear.
+        """
+        known = {name for layer in _para_layers(model) for name in layer.para_target}
+        try:
+            self._check_targets(model, adapter_name)
+            self._state = _state_of(model)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        except Exception:
+            if adapter_name not in known:
+                self.peft_config.pop(adapter_name, None)
+            raise
+        if self._state.hooks is None:
+            self._state.hooks = CallHooks(model, self._state)
+        self._state.hooks.install()
+
+    def _check_targets(self, model: nn.Module, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        if "." in adapter_name:
+            raise ValueError(
+                f"adapter_name={adapter_name!r} contains a dot, which parameter names cannot: leave it out."
+            )
+        inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        for name, module in model.named_modules():
+            if not name or name.startswith(inside) or isinstance(module, ParaLayer):
+                continue
+            if self._check_target_module_exists(config, name):
+                _, outputs = linear_shape(module)
+                scaled_outputs(getattr(model, "config", None), name, outputs)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
+        if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
+            raise ValueError(
+                f"PARA has no default target modules for the architecture {model_config.get('model_type')!r}: name its "
+                "query, value and up projections, such as "
+                "ParaConfig(target_modules=['q_proj', 'v_proj', 'up_proj'])."
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, ParaLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        block = self._block_of(current_key)
+        slices = scaled_outputs(getattr(self.model, "config", None), current_key, linear_shape(target)[1])
+        layer = ParaLayer(target, current_key, block, slices)
+        layer.update_layer(adapter_name, peft_config)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _block_of(self, key: str) -> ParaBlock:
+        """Returns the block that a module belongs to; a module outside of any block is one by itself."""
+        parts = key.split(".")
+        prefixes = [".".join(parts[:length]) for length in range(1, len(parts))]
+        blocks = [name for name in prefixes if isinstance(self.model.get_submodule(name), GradientCheckpointingLayer)]
+        numbered = [name for name in prefixes if name.rpartition(".")[2].isdigit()]
+        name = next(iter(blocks[-1:] + numbered[:1]), key)
+        if name not in self._state.blocks:
+            self._state.blocks[name] = ParaBlock(name, self._state, reads_memory=self._in_decoder(name))
+        return self._state.blocks[name]
+
+    def _in_decoder(self, block_name: str) -> bool:
+        """Says whether a block belongs to the decoder of an encoder-decoder model."""
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            return False
+        block = self.model.get_submodule(block_name)
+        encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
+        # A model with the encoder alone, such as an audio classifier, calls itself its decoder.
+        in_encoder = encoder is not self.model and any(module is block for module in encoder.modules())
+        return not in_encoder and any(module is block for module in decoder.modules())
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Gives each row of the calls inside of the context the adapter that `adapter_names` names for it.
+
+        Raises:
+            ValueError: the model is training, or there is no adapter of some name.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names mixes adapters in inference only: call model.eval() first.")
+        unknown = sorted(name for name in set(names) - {BASE_ROWS} if not self._state.knows(name))
+        if unknown:
+            raise ValueError(
+                f"adapter_names has {unknown}, but the adapters are {sorted(self._state.adapter_names())}, and "
+                f"{BASE_ROWS!r} for the base model: load the adapter first, or correct the name."
+            )
+        with ExitStack() as stack:
+            stack.enter_context(self._state.mixing(tuple(names)))
+            # To walk over the modules of many tenants' adapters would cost more than a step's multiplications.
+            whole_modules = any(getattr(config, "modules_to_save", None) for config in self.peft_config.values())
+            for module in self.model.modules() if whole_modules else ():
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    hook = partial(_pass_adapter_names, adapter_names=list(names))
+                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(MERGE_REFUSAL)
+
+    def unload(self) -> nn.Module:
+        """Returns the base model, without the adapters and their hooks."""
+        model = super().unload()
+        if self._state.hooks is not None:
+            self._state.hooks.remove()
+        return model
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return key.replace(f".para_generator.{adapter_name}.", ".para_generator.")
+
+
+def _pass_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[Any, Any]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _para_layers(model: nn.Module) -> Iterator[ParaLayer]:
+    return (module for module in model.modules() if isinstance(module, ParaLayer))
+
+
+def _state_of(model: nn.Module) -> ParaState:
+    """Returns the state that the model's layers share already, or a new one."""
+    return next((layer.block.state for layer in _para_layers(model)), None) or ParaState()

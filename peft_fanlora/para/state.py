@@ -1,0 +1,221 @@
+"""What PARA remembers: for the length of one call, and for the life of a KV cache.
+
+`ParaState` belongs to one adapted model; its layers and hooks share it. What is current in it is kept apart for each
+thread. The vectors of a prompt are stored on the cache that its call filled, so that they are copied with the cache
+and die with it.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .prompt import Prompt
+
+
+if TYPE_CHECKING:
+    from .hooks import CallHooks
+    from .layer import ParaBlock
+
+
+Vectors = dict[str, torch.Tensor | None]
+_ON_CACHE = "para_vectors"
+
+
+@dataclass
+class PromptPass:
+    """One call of the model, as its target layers see it.
+
+    Attributes:
+        adapters: the names of the active adapters.
+        rows: the adapter of each row of a mixed batch; None where all rows use the active ones.
+        prompts: the prompt for each way to end it, `VectorGenerator.prompt_end`.
+        batch: how many rows the call has; None where that is unknown.
+        tokens: how many tokens each row has; None where that is unknown.
+        vectors: layer name -> l, (batch, sequences, outputs), or None where a layer scales nothing. They appear while
+            the call runs, or come from the cache.
+        made: (block name, adapter) -> what the adapter's generator made for its targets in the block.
+        segments: the sequence of each token in a packed batch, (batch, tokens); else None.
+        memory: the encoder's output, which the decoder of an encoder-decoder model pools.
+        from_cache: whether the vectors were made by an earlier call.
+    """
+
+    adapters: tuple[str, ...] = ()
+    rows: tuple[str, ...] | None = None
+    prompts: dict[tuple[int, ...] | None, Prompt] = field(default_factory=dict)
+    batch: int | None = None
+    tokens: int | None = None
+    vectors: Vectors = field(default_factory=dict)
+    made: dict[tuple[str, str], dict[str, torch.Tensor]] = field(default_factory=dict)
+    segments: torch.Tensor | None = None
+    memory: torch.Tensor | None = None
+    from_cache: bool = False
+
+    @property
+    def num_tokens(self) -> int | None:
+        """All tokens of the call; None where that is unknown."""
+        return None if self.batch is None or self.tokens is None else self.batch * self.tokens
+
+    def renewed(self) -> PromptPass:
+        """Returns the same call before its vectors were made: checkpointing makes them once more, with gradients."""
+        return self if self.from_cache else replace(self, vectors={}, made={})
+
+
+@dataclass
+class CachedVectors:
+    """What lives with a KV cache.
+
+    Attributes:
+        model: the identifier of the model that filled the cache.
+        adapters: the adapters that were active then.
+        rows: the adapter of each row, in a mixed batch.
+        vectors: the vectors that they made.
+        batch: the rows of the call.
+        prompt_length: the token slots that the prompt took.
+    """
+
+    model: str
+    adapters: tuple[str, ...]
+    rows: tuple[str, ...] | None
+    vectors: Vectors
+    batch: int | None
+    prompt_length: int
+
+    @staticmethod
+    def of(cache: Any) -> CachedVectors | None:
+        """Returns what an earlier call left on a cache."""
+        return getattr(cache, _ON_CACHE, None)
+
+    def keep_on(self, cache: Any) -> None:
+        """Stores the vectors on the cache, where they replace those of an earlier prompt."""
+        setattr(cache, _ON_CACHE, self)
+
+    def vectors_for(self, batch: int | None) -> Vectors:
+        """Returns the vectors for a call of `batch` rows; each row may have been repeated since, as for sampling.
+
+        Raises:
+            ValueError: the rows of the call are no repetition of the cache's.
+        """
+        if batch is None or self.batch is None or batch == self.batch:
+            return self.vectors
+        if batch % self.batch:
+            raise ValueError(
+                f"The cache holds the prompts of {self.batch} rows, but this call has {batch}: PARA cannot tell which "
+                "prompt each row goes on with. Fill a new cache with the prompts of these rows."
+            )
+        times = batch // self.batch
+        self.vectors = {
+            name: None if vector is None else vector.repeat_interleave(times, 0)
+            for name, vector in self.vectors.items()
+        }
+        self.rows = None if self.rows is None else tuple(name for name in self.rows for _ in range(times))
+        self.batch = batch
+        return self.vectors
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A running `generate`.
+
+    Attributes:
+        length: the tokens of its prompt; None where it begins with none, or where the encoder reads it.
+        input_ids: the prompt's ids, (batch, length), which tell its calls from others that are made meanwhile.
+        prompt_mask: the prompt as the caller gives it, bool (batch, length).
+        drafts: whether it drafts tokens for another model's `generate`.
+    """
+
+    length: int | None = None
+    input_ids: torch.Tensor | None = None
+    prompt_mask: torch.Tensor | None = None
+    drafts: bool = False
+
+    def owns(self, input_ids: torch.Tensor | None) -> bool:
+        """Says whether a call that fills a cache, or has none, is one of this generation's."""
+        if input_ids is None or self.input_ids is None:
+            return True
+        own, batch = self.input_ids, input_ids.shape[0]
+        if input_ids.shape[1] < own.shape[1] or batch % own.shape[0]:
+            return False
+        own = own.to(input_ids.device).repeat_interleave(batch // own.shape[0], 0)
+        return torch.equal(input_ids[:, : own.shape[1]], own)
+
+
+class _Current(threading.local):
+    call: PromptPass | None = None
+    owner: Any = None
+    generation: Generation | None = None
+    rows: tuple[str, ...] | None = None
+
+
+class ParaState:
+    """What the layers and hooks of one adapted model share.
+
+    Attributes:
+        blocks: the adapted blocks by name.
+        hooks: the hooks on the model.
+    """
+
+    def __init__(self) -> None:
+        self.identifier = uuid.uuid4().hex
+        self.blocks: dict[str, ParaBlock] = {}
+        self.current = _Current()
+        self.hooks: CallHooks | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is running belongs to the threads of this model, not to a copy of it.
+        return {name: value for name, value in self.__dict__.items() if name != "current"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.current = _Current()
+
+    def active_adapters(self) -> tuple[str, ...]:
+        """Returns the adapters that take part in a forward pass: none while they are disabled."""
+        layers = (layer for block in self.blocks.values() for layer in block.layers if not layer.disable_adapters)
+        return tuple(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
+
+    def prompt_ends(self, adapters: tuple[str, ...]) -> set[tuple[int, ...] | None]:
+        """Returns the different ways in which the prompts of these adapters end."""
+        generators = (block.generator(name) for block in self.blocks.values() for name in adapters)
+        return {generator.prompt_end for generator in generators if generator is not None}
+
+    def adapter_names(self) -> set[str]:
+        """Returns the names of all adapters."""
+        return {name for block in self.blocks.values() for name in block.owners}
+
+    def knows(self, adapter: str) -> bool:
+        """Says whether there is an adapter of this name."""
+        return any(adapter in block.owners for block in self.blocks.values())
+
+    @contextmanager
+    def using(self, call: PromptPass) -> Iterator[None]:
+        """Makes a call the current one of this thread, for as long as the context lasts."""
+        before, self.current.call = self.current.call, call
+        try:
+            yield
+        finally:
+            self.current.call = before
+
+    @contextmanager
+    def generating(self, generation: Generation) -> Iterator[None]:
+        """Tells the calls inside of the context which prompt they go on from."""
+        before, self.current.generation = self.current.generation, generation
+        try:
+            yield
+        finally:
+            self.current.generation = before
+
+    @contextmanager
+    def mixing(self, rows: tuple[str, ...]) -> Iterator[None]:
+        """Gives the rows of the calls inside of the context each its own adapter."""
+        before, self.current.rows = self.current.rows, rows
+        try:
+            yield
+        finally:
+            self.current.rows = before

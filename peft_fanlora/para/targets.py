@@ -1,0 +1,175 @@
+"""Which modules PARA scales in each architecture, and which outputs of a fused projection.
+
+The method scales the query, the value and the up projection, and leaves key, gate, output and down alone [S]. Where a
+model fuses some of these into one linear layer, only the outputs that belong to Q, V or U are scaled [ours].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+_LLAMA = ["q_proj", "v_proj", "up_proj"]
+_FC1 = ["q_proj", "v_proj", "fc1"]
+_BERT = ["query", "value", "intermediate.dense"]
+_NEOX = ["query_key_value", "dense_h_to_4h"]
+_T5 = ["q", "v", "wi", "wi_1"]
+
+_ATTENTION = ["q_proj", "v_proj"]
+
+_ARCHITECTURES: list[tuple[str, list[str] | str]] = [
+    ("llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text stablelm smollm3", _LLAMA),
+    ("olmo olmo2 olmo3 cohere cohere2 granite exaone4", _LLAMA),
+    # The experts are tensors rather than modules, and each sees only some of the tokens: attention alone [ours].
+    ("mixtral qwen2_moe qwen3_moe olmoe granitemoe", _ATTENTION),
+    ("gemma3", r".*language_model\..*\.(q_proj|v_proj|up_proj)"),
+    ("phi3", ["qkv_proj", "gate_up_proj"]),
+    ("glm glm4", [*_ATTENTION, "gate_up_proj"]),
+    ("phi opt bart mbart whisper vit m2m_100 marian pegasus", _FC1),
+    ("gpt2", ["c_attn", "c_fc"]),
+    ("gpt_neo starcoder2", [*_ATTENTION, "c_fc"]),
+    ("gptj", [*_ATTENTION, "fc_in"]),
+    ("codegen", ["qkv_proj", "fc_in"]),
+    ("gpt_neox falcon bloom persimmon", _NEOX),
+    ("mpt", ["Wqkv", "ffn.up_proj"]),
+    ("bert roberta xlm-roberta electra layoutlm camembert", _BERT),
+    ("distilbert", ["q_lin", "v_lin", "lin1"]),
+    ("deberta", ["in_proj", "intermediate.dense"]),
+    # DeBERTa-v2 sends its relative positions through the same query projection as the tokens: V and U alone [ours].
+    ("deberta-v2", ["value_proj", "intermediate.dense"]),
+    ("t5 mt5 umt5", _T5),
+]
+
+DEFAULT_TARGETS: dict[str, list[str] | str] = {
+    model_type: targets for model_types, targets in _ARCHITECTURES for model_type in model_types.split()
+}
+
+
+@dataclass(frozen=True)
+class OutputSlices:
+    """Which outputs of a fused projection are scaled: `groups` repetitions of the same run of sections.
+
+    A NeoX layer with 8 heads of width 64 is `OutputSlices(8, ((64, True), (64, False), (64, True)))`: each head's
+    query, key and value lie side by side.
+
+    Attributes:
+        groups: how often the sections repeat.
+        sections: the (width, scaled or not) of each section, in order.
+    """
+
+    groups: int
+    sections: tuple[tuple[int, bool], ...]
+
+    @property
+    def num_outputs(self) -> int:
+        """All outputs of the projection."""
+        return self.groups * sum(width for width, _ in self.sections)
+
+    @property
+    def num_scaled(self) -> int:
+        """The outputs that a vector scales."""
+        return self.groups * sum(width for width, scaled in self.sections if scaled)
+
+    def spread(self, vector: torch.Tensor) -> torch.Tensor:
+        """Puts a vector's entries where the scaled outputs are, and 1 everywhere else.
+
+        Args:
+            vector: (…, `num_scaled`).
+
+        Returns:
+            (…, `num_outputs`).
+        """
+        rows = vector.shape[:-1]
+        widths = [width for width, scaled in self.sections if scaled]
+        scaled_parts = iter(vector.reshape(*rows, self.groups, sum(widths)).split(widths, -1))
+        parts = [
+            next(scaled_parts) if scaled else vector.new_ones(*rows, self.groups, width)
+            for width, scaled in self.sections
+        ]
+        return torch.cat(parts, -1).reshape(*rows, self.num_outputs)
+
+
+def _qkv(groups: int, queries: int, head_dim: int, keys: int = 1) -> OutputSlices:
+    """Sections of `queries` query heads, then `keys` key heads, then as many value heads, in each group."""
+    return OutputSlices(groups, ((queries * head_dim, True), (keys * head_dim, False), (keys * head_dim, True)))
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
+
+
+def _qkv_in_thirds(config: Any) -> OutputSlices:
+    heads, _, head_dim = _heads(config)
+    return _qkv(1, heads, head_dim, keys=heads)
+
+
+def _qkv_by_head(config: Any) -> OutputSlices:
+    heads, _, head_dim = _heads(config)
+    return _qkv(heads, 1, head_dim)
+
+
+def _qkv_grouped(config: Any) -> OutputSlices:
+    heads, key_value_heads, head_dim = _heads(config)
+    return _qkv(1, heads, head_dim, keys=key_value_heads)
+
+
+def _falcon(config: Any) -> OutputSlices:
+    heads, _, head_dim = _heads(config)
+    if config.new_decoder_architecture:
+        return _qkv(config.num_kv_heads, heads // config.num_kv_heads, head_dim)
+    return _qkv(1, heads, head_dim) if config.multi_query else _qkv(heads, 1, head_dim)
+
+
+def _codegen(config: Any) -> OutputSlices:
+    width = config.hidden_size // 4
+    return OutputSlices(4, ((width, True), (width, True), (width, False)))
+
+
+def _gate_up(config: Any) -> OutputSlices:
+    return OutputSlices(1, ((config.intermediate_size, False), (config.intermediate_size, True)))
+
+
+FUSED_PROJECTIONS: dict[tuple[str, str], Callable[[Any], OutputSlices]] = {
+    ("gpt2", "c_attn"): _qkv_in_thirds,
+    ("mpt", "Wqkv"): _qkv_in_thirds,
+    ("gpt_neox", "query_key_value"): _qkv_by_head,
+    ("bloom", "query_key_value"): _qkv_by_head,
+    ("persimmon", "query_key_value"): _qkv_by_head,
+    ("deberta", "in_proj"): _qkv_by_head,
+    ("falcon", "query_key_value"): _falcon,
+    ("codegen", "qkv_proj"): _codegen,
+    ("phi3", "qkv_proj"): _qkv_grouped,
+    ("phi3", "gate_up_proj"): _gate_up,
+    ("glm", "gate_up_proj"): _gate_up,
+    ("glm4", "gate_up_proj"): _gate_up,
+}
+
+
+def scaled_outputs(model_config: Any, module_name: str, out_features: int) -> OutputSlices:
+    """Returns which outputs of a module are scaled: all, unless it is a fused projection that we know.
+
+    Args:
+        model_config: the configuration of the model, or None.
+        module_name: the module's full name.
+        out_features: how many outputs it has.
+
+    Raises:
+        ValueError: the layout that its architecture calls for does not fit the module.
+    """
+    model_type = getattr(model_config, "model_type", "")
+    layout = FUSED_PROJECTIONS.get((model_type, module_name.rpartition(".")[2]))
+    if layout is None:
+        return OutputSlices(1, ((out_features, True),))
+    slices = layout(model_config)
+    if slices.num_outputs != out_features:
+        raise ValueError(
+            f"{module_name} has {out_features} outputs, but its fused projection in a {model_type!r} model should have "
+            f"{slices.num_outputs}: leave it out with exclude_modules=[{module_name!r}]."
+        )
+    return slices

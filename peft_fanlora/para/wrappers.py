@@ -1,0 +1,107 @@
+"""Two methods of a model that have to know more than the model's own calls can say.
+
+What gradient checkpointing runs again has to run under the call that it belongs to, and `generate` alone knows how long
+its prompt is. Both wrappers belong to one instance of a model, and go when the adapters are unloaded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .state import Generation, ParaState
+
+
+CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
+"""The attribute in which transformers keeps a module's checkpoint function."""
+
+
+class PromptKeepingCheckpoint:
+    """A module's checkpoint function, which runs a block both times under the call that it belongs to.
+
+    Args:
+        checkpoint: the function that transformers gave to the module.
+        state: what the model's layers share.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], state: ParaState) -> None:
+        self.checkpoint = checkpoint
+        self.state = state
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self.state.current.call
+        if call is None:
+            return self.checkpoint(function, *args, **kwargs)
+        reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant")
+        if reentrant and call.memory is not None and call.memory.requires_grad:
+            raise ValueError(
+                "Reentrant checkpointing would lose the gradients that reach the encoder through the decoder's vectors: "
+                "use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+
+        def under_this_call(*block_args: Any, **block_kwargs: Any) -> Any:
+            with self.state.using(call.renewed()):
+                return function(*block_args, **block_kwargs)
+
+        return self.checkpoint(under_this_call, *args, **kwargs)
+
+
+class PromptKeepingGenerate:
+    """A model's `generate`, which lets the model's calls know how long the prompt is, and takes a `prompt_mask`.
+
+    Without it a call with draft tokens, or one without a cache, could not tell the prompt from what was generated.
+
+    Args:
+        model: the model.
+        wrapped: the `generate` of this instance, where it has another than its class.
+        state: what the model's layers share.
+    """
+
+    def __init__(self, model: Any, wrapped: Callable[..., Any] | None, state: ParaState) -> None:
+        self.model = model
+        self.wrapped = wrapped
+        self.state = state
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = inspect.signature(type(self.model).generate)
+        return own.replace(parameters=list(own.parameters.values())[1:])
+
+    def __call__(self, *args: Any, prompt_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        generate = self.wrapped or type(self.model).generate.__get__(self.model)
+        if not self.state.active_adapters():
+            return generate(*args, **kwargs)
+        config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or self.model.generation_config
+        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        if chunk is not None:
+            raise ValueError(
+                f"prefill_chunk_size={chunk} splits the prompt, but PARA makes its vectors from the whole prompt, when "
+                "it first passes: leave prefill_chunk_size out."
+            )
+        generation = self._generation(args, kwargs, prompt_mask)
+        if getattr(config, "is_assistant", False):
+            generation = replace(generation, drafts=True)
+        with self.state.generating(generation):
+            return generate(*args, **kwargs)
+
+    def _generation(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], prompt_mask: torch.Tensor | None
+    ) -> Generation:
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            return Generation(prompt_mask=prompt_mask)
+        ids = first_not_none(args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is not None:
+            return Generation(embeds.shape[1], prompt_mask=prompt_mask)
+        if ids is None:
+            return Generation()
+        return Generation(ids.shape[1], ids, prompt_mask)
+
+
+def first_not_none(*values: Any) -> Any:
+    """Returns the first value that is not None, or None."""
+    return next((value for value in values if value is not None), None)
