@@ -10,16 +10,16 @@ its quartiles are what to compare. The base model taken a second time shows how 
 import copy
 import json
 import os
-import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import assets
+import machine
 import peft
 import torch
 import transformers
@@ -31,6 +31,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, set_seed
 
 from peft_fanlora import ParaConfig
+
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+import assets
 
 
 BATCH_SIZE = 8
@@ -137,14 +141,6 @@ def summary(variant: Variant, base: Variant) -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a model [default: SmolLM2-135M-Instruct]")] = "",
     rounds: Annotated[int, typer.Option(help="Timed steps of each variant")] = 60,
@@ -185,15 +181,10 @@ def main(
             "batch_size": BATCH_SIZE,
             "prompt_length": PROMPT_LENGTH,
             "rounds": rounds,
-            "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+            "device": device,
             "dtype": dtype,
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
             "load_before": round(load, 2),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
+            "machine": machine.facts(),
         }
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")

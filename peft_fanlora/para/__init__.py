@@ -1,11 +1,11 @@
 """PARA: vectors that a prompt makes once, and that scale Q, V and U for every token after it."""
 
+from ..registration import register
 from .chat_template import prompt_end_token_ids_of
 from .config import ParaConfig
 from .generator import VectorGenerator
 from .layer import ParaLayer
 from .model import ParaModel
-from ..registration import register
 
 
 __all__ = ["ParaConfig", "ParaLayer", "ParaModel", "VectorGenerator", "prompt_end_token_ids_of"]

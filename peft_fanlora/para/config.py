@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 from transformers.activations import ACT2FN
 
-from .generator import POOLINGS, RATIONAL
 from ..registration import add_peft_type
+from .generator import POOLINGS, RATIONAL
 
 
 @dataclass
