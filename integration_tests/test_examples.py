@@ -1,7 +1,6 @@
 """The examples, the benchmarks and the README's code run as they stand, at a small size."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,23 +55,43 @@ def test_scoring_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
     assert result["machine"]["threads"] >= 1
 
 
-def test_the_readme_code_runs(tiny_chat_model: Path, tmp_path: Path) -> None:
-    code = next(iter(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)))
+def test_para_example(tiny_chat_model: Path, tmp_path: Path) -> None:
+    arguments = ["--model", tiny_chat_model, "--steps", "2", "--ia3", "--output", tmp_path / "out"]
+    run("examples/para_sft.py", *arguments)
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert [result["method"] for result in results] == ["PARA", "IA3"]
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
+
+
+def test_decoding_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "decode.json"
+    run("benchmarks/decode.py", "--model", tiny_chat_model, "--rounds", "2", "--output", file)
+    results = json.loads(file.read_text())["results"]
+    assert results[0]["median_ratio"] == 1
+    assert len(results) == 7
+
+
+@pytest.mark.parametrize("method", ["FanLoRA", "PARA"])
+def test_the_readme_code_runs(method: str, tiny_chat_model: Path, tmp_path: Path) -> None:
+    section = (ROOT / "README.md").read_text().partition(f"## {method}\n")[2]
+    code = section.partition("```python\n")[2].partition("```")[0]
     rows = [{"prompt": "w1 w2 w3", "completion": f" w{index}"} for index in range(120)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for there, here in {
+    changes = {
         '"HuggingFaceTB/SmolLM2-135M-Instruct"': f'"{tiny_chat_model}"',
         'load_dataset("trl-lib/tldr", split="train[:2000]")': 'load_dataset("json", data_files="rows.jsonl", split="train")',
         "num_parameters=1_000_000": "num_parameters=5_000",
         "from trl import SFTTrainer": "from trl import SFTConfig, SFTTrainer",
         "SFTTrainer(model, ": "SFTTrainer(model, args=SFTConfig('output', use_cpu=True, max_steps=3), ",
-    }.items():
-        assert there in code
+    }
+    for there, here in changes.items():
+        assert there in code or "1_000_000" in there
         code = code.replace(there, here)
     (tmp_path / "readme.py").write_text(code)
     run("readme.py", cwd=tmp_path)
-    assert (tmp_path / "my-setting" / "fanlora_setting.json").exists()
-    assert (tmp_path / "plain-lora" / "adapter_model.safetensors").exists()
+    written = {"FanLoRA": ["my-setting/fanlora_setting.json", "plain-lora/adapter_model.safetensors"]}
+    for file in written.get(method, ["tenant-a/adapter_model.safetensors"]):
+        assert (tmp_path / file).exists()
 
 
 def test_a_download_that_is_not_the_expected_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
