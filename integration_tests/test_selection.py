@@ -95,9 +95,9 @@ def test_two_stacks_are_ranked_each_for_itself() -> None:
         ({"modules_per_layer": 2, "keep": 2}, "`keep` does not go with strategy='layer'"),
         ({"modules_per_layer": 2, "strategy": "global"}, "`modules_per_layer` does not go with strategy='global'"),
         ({"modules_per_layer": 0}, "`modules_per_layer`=0 keeps nothing"),
-        ({"modules_per_layer": 5}, "this model has 5 to choose from, so pass a number from 1 to 4"),
-        ({"strategy": "global", "keep": 10}, "from 1 to 9"),
-        ({"modules_per_layer": 2, "groups": True}, "packed groups this model has 2 to choose from"),
+        ({"modules_per_layer": 5}, "there are 5 to choose from, so it has to be at least 1 and less than 5"),
+        ({"strategy": "global", "keep": 10}, "less than 10"),
+        ({"modules_per_layer": 2, "groups": True}, "packed groups there are 2 to choose from"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], reason: str) -> None:

@@ -108,48 +108,52 @@ class ImportanceScores(Mapping[str, float]):
         Raises:
             ValueError: the number does not go with the strategy, is below 1, or would keep all.
         """
-        wanted = {"layer": ("modules_per_layer", modules_per_layer), "role": ("keep", keep), "global": ("keep", keep)}
-        if strategy not in wanted:
-            raise ValueError(f"strategy={strategy!r} is unknown; use one of {sorted(wanted)}.")
-        argument, number = wanted[strategy]
-        other = "keep" if argument == "modules_per_layer" else "modules_per_layer"
-        if {"modules_per_layer": modules_per_layer, "keep": keep}[other] is not None:
-            raise ValueError(f"`{other}` does not go with strategy={strategy!r}; pass `{argument}`.")
-        if number is None:
-            raise ValueError(f"strategy={strategy!r} needs `{argument}`, how many to keep.")
-
+        argument, number = _how_many(modules_per_layer, strategy, keep)
         modules = [Module.parse(name) for name in self]
-        role_order = {
-            role: position for position, role in enumerate(dict.fromkeys(_place(module) for module in modules))
-        }
-        units: dict[tuple[Any, ...], list[Module]] = {}
+        role_order = {place: position for position, place in enumerate(dict.fromkeys(map(_place, modules)))}
+
+        units: dict[tuple[Any, ...], list[Module]] = {}  # what stays or goes together
         for module in modules:
-            part: Any = module.packed_group if groups else module.role
-            units.setdefault(
-                (module.stack, part) if strategy == "role" else (module.stack, module.layer, part), []
-            ).append(module)
-        contests: dict[Any, list[list[Module]]] = {}
+            layer = None if strategy == "role" else module.layer
+            part = module.packed_group if groups else module.role
+            units.setdefault((module.stack, layer, part), []).append(module)
+        contests: dict[str, list[list[Module]]] = {}  # what is ranked against each other
         for unit in units.values():
-            contests.setdefault(unit[0].block if strategy == "layer" else None, []).append(unit)
+            contests.setdefault(unit[0].block if strategy == "layer" else "", []).append(unit)
 
         largest = max(map(len, contests.values()))
         if not 1 <= number < largest:
             raise ValueError(
-                f"`{argument}`={number} keeps nothing or drops nothing; with strategy={strategy!r}"
-                f"{' and packed groups' if groups else ''} this model has {largest} to choose from, so pass a number "
-                f"from 1 to {largest - 1}."
+                f"`{argument}`={number} keeps nothing or drops nothing: with strategy={strategy!r}"
+                f"{' and packed groups' if groups else ''} there are {largest} to choose from, so it has to be at least "
+                f"1 and less than {largest}."
             )
 
         def rank(unit: list[Module]) -> tuple[float, int, int]:
             return -sum(self[module.name] for module in unit), role_order[_place(unit[0])], unit[0].layer
 
-        chosen = {
-            module for contest in contests.values() for unit in sorted(contest, key=rank)[:number] for module in unit
-        }
+        best = [unit for contest in contests.values() for unit in sorted(contest, key=rank)[:number]]
+        chosen = {module for unit in best for module in unit}
         kept = {module: self[module.name] for module in modules if module in chosen}
         dropped = {module: self[module.name] for module in modules if module not in chosen}
         how = {"strategy": strategy, argument: number, "groups": groups}
         return FanLoraSetting(kept, dropped, self.num_layers, self.model_type, {**self.calibration, **how})
+
+
+def _how_many(modules_per_layer: int | None, strategy: str, keep: int | None) -> tuple[str, int]:
+    """Returns the argument of `select` that goes with the strategy, after checking that it alone is given."""
+    given = {"modules_per_layer": modules_per_layer, "keep": keep}
+    arguments = {"layer": "modules_per_layer", "role": "keep", "global": "keep"}
+    if strategy not in arguments:
+        raise ValueError(f"strategy={strategy!r} is unknown; use one of {', '.join(arguments)}.")
+    argument = arguments[strategy]
+    number = given.pop(argument)
+    (other, unwanted), *_ = given.items()
+    if unwanted is not None:
+        raise ValueError(f"`{other}` does not go with strategy={strategy!r}; pass `{argument}`.")
+    if number is None:
+        raise ValueError(f"strategy={strategy!r} needs `{argument}`, how many to keep.")
+    return argument, number
 
 
 def _place(module: Module) -> tuple[str, str]:
