@@ -1,10 +1,10 @@
 """PARA on a real chat model and real text: one adapter trained by TRL, its loss before and after, and a generation.
 
 The prompt-completion rows show the trainer where each prompt ends, so that nothing else has to be said. `--ia3` trains
-IA3 on the same modules and batches, for comparison.
+IA3 on the same modules and batches at a learning rate of its own, for comparison.
 
     python examples/para_sft.py
-    python examples/para_sft.py --ia3 --pooling mean
+    python examples/para_sft.py --ia3 1e-2 --pooling mean
     python examples/para_sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset trl-lib/tldr
 """
 
@@ -119,7 +119,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Training steps")] = 60,
     pooling: Annotated[str, typer.Option(help="attention, mean, max or last")] = "attention",
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of PARA")] = 3e-3,
-    ia3: Annotated[bool, typer.Option(help="Whether to train IA3 too, at a learning rate of 1e-2")] = False,
+    ia3: Annotated[float | None, typer.Option(help="Peak learning rate at which to train IA3 too")] = None,
     seed: Annotated[int, typer.Option(help="Seed")] = 0,
 ) -> None:
     """Trains PARA, prints the held-out loss before and after, and answers a held-out prompt."""
@@ -138,9 +138,9 @@ def main(
     trained, result = train(base_model, config, learning_rate, steps, rows, output, seed)
     trained.save_pretrained(output / "adapter")
     results = [result]
-    if ia3:
+    if ia3 is not None:
         other = IA3Config(target_modules=MODULES, feedforward_modules=[], task_type="CAUSAL_LM")
-        results.append(train(base_model, other, 1e-2, steps, rows, output, seed)[1])
+        results.append(train(base_model, other, ia3, steps, rows, output, seed)[1])
 
     table = Table("", "lr", "parameters", "before", "after", "minutes", title=f"Loss on {NUM_HELD_OUT} held-out rows")
     for each in results:

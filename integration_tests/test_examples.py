@@ -56,7 +56,7 @@ def test_scoring_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
 
 
 def test_para_example(tiny_chat_model: Path, tmp_path: Path) -> None:
-    arguments = ["--model", tiny_chat_model, "--steps", "2", "--ia3", "--output", tmp_path / "out"]
+    arguments = ["--model", tiny_chat_model, "--steps", "2", "--ia3", "1e-2", "--output", tmp_path / "out"]
     run("examples/para_sft.py", *arguments)
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert [result["method"] for result in results] == ["PARA", "IA3"]
