@@ -21,13 +21,13 @@ from datasets import Dataset, load_dataset
 from peft import AutoPeftModelForCausalLM, IA3Config, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from training import BATCH_SIZE, sft_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from peft_fanlora import ParaConfig, prompt_end_token_ids_of
 
 
-BATCH_SIZE = 8
 NUM_HELD_OUT = 96
 MODULES = ["q_proj", "v_proj", "up_proj"]
 
@@ -53,26 +53,9 @@ def train(
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32), config)
-    arguments = SFTConfig(
-        output_dir=str(output / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH_SIZE,
-        per_device_eval_batch_size=BATCH_SIZE,
-        learning_rate=learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, round(0.06 * steps)),
-        max_length=128,
-        gradient_checkpointing=False,  # would save memory that this model does not need, for a third more time
-        bf16=torch.cuda.is_available(),  # emulated, and so slow, on most CPUs
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-    )
     trainer = SFTTrainer(
         model,
-        args=arguments,
+        args=sft_arguments(output, steps, learning_rate, seed),
         processing_class=tokenizer,
         train_dataset=rows.select(range(NUM_HELD_OUT, len(rows))),
         eval_dataset=rows.select(range(NUM_HELD_OUT)),

@@ -26,15 +26,15 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from training import BATCH_SIZE, sft_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ImportanceScores, export_lora
 
 
 MODULES_PER_LAYER = 2
 RANDOM_DRAWS = 3
-BATCH_SIZE = 8
 LEARNING_RATE = 1e-3
 NUM_CALIBRATION = 16
 NUM_HELD_OUT = 64
@@ -77,22 +77,7 @@ class Run:
 
     def trainer(self, model: PeftModel, steps: int, training: Dataset, **held_out: Dataset) -> SFTTrainer:
         """Makes TRL's trainer; `get_eval_dataloader(name)` gives the batches of a held-out set."""
-        arguments = SFTConfig(
-            output_dir=str(self.output / "trainer"),
-            max_steps=steps,
-            per_device_train_batch_size=BATCH_SIZE,
-            per_device_eval_batch_size=BATCH_SIZE,
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="linear",
-            warmup_steps=max(1, round(0.06 * steps)),
-            max_length=128,
-            gradient_checkpointing=False,  # would save memory that this model does not need, for a third more time
-            bf16=torch.cuda.is_available(),  # emulated, and so slow, on most CPUs
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=10,
-            save_strategy="no",
-            report_to="none",
-        )
+        arguments = sft_arguments(self.output, steps, LEARNING_RATE)
         return SFTTrainer(
             model, args=arguments, processing_class=self.tokenizer, train_dataset=training, eval_dataset=held_out
         )

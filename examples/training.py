@@ -1,0 +1,37 @@
+"""The training arguments that the examples share."""
+
+from pathlib import Path
+
+import torch
+from trl import SFTConfig
+
+
+BATCH_SIZE = 8
+
+
+def sft_arguments(output: Path, steps: int, learning_rate: float, seed: int = 42) -> SFTConfig:
+    """Returns the arguments of a short run of `SFTTrainer` that writes no checkpoints.
+
+    Args:
+        output: the folder of the example's results.
+        steps: the number of training steps; the first 6% warm the learning rate up.
+        learning_rate: its peak.
+        seed: of the order of the data.
+    """
+    return SFTConfig(
+        output_dir=str(output / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH_SIZE,
+        per_device_eval_batch_size=BATCH_SIZE,
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, round(0.06 * steps)),
+        max_length=128,
+        gradient_checkpointing=False,  # would save memory that a small model does not need, for a third more time
+        bf16=torch.cuda.is_available(),  # emulated, and so slow, on most CPUs
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+    )
