@@ -239,6 +239,8 @@ def test_a_named_adapter_is_scored_alone() -> None:
         ({"adapter_name": "nobody"}, "There is no adapter 'nobody'; this model has"),
         ({"dataloader": None}, "needs calibration data"),
         ({"dataloader": []}, "no label tokens"),
+        ({"dataloader": TINY["llama"].batch()}, r"gave a str instead of a dict .* score_modules\(\[batch\]\)"),
+        ({"dataloader": [(torch.ones(1, 3), torch.ones(1, 3))]}, "gave a tuple instead of a dict"),
         ({"dataloader": [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]}, "no `labels`, only"),
     ],
 )

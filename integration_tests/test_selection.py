@@ -94,6 +94,8 @@ def test_two_stacks_are_ranked_each_for_itself() -> None:
         ({"strategy": "best", "keep": 1}, "strategy='best' is unknown"),
         ({"modules_per_layer": 2, "keep": 2}, "`keep` does not go with strategy='layer'"),
         ({"modules_per_layer": 2, "strategy": "global"}, "`modules_per_layer` does not go with strategy='global'"),
+        ({"modules_per_layer": 2.5}, "`modules_per_layer`=2.5 is no whole number"),
+        ({"strategy": "role", "keep": "2"}, "`keep`='2' is no whole number"),
         ({"modules_per_layer": 0}, "`modules_per_layer`=0 keeps nothing"),
         ({"modules_per_layer": 5}, "there are 5 to choose from, so it has to be at least 1 and less than 5"),
         ({"strategy": "global", "keep": 10}, "less than 10"),

@@ -323,7 +323,16 @@ def _inference_state(tuner: FanLoraModel, adapter_name: str) -> Iterator[None]:
 
 
 def _prepared(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Moves a batch to the model's device, and switches the KV cache off where the model has one."""
+    """Moves a batch to the model's device, and switches the KV cache off where the model has one.
+
+    Raises:
+        ValueError: the batch is no dict.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"The dataloader gave a {type(batch).__name__} instead of a dict of the forward's arguments; use the data "
+            "collator of your trainer. A single batch goes into a list: score_modules([batch])."
+        )
     device = next(model.parameters()).device
     moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     if getattr(getattr(model, "config", None), "use_cache", False):

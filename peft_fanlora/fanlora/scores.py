@@ -153,6 +153,8 @@ def _how_many(modules_per_layer: int | None, strategy: str, keep: int | None) ->
         raise ValueError(f"`{other}` does not go with strategy={strategy!r}; pass `{argument}`.")
     if number is None:
         raise ValueError(f"strategy={strategy!r} needs `{argument}`, how many to keep.")
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise ValueError(f"`{argument}`={number!r} is no whole number; pass how many to keep.")
     return argument, number
 
 
