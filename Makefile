@@ -3,14 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+VLLM := .venv-vllm
 
-.PHONY: quickstart test quality style
+.PHONY: quickstart test test-vllm quality style
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Needs Python 3.11+ and 4 GB: vLLM's CPU build has an environment of its own.
+test-vllm: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest -m vllm
 
 quality: $(READY)
 	$(BIN)/ruff check
@@ -26,4 +31,10 @@ $(READY): pyproject.toml constraints-dev.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable ".[dev]"
+	touch $@
+
+$(VLLM)/ready: pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@

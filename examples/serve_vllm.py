@@ -1,0 +1,313 @@
+"""FanLoRA's tenants on vLLM: exported adapters, several in one batch, and what a choice of modules saves there.
+
+`train` finds a setting by role, trains an adapter for each tenant on it, exports them as plain LoRA, and keeps what
+each answers. `serve` needs vLLM, so it may run in another environment: it checks that vLLM gives the same answers token
+for token, in one batch with the base model, and times that batch beside LoRA on all linear layers.
+
+    python examples/serve_vllm.py train
+    python examples/serve_vllm.py serve
+"""
+
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import assets
+import torch
+import typer
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from training import BATCH_SIZE, sft_arguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import SFTTrainer
+
+from peft_fanlora import FanLoraConfig, export_lora
+
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import machine
+
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+RANK = 8
+MODULES_PER_LAYER = 2
+NUM_CALIBRATION = 16
+LEARNING_RATE = 1e-3
+BY_ROLE, BY_LAYER, EVERYWHERE = "FanLoRA by role", "FanLoRA by layer", "LoRA on all linear layers"
+PACKED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
+}
+"""Which layer of vLLM's Llama holds a projection, where it does not stand alone."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+Output = Annotated[Path, typer.Option(help="Where the adapters and their answers are kept")]
+
+
+@dataclass
+class Tenants:
+    """Exported adapters, what each tenant asks, and what its adapter answers in transformers (tokens)."""
+
+    name: str
+    folders: list[str]
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+
+@dataclass
+class Served:
+    """Tenants on an engine."""
+
+    name: str
+    engine: "LLM"
+    prompts: list[list[int]]
+    adapters: "list[LoRARequest | None]"
+    seconds: list[float] = field(default_factory=list)
+
+
+def train_adapter(
+    base_model: str, config: FanLoraConfig, rows: list[assets.Row], steps: int, output: Path, seed: int
+) -> tuple[PeftModel, SFTTrainer]:
+    """Trains an adapter on the rows after the first `NUM_CALIBRATION`, which the trainer keeps for evaluation."""
+    set_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32), config)
+    trainer = SFTTrainer(
+        model,
+        args=sft_arguments(output, steps, LEARNING_RATE, seed),
+        processing_class=AutoTokenizer.from_pretrained(base_model),
+        train_dataset=Dataset.from_list(rows[NUM_CALIBRATION:]),
+        eval_dataset=Dataset.from_list(rows[:NUM_CALIBRATION]),
+    )
+    trainer.train()
+    return model.eval(), trainer
+
+
+def answer(model: PeftModel, prompt: list[int], new_tokens: int) -> list[int]:
+    """Returns the tokens that follow a prompt under greedy decoding, which nothing stops."""
+    inputs = torch.tensor([prompt], device=model.device)
+    lengths = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+    model.generation_config.eos_token_id = None
+    output = model.generate(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), do_sample=False, pad_token_id=0, **lengths
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a chat model [default: SmolLM2-135M-Instruct]")] = "",
+    output: Output = Path("serve-output"),
+    tenants: Annotated[int, typer.Option(help="How many adapters", min=1)] = 8,
+    steps: Annotated[int, typer.Option(help="Training steps before the modules are scored")] = 20,
+    tenant_steps: Annotated[int, typer.Option(help="Training steps of each tenant")] = 4,
+    new_tokens: Annotated[int, typer.Option(help="Length of the answers in tokens")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed")] = 0,
+) -> None:
+    """Finds a setting by role, trains and exports the tenants, and writes down what they answer."""
+    base_model = model or str(assets.model_folder())
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    size = NUM_CALIBRATION + tenant_steps * BATCH_SIZE
+    tasks = definitions, _ = assets.glosses(), assets.sentiment()
+    rows = [tasks[tenant % 2][tenant * size : (tenant + 1) * size] for tenant in range(tenants)]
+    prompts = [
+        tokenizer.apply_chat_template(own[0]["prompt"], add_generation_prompt=True, return_dict=False) for own in rows
+    ]
+    shape: dict[str, Any] = {"r": RANK, "lora_alpha": 2 * RANK, "task_type": "CAUSAL_LM"}
+
+    console.rule("LoRA on all linear layers, and the setting by role")
+    instructions = definitions[tenants * size :][: NUM_CALIBRATION + steps * BATCH_SIZE]
+    general, trainer = train_adapter(base_model, FanLoraConfig(**shape), instructions, steps, output, seed)
+    scores = general.score_modules(trainer.get_eval_dataloader(), num_points=4)
+    setting = scores.select(strategy="role", keep=MODULES_PER_LAYER)
+    console.print(f"The roles that stay: {', '.join(setting.roles)}", highlight=False)
+
+    def served_alike(name: str) -> Tenants:
+        """One adapter for all tenants, which costs an engine what as many different ones would."""
+        folder = output / name.replace(" ", "-").lower()
+        export_lora(general, folder)
+        answers = [answer(general, prompt, new_tokens) for prompt in prompts]
+        return Tenants(name, [str(folder.resolve())] * tenants, prompts, answers)
+
+    groups = [served_alike(EVERYWHERE)]
+    with general.disable_adapter():
+        base_answers = [answer(general, prompt, new_tokens) for prompt in prompts]
+    general.prune_modules(scores.select(modules_per_layer=MODULES_PER_LAYER))
+    groups.append(served_alike(BY_LAYER))
+
+    own_adapters = Tenants(BY_ROLE, [], prompts, [])
+    for tenant in range(tenants):
+        console.rule(f"Tenant {tenant + 1} of {tenants}")
+        config = FanLoraConfig(setting=setting, **shape)
+        adapter, _ = train_adapter(base_model, config, rows[tenant], tenant_steps, output, seed + tenant)
+        folder = output / f"tenant-{tenant}"
+        export_lora(adapter, folder)
+        own_adapters.folders.append(str(folder.resolve()))
+        own_adapters.answers.append(answer(adapter, prompts[tenant], new_tokens))
+    groups.append(own_adapters)
+    content = {"base_model": base_model, "base_answers": base_answers, "groups": [asdict(group) for group in groups]}
+    (output / "tenants.json").write_text(json.dumps(content) + "\n")
+    console.print(f"Everything is in {output}/. In vLLM's environment: python {sys.argv[0]} serve --output {output}")
+
+
+def layers_of_vllm(folders: Iterable[str]) -> list[str]:
+    """Returns the layers of vLLM's Llama that the adapters need, for `lora_target_modules`."""
+    configs = [json.loads((Path(folder) / "adapter_config.json").read_text()) for folder in set(folders)]
+    modules = {module.rpartition(".") for config in configs for module in config["target_modules"]}
+    return sorted({f"{parent}.{PACKED.get(leaf, leaf)}" for parent, _, leaf in modules})
+
+
+def tokens_of(served: Served, new_tokens: int) -> list[list[int]]:
+    """Answers all prompts in one batch."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    inputs = [{"prompt_token_ids": prompt} for prompt in served.prompts]
+    outputs = served.engine.generate(inputs, sampling, lora_request=served.adapters, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def start_all(base_model: str, groups: dict[str, Tenants]) -> list[Served]:
+    """Starts the engines: without LoRA, as vLLM comes with LoRA, and with LoRA where the adapters have it."""
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    prompts = groups[BY_ROLE].prompts
+    ids = iter(range(1, 1_000))  # each id is an adapter of its own to vLLM
+    requests: dict[str, list[LoRARequest | None]] = {
+        name: [
+            LoRARequest(f"adapter-{index}", index, folder) for folder, index in zip(group.folders, ids, strict=False)
+        ]
+        for name, group in groups.items()
+    }
+
+    def start(*names: str, **options: Any) -> LLM:
+        # On a CPU, vLLM gives requests without an adapter the one in the last slot: that one has to stay empty.
+        slots = sum(len(requests[name]) for name in names) + 1
+        lora = {"enable_lora": True, "max_loras": slots, "max_lora_rank": RANK} if names else {}
+        longest = max(map(len, prompts)) + len(groups[BY_ROLE].answers[0])
+        console.print(f"Starting an engine for {' and '.join(names) or 'the base model'}")
+        return LLM(
+            base_model, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, enable_prefix_caching=False,
+            max_model_len=longest, max_num_seqs=len(prompts) + 1, kv_cache_memory_bytes=2**28, **lora, **options,
+        )  # fmt: skip
+
+    plain = start(EVERYWHERE, BY_ROLE)
+    served = [Served("base model", start(), prompts, [None] * len(prompts))]
+    served += [Served(f"{name}, vLLM as it comes", plain, prompts, requests[name]) for name in (EVERYWHERE, BY_ROLE)]
+    for name in (EVERYWHERE, BY_ROLE, BY_LAYER):
+        engine = start(name, lora_target_modules=layers_of_vllm(groups[name].folders))
+        served.append(Served(f"{name}, lora_target_modules", engine, prompts, requests[name]))
+    return served
+
+
+def check(served: Served, group: Tenants, base_answer: list[int]) -> None:
+    """Compares vLLM's answers with ours, in one batch with a request that asks the base model.
+
+    Raises:
+        RuntimeError: a token differs.
+    """
+    mixed = Served(served.name, served.engine, [*served.prompts, served.prompts[0]], [*served.adapters, None])
+    expected = [*group.answers, base_answer]
+    found = tokens_of(mixed, len(base_answer))
+    names = [*(f"tenant {row}" for row in range(len(group.answers))), "the base model"]
+    for name, own, other in zip(names, expected, found, strict=True):
+        if own != other:
+            raise RuntimeError(f"{served.name}: {name} answers {other} in vLLM and {own} in transformers")
+
+
+def measure(served: list[Served], rounds: int, new_tokens: int) -> None:
+    """Lets the engines take turns, in another order each round; the first round is thrown away."""
+    order = list(served)
+    for _ in range(rounds + 1):
+        for each in order:
+            started = time.perf_counter()
+            tokens_of(each, new_tokens)
+            each.seconds.append(time.perf_counter() - started)
+        random.shuffle(order)
+    for each in served:
+        del each.seconds[0]
+
+
+def num_lora_layers(engine: "LLM") -> int:
+    """Returns how many layers of an engine compute LoRA."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    (count,) = engine.apply_model(lambda model: sum(isinstance(part, BaseLayerWithLoRA) for part in model.modules()))
+    return count
+
+
+def summary(served: Served, base: Served, new_tokens: int) -> dict[str, Any]:
+    ratios = [own / other for own, other in zip(served.seconds, base.seconds, strict=True)]
+    lower, median, upper = statistics.quantiles(ratios, n=4)
+    return {
+        "variant": served.name,
+        "lora_layers": num_lora_layers(served.engine),
+        "tokens_per_second": round(len(served.prompts) * new_tokens / statistics.median(served.seconds), 1),
+        "median_ratio": round(median, 3),
+        "ratio_quartiles": [round(lower, 3), round(upper, 3)],
+    }
+
+
+@app.command()
+def serve(
+    output: Output = Path("serve-output"),
+    rounds: Annotated[int, typer.Option(help="Timed batches of each variant", min=2)] = 10,
+    result: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
+) -> None:
+    """Serves the tenants with vLLM: the same answers as ours, and tokens a second beside LoRA on all linear layers."""
+    # The engines take turns in this process instead of having processes of their own.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    import vllm
+
+    load = os.getloadavg()[0]
+    content = json.loads((output / "tenants.json").read_text())
+    groups = {group["name"]: Tenants(**group) for group in content["groups"]}
+    base_answers, prompts, answers = content["base_answers"], groups[BY_ROLE].prompts, groups[BY_ROLE].answers
+    new_tokens = len(answers[0])
+    base, *others = served = start_all(content["base_model"], groups)
+    for each in others:
+        check(each, groups[each.name.partition(",")[0]], base_answers[0])
+    console.print(f"{len(others)} times {len(prompts)} tenants and the base model in one batch: each token as ours.")
+
+    measure(served, rounds, new_tokens)
+    results = [summary(each, base, new_tokens) for each in served]
+    title = f"{len(prompts)} tenants in one batch, {new_tokens} tokens each"
+    table = Table("", "layers with LoRA", "tokens/s", "time / base", "quartiles", title=title)
+    for row in results:
+        quartiles = "-".join(f"{value:.2f}" for value in row["ratio_quartiles"])
+        figures = (row["lora_layers"], row["tokens_per_second"], f"{row['median_ratio']:.2f}", quartiles)
+        table.add_row(row["variant"], *map(str, figures))
+    console.print(table)
+    if result is not None:
+        facts = {
+            "model": Path(content["base_model"]).name,
+            "tenants": len(prompts),
+            "rank": RANK,
+            "prompt_lengths": [len(prompt) for prompt in prompts],
+            "new_tokens": new_tokens,
+            "rounds": rounds,
+            "roles": sorted({layer.rpartition(".")[2] for layer in layers_of_vllm(groups[BY_ROLE].folders)}),
+            "answers_unlike_the_base_model": sum(own != base for own, base in zip(answers, base_answers, strict=True)),
+            "load_before": round(load, 2),
+            "machine": machine.facts() | {"vllm": vllm.__version__},
+        }
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app()
