@@ -8,10 +8,15 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from .config import FanLoraConfig
 from .model import FanLoraModel
 from .modules import adapted_layers, is_linear
+
+
+_HEADS = {"classifier", "score"}
+"""The modules of `modules_to_save` that other readers of LoRA adapters know: the heads of classification models."""
 
 
 def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, adapter_name: str | None = None) -> None:
@@ -19,7 +24,9 @@ def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, ada
 
     PEFT loads it with the same output, with or without this package; so do engines that read nothing but r, α and the
     names of the modules, such as vLLM and llama.cpp's converter. rsLoRA is written as the α that gives its factor
-    α/√r. What plain LoRA can't say is refused instead of written differently.
+    α/√r. Where `rank_pattern` or `alpha_pattern` made the modules differ, all get the highest rank, by rows and columns
+    of zeros, and the same factor, by scaling B. A trained classification head (`classifier`, `score`) goes along; PEFT
+    and vLLM read it. What plain LoRA can't say is refused instead of written differently.
 
     Args:
         model: a `PeftModel` with a FanLoRA adapter, pruned or not.
@@ -41,14 +48,16 @@ def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, ada
     layers = adapted_layers(tuner.model, adapter_name)
     _refuse_more_than_plain_lora(config, layers, adapter_name)
 
-    layer = next(iter(layers.values()))
-    rank, alpha = layer.r[adapter_name], layer.scaling[adapter_name] * layer.r[adapter_name]
+    rank = max(layer.r[adapter_name] for layer in layers.values())
+    scaling = max((layer.scaling[adapter_name] for layer in layers.values()), key=abs) or 1.0
+    alpha = scaling * rank
     plain = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         target_modules=sorted(layers),
         lora_dropout=config.lora_dropout,
         fan_in_fan_out=config.fan_in_fan_out,
+        modules_to_save=config.modules_to_save,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
@@ -58,24 +67,34 @@ def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, ada
     folder.mkdir(parents=True, exist_ok=True)
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    for name, layer in layers.items():
+        down, up = (f"base_model.model.{name}.lora_{part}.weight" for part in "AB")
+        missing = rank - layer.r[adapter_name]
+        tensors[down] = functional.pad(tensors[down], (0, 0, 0, missing))
+        tensors[up] = functional.pad(tensors[up], (0, missing)) * (layer.scaling[adapter_name] / scaling)
     save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
     plain.save_pretrained(str(folder))
 
 
 def _refuse_more_than_plain_lora(config: FanLoraConfig, layers: Mapping[str, Any], adapter_name: str) -> None:
-    for name in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias"):
+    for name in ("trainable_token_indices", "target_parameters", "layer_replication", "lora_bias"):
         if getattr(config, name, None):
             raise ValueError(
                 f"Plain LoRA has no {name}: this adapter would lose {getattr(config, name)!r}. Share it with "
                 "save_pretrained instead."
             )
+    others = sorted(set(config.modules_to_save or ()) - _HEADS)
+    if others:
+        raise ValueError(
+            f"Of modules_to_save, LoRA's readers know classification heads ({', '.join(sorted(_HEADS))}) alone: this "
+            f"adapter would lose {others!r}. Share it with save_pretrained instead."
+        )
     if config.mutates_base_weights:
         raise ValueError(
             f"This adapter was made with init_lora_weights={config.init_lora_weights!r} and belongs to base weights "
             "that this changed. Save it with save_pretrained(..., path_initial_model_for_weight_conversion=...), which "
             "gives one for the original weights, load that and export it."
         )
-    shapes: dict[tuple[int, float], str] = {}
     for name, layer in layers.items():
         if adapter_name in layer.lora_variant:
             variant = type(layer.lora_variant[adapter_name]).__name__
@@ -84,10 +103,3 @@ def _refuse_more_than_plain_lora(config: FanLoraConfig, layers: Mapping[str, Any
             )
         if not is_linear(layer):
             raise ValueError(f"Plain LoRA is for linear layers, {name} is a {type(layer.get_base_layer()).__name__}.")
-        shapes.setdefault((layer.r[adapter_name], layer.scaling[adapter_name]), name)
-    if len(shapes) > 1:
-        (first, one), (second, other) = list(shapes.items())[:2]
-        raise ValueError(
-            f"Plain LoRA has one r and one lora_alpha for all modules, but {one} has (r, scaling) = {first} and {other} "
-            f"{second}. Train without rank_pattern and alpha_pattern, or share it with save_pretrained instead."
-        )
