@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 RANK = 8
 MODULES_PER_LAYER = 2
-NUM_CALIBRATION = 16
+NUM_CALIBRATION = 8
 LEARNING_RATE = 1e-3
 BY_ROLE, BY_LAYER, EVERYWHERE = "FanLoRA by role", "FanLoRA by layer", "LoRA on all linear layers"
 PACKED = {
