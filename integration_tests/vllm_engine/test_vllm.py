@@ -14,7 +14,7 @@ from peft import get_peft_model
 from serve_vllm import layers_of_vllm
 from tiny_models import randomize
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, export_lora
 
@@ -24,6 +24,15 @@ pytestmark = pytest.mark.vllm
 
 NEW_TOKENS = 12
 NUM_LAYERS = 3
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 2,  # of size 32, which vLLM's attention on CPUs knows
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
 ROLES = ["self_attn.v_proj", "mlp.up_proj", "self_attn.o_proj", "mlp.down_proj"]
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -48,19 +57,9 @@ class Tenant:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose heads have a size that vLLM's attention on CPUs knows."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-    )
     folder = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
     return folder
 
 
@@ -186,6 +185,30 @@ def test_an_adapter_with_other_layers_loses_them_without_an_error(base: Path, te
 def test_the_base_model_beside_as_many_adapters_as_slots(base: Path, tenants: dict[str, Tenant]) -> None:
     few = choose(tenants, "by role", "base model")
     assert answers(engine(base, max_loras=1), few) == expected(few)
+
+
+def test_a_classification_head_goes_along(tmp_path: Path) -> None:
+    from vllm.lora.request import LoRARequest
+
+    torch.manual_seed(0)
+    classifier = LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=3, pad_token_id=0))
+    classifier.save_pretrained(tmp_path / "base")
+    adapter = get_peft_model(classifier, FanLoraConfig(r=4, task_type="SEQ_CLS")).eval()
+    randomize(adapter)
+    nn.init.normal_(adapter.get_base_model().score.modules_to_save["default"].weight)
+    export_lora(adapter, tmp_path / "adapter")
+    prompt = list(range(5, 15))
+    with torch.no_grad():
+        (probabilities,) = adapter(torch.tensor([prompt])).logits.softmax(-1).tolist()
+        with adapter.disable_adapter():
+            (without,) = adapter(torch.tensor([prompt])).logits.softmax(-1).tolist()
+    llm = engine(tmp_path / "base", runner="pooling", max_loras=2)
+    inputs = [{"prompt_token_ids": prompt}] * 2
+    tenant = LoRARequest("classifier", 1, str(tmp_path / "adapter"))
+    outputs = llm.classify(inputs, lora_request=[tenant, None], use_tqdm=False)
+    assert outputs[0].outputs.probs == pytest.approx(probabilities, abs=1e-5)
+    assert outputs[1].outputs.probs == pytest.approx(without, abs=1e-5)
+    assert probabilities != pytest.approx(without, abs=1e-2)
 
 
 def test_para_is_not_readable(base: Path, tmp_path: Path) -> None:
