@@ -204,8 +204,8 @@ def start_all(base_model: str, groups: dict[str, Tenants]) -> list[Served]:
             max_model_len=longest, max_num_seqs=len(prompts) + 1, kv_cache_memory_bytes=2**28, **lora, **options,
         )  # fmt: skip
 
-    plain = start(EVERYWHERE, BY_ROLE)
-    served = [Served("base model", start(), prompts, [None] * len(prompts))]
+    bare, plain = start(), start(EVERYWHERE, BY_ROLE)
+    served = [Served(name, bare, prompts, [None] * len(prompts)) for name in ("base model", "the same a second time")]
     served += [Served(f"{name}, vLLM as it comes", plain, prompts, requests[name]) for name in (EVERYWHERE, BY_ROLE)]
     for name in (EVERYWHERE, BY_ROLE, BY_LAYER):
         engine = start(name, lora_target_modules=layers_of_vllm(groups[name].folders))
@@ -278,7 +278,7 @@ def serve(
     groups = {group["name"]: Tenants(**group) for group in content["groups"]}
     base_answers, prompts, answers = content["base_answers"], groups[BY_ROLE].prompts, groups[BY_ROLE].answers
     new_tokens = len(answers[0])
-    base, *others = served = start_all(content["base_model"], groups)
+    base, _, *others = served = start_all(content["base_model"], groups)
     for each in others:
         check(each, groups[each.name.partition(",")[0]], base_answers[0])
     console.print(f"{len(others)} times {len(prompts)} tenants and the base model in one batch: each token as ours.")

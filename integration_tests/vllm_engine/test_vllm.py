@@ -3,18 +3,21 @@
 They also hold what docs/vllm.md says about vLLM itself, so that another version of it that does otherwise shows here.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import assets
 import pytest
 import torch
 from peft import get_peft_model
-from serve_vllm import layers_of_vllm
+from serve_vllm import app, layers_of_vllm
 from tiny_models import randomize
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from typer.testing import CliRunner
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, export_lora
 
@@ -222,3 +225,21 @@ def test_para_is_not_readable(base: Path, tmp_path: Path) -> None:
     para.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="lora_alpha"):
         PEFTHelper.from_local_dir(str(tmp_path), None)
+
+
+def test_the_example_trains_and_serves(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder())
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = LlamaConfig(**{**SHAPE, "vocab_size": len(tokenizer), "max_position_embeddings": 256})
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    few = ["--tenants", "2", "--steps", "1", "--tenant-steps", "1", "--new-tokens", "3"]
+    result = tmp_path / "result.json"
+    for command in (
+        ["train", "--model", tmp_path / "model", "--output", tmp_path / "out", *few],
+        ["serve", "--output", tmp_path / "out", "--rounds", "2", "--result", result],
+    ):
+        done = CliRunner().invoke(app, [str(part) for part in command], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    assert "2 tenants and the base model in one batch: each token as ours" in done.output
+    layers = {row["variant"]: row["lora_layers"] for row in json.loads(result.read_text())["results"]}
+    assert layers["FanLoRA by role, lora_target_modules"] < layers["LoRA on all linear layers, lora_target_modules"]
