@@ -31,6 +31,7 @@ assert "peft_fanlora" not in sys.modules
         ("llama", {}),
         ("llama", {"use_rslora": True, "lora_alpha": 3}),
         ("llama", {"rank_pattern": {"up_proj": 2, "v_proj": 5}, "alpha_pattern": {r"1\..*": 3}, "use_rslora": True}),
+        ("llama", {"init_lora_weights": "mica"}),
         ("gpt2", {}),
         ("bert", {"modules_to_save": None, "task_type": None}),
         ("bert", {}),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora.variants import MiCALinearVariant
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch.nn import functional
@@ -96,10 +97,11 @@ def _refuse_more_than_plain_lora(config: FanLoraConfig, layers: Mapping[str, Any
             "gives one for the original weights, load that and export it."
         )
     for name, layer in layers.items():
-        if adapter_name in layer.lora_variant:
-            variant = type(layer.lora_variant[adapter_name]).__name__
+        variant = layer.lora_variant.get(adapter_name)
+        if variant is not None and not isinstance(variant, MiCALinearVariant):  # MiCA's is plain LoRA once trained
             raise ValueError(
-                f"Plain LoRA can't say {name}, a {variant}. Share the adapter with save_pretrained instead."
+                f"Plain LoRA can't say {name}, a {type(variant).__name__}. Share the adapter with save_pretrained "
+                "instead."
             )
         if not is_linear(layer):
             raise ValueError(f"Plain LoRA is for linear layers, {name} is a {type(layer.get_base_layer()).__name__}.")
