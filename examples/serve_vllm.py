@@ -300,7 +300,7 @@ def serve(
             "prompt_lengths": [len(prompt) for prompt in prompts],
             "new_tokens": new_tokens,
             "rounds": rounds,
-            "roles": sorted({layer.rpartition(".")[2] for layer in layers_of_vllm(groups[BY_ROLE].folders)}),
+            "layers_by_role": sorted({layer.rpartition(".")[2] for layer in layers_of_vllm(groups[BY_ROLE].folders)}),
             "answers_unlike_the_base_model": sum(own != base for own, base in zip(answers, base_answers, strict=True)),
             "load_before": round(load, 2),
             "machine": machine.facts() | {"vllm": vllm.__version__},
