@@ -264,7 +264,7 @@ def summary(served: Served, base: Served, new_tokens: int) -> dict[str, Any]:
 @app.command()
 def serve(
     output: Output = Path("serve-output"),
-    rounds: Annotated[int, typer.Option(help="Timed batches of each variant", min=2)] = 10,
+    rounds: Annotated[int, typer.Option(help="Timed batches of each variant", min=2)] = 5,
     result: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
 ) -> None:
     """Serves the tenants with vLLM: the same answers as ours, and tokens a second beside LoRA on all linear layers."""
