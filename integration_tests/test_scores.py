@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny_models import TINY, adapted, logits, randomize
+from torch.utils.data import DataLoader, IterableDataset
 
 from peft_fanlora import ImportanceScores
 from peft_fanlora.fanlora.modules import lora_modules
@@ -335,3 +336,16 @@ def test_heads_embeddings_and_towers_are_no_candidates() -> None:
     assert len(candidates(TINY["bert"].base())) == 18
     vit = transformers.ViTModel(transformers.ViTConfig(**vision, image_size=8, patch_size=4))
     assert len(candidates(vit)) == 6
+
+
+def test_streamed_batches() -> None:
+    """Guards against asking a loader for its length, which one over a stream does not have."""
+    batch = TINY["llama"].batch()
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(3)]
+
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            return iter(rows)
+
+    streamed = adapted().score_modules(DataLoader(Stream(), batch_size=2), num_points=2)
+    assert dict(streamed) == pytest.approx(dict(adapted().score_modules([batch], num_points=2)), rel=1e-4, abs=1e-7)
