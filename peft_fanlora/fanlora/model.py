@@ -118,7 +118,8 @@ class FanLoraModel(LoraModel):
 
         Raises:
             ValueError: an argument is out of range; there is no such adapter, it is merged or switched off, or several
-                are active and none is named; the data has no labels; the loss is not finite.
+                are active and none is named; its weights are sharded by FSDP; the data has no labels; the loss is not
+                finite.
 
         Example:
             >>> scores = model.score_modules(dataloader, num_batches=4)
@@ -291,6 +292,12 @@ class FanLoraModel(LoraModel):
             raise ValueError(
                 f"Adapter {adapter_name!r} adapts no linear layer that FanLoRA chooses among; embeddings, heads and "
                 "vision towers are not scored. Use target_modules='all-linear'."
+            )
+        if any(hasattr(factor, "device_mesh") for layer in layers.values() for factor in factors(layer, adapter_name)):
+            raise ValueError(
+                f"The weights of adapter {adapter_name!r} are sharded over processes, as by FSDP, which neither lets its "
+                "parts run alone nor parameters go. Save the adapter, load it in a single process, score and prune it "
+                "there, and begin the next run from what that saves."
             )
         return layers
 
