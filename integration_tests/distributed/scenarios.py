@@ -21,7 +21,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForLanguageModeling, TrainerCallback
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_fanlora import FanLoraCallback, FanLoraConfig, ParaConfig
@@ -317,6 +323,26 @@ def sft(folder: Path) -> dict[str, Any]:
     return found
 
 
+def plain_trainer(folder: Path) -> dict[str, Any]:
+    """transformers' own Trainer, on rows that the script has tokenised."""
+    words = tokenizer()
+    rows = []
+    for row in ANSWERS:
+        prompt, whole = words(row["prompt"])["input_ids"], words(row["prompt"] + row["completion"])["input_ids"]
+        rows.append({"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]})
+    return {
+        method: run(
+            Trainer(
+                model(method),
+                TrainingArguments(**arguments(folder / method, max_steps=3)),
+                data_collator=DataCollatorForSeq2Seq(words),
+                train_dataset=rows,
+            )
+        )
+        for method in METHODS
+    }
+
+
 def dpo(folder: Path) -> dict[str, Any]:
     found = {}
     for method in METHODS:
@@ -328,6 +354,24 @@ def dpo(folder: Path) -> dict[str, Any]:
         )
         found[method] = run(trainer)
     return found
+
+
+def dpo_pruned(folder: Path) -> dict[str, Any]:
+    """Preferences have no labels: the callback has a loader of its own, and deals out its batches."""
+    words = tokenizer()
+    rows = [words(text) for text in WORDS[:11]]
+    collator = DataCollatorForLanguageModeling(words, mlm=False)
+    callback = FanLoraCallback(DataLoader(rows, 2, collate_fn=collator), prune_at=2, modules_per_layer=2, num_points=2)
+    trainer = DPOTrainer(
+        model("FanLoRA"),
+        args=DPOConfig(**arguments(folder, max_steps=4)),
+        train_dataset=PREFERENCES,
+        processing_class=words,
+        callbacks=[callback],
+    )
+    result = run(trainer)
+    assert callback.scores is not None and callback.setting is not None
+    return {**result, "scores": (dict(callback.scores), callback.scores.num_tokens), "kept": callback.setting.names}
 
 
 SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -342,7 +386,9 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
         fsdp_saved,
         fsdp_refusals,
         sft,
+        plain_trainer,
         dpo,
+        dpo_pruned,
     )
 }
 

@@ -199,3 +199,28 @@ def test_dpo(method: str, two: Path, one: Any) -> None:
     close(first["weights"], expected["weights"], 1e-4)
     assert first["losses"] == pytest.approx(expected["losses"], abs=1e-3)
     assert moved(method, first["weights"]) > 1e-2
+
+
+@pytest.mark.support("transformers.Trainer under DDP, two processes")
+@pytest.mark.parametrize("method", scenarios.METHODS)
+def test_the_plain_trainer(method: str, two: Path, one: Any) -> None:
+    expected = one("plain_trainer")[method]
+    first, second = (found[method] for found in of_both(two, "plain_trainer"))
+    assert first["is_ddp"]
+    close(first["weights"], second["weights"], 0)
+    close(first["weights"], expected["weights"], 1e-4)
+    assert moved(method, first["weights"]) > 1e-2
+
+
+@pytest.mark.support("DPO under DDP, two processes: pruning in the run")
+@pytest.mark.parametrize("method", ["FanLoRA"])
+def test_pruning_within_dpo(method: str, two: Path, one: Any) -> None:
+    expected = one("dpo_pruned")
+    first, second = of_both(two, "dpo_pruned")
+    assert first["scores"] == second["scores"]
+    (scores, num_tokens), (found, tokens) = expected["scores"], first["scores"]
+    assert (tokens, first["kept"]) == (num_tokens, expected["kept"])
+    assert found == pytest.approx(scores, rel=1e-3, abs=1e-6)
+    close(first["weights"], second["weights"], 0)
+    close(first["weights"], expected["weights"], 1e-4)
+    assert first["wrapped"] == first["in_optimizer"] == 2 * 6

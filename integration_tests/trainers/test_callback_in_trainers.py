@@ -147,3 +147,10 @@ def test_data_without_labels_is_refused_before_the_first_step(method: str, train
     with pytest.raises(ValueError, match=rf"batch of {trainer} has no `labels`, only \[.*'input_ids'.*DataLoader"):
         run.train()
     assert run.state.global_step == 0
+
+
+def test_empty_calibration_data_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    run = dpo("FanLoRA", tmp_path)
+    run.add_callback(pruning(DataLoader([])))
+    with pytest.raises(ValueError, match="calibration data of FanLoraCallback is empty"):
+        run.train()

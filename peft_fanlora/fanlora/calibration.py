@@ -22,7 +22,7 @@ def check_calibration_data(data: Any, trainer: Trainer) -> None:
     """Looks at a first row of the calibration data, so that a run does not fail when it is time to prune.
 
     Raises:
-        ValueError: there is no data, or its batches have no labels.
+        ValueError: there is no data, it is empty, or its batches have no labels.
     """
     if data is None:
         raise ValueError(
@@ -30,7 +30,12 @@ def check_calibration_data(data: Any, trainer: Trainer) -> None:
             "restore_callback_states_from_checkpoint=True cannot restore it.)"
         )
     loader: Any = _loader(data, trainer)
-    row = next(iter(loader.dataset))
+    row = next(iter(loader.dataset), None)
+    if row is None:
+        raise ValueError(
+            "The calibration data of FanLoraCallback is empty, or was left empty when the trainer prepared it; pass a "
+            "`calibration_dataset` with a few hundred rows."
+        )
     batch = loader.collate_fn(row if loader.batch_sampler is None else [row])
     labels = batch.get("labels") if hasattr(batch, "get") else None
     if labels is None:

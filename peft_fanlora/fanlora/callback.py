@@ -33,8 +33,8 @@ class FanLoraCallback(TrainerCallback, ExportableState):
     Args:
         calibration_dataset: the data to score on, in the form of the trainer's evaluation data: for an `SFTTrainer`
             also as text, messages, or prompts and completions. A few hundred rows will do. Trainers whose batches have
-            no labels, such as those for preferences, need a `DataLoader` whose batches have some. None will do for
-            "weight_norm".
+            no labels, such as those for preferences, need a `DataLoader`, unshuffled, whose batches have some. None
+            will do for "weight_norm".
         prune_at: when to prune: a fraction of all steps (above 0, up to 1), or a number of steps (from 1).
         modules_per_layer: how many modules stay in each layer, see `ImportanceScores.select`.
         strategy: what is ranked against what, see `ImportanceScores.select`.
