@@ -275,14 +275,24 @@ def test_other_models_are_refused_when_training_begins(tmp_path: Path) -> None:
         sft(tmp_path, FanLoraCallback(CALIBRATION, modules_per_layer=2), several).train()
 
 
-@pytest.mark.parametrize("engine", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_engines_that_hold_on_to_parameters_are_refused(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = SimpleNamespace(model_wrapped=None, is_fsdp_enabled=False, is_deepspeed_enabled=False)
-    setattr(trainer, engine, True)
+@pytest.mark.support("FanLoraCallback under FSDP, tensor parallelism or DeepSpeed", refused=True)
+@pytest.mark.parametrize("method", ["FanLoRA"])
+@pytest.mark.parametrize("engine", ["is_fsdp_enabled", "is_deepspeed_enabled", "sharded"])
+def test_engines_that_hold_on_to_parameters_are_refused(
+    method: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = SimpleNamespace(is_fsdp_enabled=False, is_deepspeed_enabled=False)
+    model = adapted()
+    if engine == "sharded":
+        next(model.parameters()).device_mesh = "as a DTensor has one"
+    else:
+        setattr(trainer, engine, True)
     monkeypatch.setattr("peft_fanlora.fanlora.callback._running_trainer", lambda callback: trainer)
     callback = FanLoraCallback(CALIBRATION, modules_per_layer=2)
-    with pytest.raises(ValueError, match="cannot prune under DistributedDataParallel, FSDP or DeepSpeed"):
-        callback.on_train_begin(None, None, None, model=adapted())
+    with pytest.raises(
+        ValueError, match=r"cannot prune under FSDP, tensor parallelism or DeepSpeed.*a single process"
+    ):
+        callback.on_train_begin(None, None, None, model=model)
 
 
 def test_outside_a_trainer_it_says_so() -> None:

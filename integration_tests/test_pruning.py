@@ -265,3 +265,16 @@ class TestRefusals:
     def test_plain_lora_has_no_pruning(self) -> None:
         model = get_peft_model(TINY["llama"].base(), LoraConfig(target_modules="all-linear"))
         assert not hasattr(model, "prune_modules")
+
+
+def test_a_shared_configuration_stays_as_it_was() -> None:
+    """TRL gives a policy and its frozen reference one configuration; pruning one must not rewrite the other's."""
+    model = adapted(rank_pattern={"q_proj": 2})
+    shared = model.peft_config["default"]
+    model.add_adapter("ref", shared)
+    before = shared.to_dict()
+    scores = model.score_modules(None, "weight_norm", progress=False)
+    model.prune_modules(scores.select(strategy="role", keep=1))
+    assert model.peft_config["ref"] is shared
+    assert shared.to_dict() == before and before["rank_pattern"] == {"q_proj": 2}
+    assert len(model.peft_config["default"].target_modules) == 3

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny_models import TINY, adapted, logits, randomize
+from torch.utils.data import DataLoader, IterableDataset
 
 from peft_fanlora import ImportanceScores
 from peft_fanlora.fanlora.modules import lora_modules
@@ -274,26 +275,6 @@ def test_num_batches_and_generators() -> None:
     assert dict(model.score_modules(iter(batches), num_batches=2, progress=False)) == expected
 
 
-def _score_a_share(rank: int, folder: str) -> None:
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    batches = [TINY["llama"].batch(rows=rows, seed=rows) for rows in (2, 3)]
-    scores = adapted().score_modules(batches[rank : rank + 1], progress=False)
-    torch.save((dict(scores), scores.num_tokens), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_the_processes_of_a_distributed_run_agree_with_a_single_one(tmp_path: Path) -> None:
-    """Each scores its share of the batches; a choice of their own would leave the ranks with different modules."""
-    torch.multiprocessing.spawn(_score_a_share, (str(tmp_path),), nprocs=2)
-    found, num_tokens = torch.load(tmp_path / "0.pt")
-    assert (found, num_tokens) == torch.load(tmp_path / "1.pt")
-    batches = [TINY["llama"].batch(rows=rows, seed=rows) for rows in (2, 3)]
-    expected = adapted().score_modules(batches, progress=False)
-    assert num_tokens == expected.num_tokens
-    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-5)
-
-
 def test_eva_initialises_and_scores() -> None:
     from peft import EvaConfig, initialize_lora_eva_weights
 
@@ -335,3 +316,16 @@ def test_heads_embeddings_and_towers_are_no_candidates() -> None:
     assert len(candidates(TINY["bert"].base())) == 18
     vit = transformers.ViTModel(transformers.ViTConfig(**vision, image_size=8, patch_size=4))
     assert len(candidates(vit)) == 6
+
+
+def test_streamed_batches() -> None:
+    """Guards against asking a loader for its length, which one over a stream does not have."""
+    batch = TINY["llama"].batch()
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(3)]
+
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            return iter(rows)
+
+    streamed = adapted().score_modules(DataLoader(Stream(), batch_size=2), num_points=2)
+    assert dict(streamed) == pytest.approx(dict(adapted().score_modules([batch], num_points=2)), rel=1e-4, abs=1e-7)

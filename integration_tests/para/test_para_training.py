@@ -213,3 +213,12 @@ def test_dropout_is_the_same_when_a_block_runs_again():
             expected.values(), gradients(model, model(batch, labels=labelled(batch)).loss).values(), strict=True
         )
     )
+
+
+@pytest.mark.support("torch.nn.DataParallel", refused=True)
+@pytest.mark.parametrize("method", ["PARA"])
+def test_replicas_of_data_parallel_are_refused(method):
+    """They run in threads on one shared state, where nothing tells the parts of a batch from each other."""
+    replica = para().get_base_model()._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"torch\.nn\.DataParallel.*accelerate launch"):
+        replica(tokens())

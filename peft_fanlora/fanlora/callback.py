@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from .calibration import calibration_batches, check_calibration_data
 from .importance import METHODS, Method
 from .model import FanLoraModel
 from .modules import Module
@@ -26,9 +27,14 @@ class FanLoraCallback(TrainerCallback, ExportableState):
     checkpoint of `load_best_model_at_end` is looked for anew after pruning. That training goes on after the choice,
     in the same run, is ours; the paper fine-tunes fresh adapters on the setting [P].
 
+    Under DistributedDataParallel each process scores its share of the calibration set, the scores are added up and all
+    processes make the same choice.
+
     Args:
         calibration_dataset: the data to score on, in the form of the trainer's evaluation data: for an `SFTTrainer`
-            also as text, messages, or prompts and completions. A few hundred rows will do.
+            also as text, messages, or prompts and completions. A few hundred rows will do. Trainers whose batches have
+            no labels, such as those for preferences, need a `DataLoader`, unshuffled, whose batches have some. None
+            will do for "weight_norm".
         prune_at: when to prune: a fraction of all steps (above 0, up to 1), or a number of steps (from 1).
         modules_per_layer: how many modules stay in each layer, see `ImportanceScores.select`.
         strategy: what is ranked against what, see `ImportanceScores.select`.
@@ -42,8 +48,9 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         setting: the modules that stayed; None before pruning.
 
     Raises:
-        ValueError: `prune_at` or `method` is not valid; or, when training begins: the model is not a FanLoRA model,
-            has several active adapters, or there is no calibration data.
+        ValueError: `prune_at` or `method` is not valid; or, when training begins: the model is not a FanLoRA model or
+            has several active adapters, the calibration data is missing or has no labels, or the run uses FSDP, tensor
+            parallelism or DeepSpeed.
 
     Example:
         >>> callback = FanLoraCallback(calibration_dataset, prune_at=0.5, modules_per_layer=2)
@@ -104,12 +111,13 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         """Checks that the run can be pruned, and takes over the setting of a resumed one."""
         tuner, adapter_name = _fanlora_adapter(kwargs["model"])
         trainer = _running_trainer(self)
-        is_ddp = isinstance(trainer.model_wrapped, DistributedDataParallel)
-        if is_ddp or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        is_sharded = any(hasattr(parameter, "device_mesh") for parameter in kwargs["model"].parameters())
+        if is_sharded or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
-                "FanLoraCallback cannot prune under DistributedDataParallel, FSDP or DeepSpeed, which hold on to the "
-                "parameters that they were set up with. Train in one process, or in two runs with score_modules and "
-                "prune_modules between them."
+                "FanLoraCallback cannot prune under FSDP, tensor parallelism or DeepSpeed, which hold on to the "
+                "parameters that they were set up with. Train in two runs: save the adapter of the first, load it in a "
+                "single process, call score_modules and prune_modules, save it again, and begin the second run from "
+                "that. DistributedDataParallel needs no such detour."
             )
         # A checkpoint of a run without this callback has no entry for it, which the trainer fails on when it saves.
         checkpointed: Any = state.stateful_callbacks
@@ -122,11 +130,8 @@ class FanLoraCallback(TrainerCallback, ExportableState):
                 if resumed.kept.keys() == config.setting.kept.keys():
                     config.setting = resumed
             self.setting = config.setting
-        elif self.calibration_dataset is None:
-            raise ValueError(
-                "FanLoraCallback has no calibration data to score on: pass `calibration_dataset`. (A trainer with "
-                "restore_callback_states_from_checkpoint=True cannot restore it.)"
-            )
+        elif self.method != "weight_norm":
+            check_calibration_data(self.calibration_dataset, trainer)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -154,17 +159,18 @@ class FanLoraCallback(TrainerCallback, ExportableState):
 
     def _prune(self, trainer: Trainer, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         tuner, adapter_name = _fanlora_adapter(model)
-        dataloader = trainer.get_test_dataloader(_prepared(self.calibration_dataset, trainer))
+        data = self.calibration_dataset
         scores = tuner.score_modules(
-            dataloader,
+            None if data is None else calibration_batches(data, trainer),
             self.method,
             num_points=self.num_points,
             adapter_name=adapter_name,
-            progress=not trainer.args.disable_tqdm,
+            progress=not trainer.args.disable_tqdm and trainer.is_world_process_zero(),
         )
         self.setting = tuner.prune_modules(scores.select(**self.selection), adapter_name=adapter_name)
         self.scores = scores
         _forget_removed_parameters(optimizer, model)
+        _wrap_again(trainer)
         trainer.state.best_metric = trainer.state.best_model_checkpoint = trainer.state.best_global_step = None
         _log(trainer, scores, self.setting)
 
@@ -199,15 +205,6 @@ def _running_trainer(callback: TrainerCallback) -> Trainer:
     raise RuntimeError("FanLoraCallback works inside a transformers.Trainer (or one of TRL's) that it was passed to.")
 
 
-def _prepared(dataset: Any, trainer: Trainer) -> Any:
-    """Tokenises the rows as the trainer does with its own data, if it is one of TRL's that take text."""
-    prepare = getattr(trainer, "_prepare_dataset", None)
-    if prepare is None or "input_ids" in (getattr(dataset, "column_names", None) or ["input_ids"]):
-        return dataset
-    formatting_func = getattr(trainer, "_formatting_func", None)
-    return prepare(dataset, trainer.processing_class, trainer.args, False, formatting_func, "calibration")
-
-
 def _log(trainer: Trainer, scores: ImportanceScores, setting: FanLoraSetting) -> None:
     """Reports what each role adds up to as metrics, and keeps all scores in the log's history."""
     by_role: dict[str, float] = {}
@@ -230,3 +227,17 @@ def _forget_removed_parameters(optimizer: torch.optim.Optimizer, model: torch.nn
         group["params"] = [parameter for parameter in group["params"] if parameter in remaining]
     for parameter in optimizer.state.keys() - remaining:
         del optimizer.state[parameter]
+
+
+def _wrap_again(trainer: Trainer) -> None:
+    """Sets DistributedDataParallel up anew for the parameters that are left.
+
+    It collects gradients into buckets that it laid out for the parameters it began with, and would wait for the removed
+    ones. The training loop holds the wrapper itself, so the wrapper is constructed once more in its place.
+    """
+    wrappers = [module for module in trainer.model_wrapped.modules() if isinstance(module, DistributedDataParallel)]
+    for wrapper in wrappers:
+        handler: Any = trainer.accelerator.ddp_handler
+        devices: Any = {"device_ids": wrapper.device_ids, "output_device": wrapper.output_device}
+        DistributedDataParallel.__init__(wrapper, wrapper.module, **devices, **handler.to_kwargs())
+        handler.register_comm_hook(wrapper)

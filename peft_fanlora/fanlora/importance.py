@@ -212,10 +212,14 @@ def label_mask(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def _sum_over_processes(total: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, int]:
-    """Adds up what the processes of a distributed run have scored, each on its share of the batches."""
+    """Adds up what the processes of a distributed run have scored, each on its share of the batches.
+
+    All processes get the first one's sums, so that no last bit makes them choose differently.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return total, num_tokens
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     sums = torch.cat([total, torch.tensor([num_tokens], dtype=total.dtype)]).to(device)
     torch.distributed.all_reduce(sums)
+    torch.distributed.broadcast(sums, src=0)
     return sums[:-1].cpu(), int(sums[-1])

@@ -2,9 +2,10 @@
 
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,8 @@ class FanLoraModel(LoraModel):
 
         Raises:
             ValueError: an argument is out of range; there is no such adapter, it is merged or switched off, or several
-                are active and none is named; the data has no labels; the loss is not finite.
+                are active and none is named; its weights are sharded by FSDP; the data has no labels; the loss is not
+                finite.
 
         Example:
             >>> scores = model.score_modules(dataloader, num_batches=4)
@@ -132,11 +134,12 @@ class FanLoraModel(LoraModel):
             raise ValueError(f"method={method!r} needs calibration data; pass a dataloader.")
         adapter_name = self._require_usable_adapter(adapter_name)
         layers = self._require_modules(adapter_name)
-        length = len(dataloader) if isinstance(dataloader, Sized) else None
+        length = length_hint(dataloader, 0) or None
         total = length if num_batches is None else min(num_batches, length or num_batches)
 
         with _inference_state(self, adapter_name):
-            batches = (_prepared(batch, self.model) for batch in islice(dataloader or (), num_batches))
+            loaded = () if dataloader is None else dataloader  # a streamed one has no length, and so no truth value
+            batches = (_prepared(batch, self.model) for batch in islice(loaded, num_batches))
             values, num_tokens = score(
                 self.model,
                 layers,
@@ -182,7 +185,8 @@ class FanLoraModel(LoraModel):
 
         Raises:
             ValueError: there is no such adapter, it is merged or several are active and none is named; the setting
-                keeps a module that the adapter does not have; the setting does not fit the model.
+                keeps a module that the adapter does not have; the setting does not fit the model; the adapter's
+                weights are sharded by FSDP.
             RuntimeError: the model is in the middle of a forward pass.
         """
         if not isinstance(setting, FanLoraSetting):
@@ -288,6 +292,12 @@ class FanLoraModel(LoraModel):
             raise ValueError(
                 f"Adapter {adapter_name!r} adapts no linear layer that FanLoRA chooses among; embeddings, heads and "
                 "vision towers are not scored. Use target_modules='all-linear'."
+            )
+        if any(hasattr(factor, "device_mesh") for layer in layers.values() for factor in factors(layer, adapter_name)):
+            raise ValueError(
+                f"The weights of adapter {adapter_name!r} are sharded over processes, as by FSDP, which neither lets its "
+                "parts run alone nor parameters go. Save the adapter, load it in a single process, score and prune it "
+                "there, and begin the next run from what that saves."
             )
         return layers
 

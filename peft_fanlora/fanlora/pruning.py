@@ -1,5 +1,6 @@
 """Taking LoRA out of a model, module by module, so that nothing of it is left behind."""
 
+import copy
 import re
 import sys
 from typing import Any
@@ -46,9 +47,14 @@ def give_back(layer: Any, adapter_name: str, initial: InitialFactors) -> None:
 
 
 def rewrite_targets(tuner: LoraModel, adapter_name: str, setting: FanLoraSetting) -> None:
-    """Lets the configuration name exactly the modules that are left, so that saving and loading round-trips."""
+    """Lets the configuration name exactly the modules that are left, so that saving and loading round-trips.
+
+    The adapter gets a configuration of its own: others may share the old one, as the frozen copy does that TRL compares
+    a policy with.
+    """
     names = set(adapted_layers(tuner.model, adapter_name))
-    config: Any = tuner.peft_config[adapter_name]
+    config: Any = copy.deepcopy(tuner.peft_config[adapter_name])
+    tuner.peft_config[adapter_name] = config
     config.target_modules = names
     config.setting = setting
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None

@@ -77,7 +77,17 @@ class CallHooks:
         self.handles, self.watched = [], []
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        """Opens a call: finds its prompt, or its vectors on the cache."""
+        """Opens a call: finds its prompt, or its vectors on the cache.
+
+        Raises:
+            RuntimeError: the call is one of `torch.nn.DataParallel`'s.
+        """
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "PARA does not run under torch.nn.DataParallel, whose replicas share what belongs to one call. Start one "
+                "process for each device, with accelerate launch or torchrun, or show the program a single device with "
+                "CUDA_VISIBLE_DEVICES."
+            )
         current = self.state.current
         if module is self.model:
             current.call = current.owner = None
