@@ -18,6 +18,7 @@ from torch import nn
 from .config import FanLoraConfig
 from .gates import InitialFactors, factors
 from .importance import METHODS, Method, score
+from .mixed_batch import BASE_ROWS, MixedBatches, num_inputs
 from .modules import Module, adapted_layers, candidates, lora_modules, model_type, num_layers
 from .pruning import give_back, is_running, remove_adapter, rewrite_targets
 from .scores import ImportanceScores
@@ -46,6 +47,7 @@ class FanLoraModel(LoraModel):
         Raises:
             ValueError: the setting does not fit the model, or disagrees with `target_modules`.
         """
+        self._mixed_batches.forget()
         config: Any = self.peft_config[adapter_name]
         if isinstance(config.setting, FanLoraSetting):
             setting = config.setting.resolve(model)
@@ -67,8 +69,47 @@ class FanLoraModel(LoraModel):
         """For each adapter whose initialisation changed base weights, what it took out of each of them."""
         return self.__dict__.setdefault("_initial_factors_by_adapter", {})
 
+    @property
+    def _mixed_batches(self) -> MixedBatches:
+        return self.__dict__.setdefault("_mixed_batches_of_calls", MixedBatches())
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Gives each row of the calls inside of the context the adapter that `adapter_names` names for it.
+
+        Raises:
+            ValueError: the model is training, there is no adapter of some name, or the names are not one for each row.
+        """
+        names = kwargs.pop("adapter_names", None)
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            if names is None:
+                yield
+                return
+            names = self._require_rows(names)
+            with self._mixed_batches.running(self.model, names, num_inputs(args, kwargs)):
+                yield
+
+    def _require_rows(self, names: Any) -> tuple[str, ...]:
+        """Returns the adapter of each row of a mixed batch, after checking that all are there."""
+        if self.training:
+            raise ValueError("adapter_names mixes adapters in inference only: call model.eval() first.")
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"adapter_names is {names!r}; pass a list with the adapter's name for each row.")
+        unknown = sorted(set(names) - self.peft_config.keys() - {BASE_ROWS})
+        if unknown:
+            raise ValueError(
+                f"adapter_names has {unknown}, but the adapters are {sorted(self.peft_config)}, and {BASE_ROWS!r} for "
+                "the base model: load the adapter first, or correct the name."
+            )
+        return tuple(names)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._mixed_batches.forget()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, see `peft.PeftModel.delete_adapter`."""
+        self._mixed_batches.forget()
         super().delete_adapter(adapter_name)
         self._initial_factors.pop(adapter_name, None)
 
@@ -213,6 +254,7 @@ class FanLoraModel(LoraModel):
                     "can't be undone exactly. Use init_lora_weights=True on quantised models that will be pruned."
                 )
 
+        self._mixed_batches.forget()
         for name in dropped:
             if name in initial:
                 give_back(layers[name], adapter_name, initial.pop(name))
