@@ -286,71 +286,87 @@ class _Current(threading.local):
 
 
 class _Run:
-    """The hooks of one call; they do nothing in other threads, or while another call runs inside of this one."""
+    """The hooks of one call; they do nothing in other threads, or while another call runs inside of this one.
+
+    PyTorch enters a hook, and that it takes keyword arguments, one after the other: another thread that runs a layer in
+    between passes fewer arguments, which is why every hook takes any.
+    """
 
     def __init__(self, batch: MixedBatch, current: _Current, may_repeat: bool) -> None:
         self.batch = batch
         self.current = current
         self.may_repeat = may_repeat
         self.repeats = 1
+        self.tokens = 1
         self.handles: list[Any] = []
 
     def install(self, model: nn.Module) -> None:
         self.handles.append(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        names, base = self._name_rows(self.batch.names), self._name_rows((BASE_ROWS,) * len(self.batch.names))
+        base = self._name_rows((BASE_ROWS,) * len(self.batch.names))
         for module in self.batch.others:
-            self.handles.append(module.register_forward_pre_hook(names, with_kwargs=True))
+            own = tuple(name if _has(module, name) else BASE_ROWS for name in self.batch.names)
+            self.handles.append(module.register_forward_pre_hook(self._name_rows(own), with_kwargs=True))
         for module in self.batch.idle:
             self.handles.append(module.register_forward_pre_hook(base, with_kwargs=True))
         for module, stack in self.batch.stacks.items():
             self.handles.append(module.register_forward_pre_hook(base, with_kwargs=True))
-            hook = self._add_deltas(stack)
-            self.handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+            self.handles.append(module.register_forward_hook(self._add_deltas(stack), with_kwargs=True, prepend=True))
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_model(self, module: nn.Module, *call: Any) -> None:
         """Finds out how often each row comes in this call of the model."""
         if self.current.run is not self:
             return
-        num_rows = num_inputs(args, kwargs, _DECODER_INPUTS)
-        repeats, rest = divmod(num_rows or len(self.batch.names), len(self.batch.names))
-        if rest or not (repeats == 1 or self.may_repeat):
-            raise _wrong_length(self.batch.names, num_rows)
-        self.repeats = repeats
+        args, kwargs = call
+        num_rows = len(self.batch.names)
+        inputs = _first_input(args, kwargs, _DECODER_INPUTS)
+        self.repeats, rest = divmod(num_rows if inputs is None else len(inputs), num_rows)
+        if rest or not (self.repeats == 1 or self.may_repeat):
+            raise _wrong_length(self.batch.names, len(inputs))
+        self.tokens = 1 if inputs is None or inputs.dim() < 2 else inputs.shape[1]
 
     def _name_rows(self, names: tuple[str, ...]) -> Callable[..., tuple[Any, Any] | None]:
-        """Returns a hook that tells a layer of PEFT's the adapter of each row."""
-        once, repeated = list(names), {1: list(names)}
+        """Returns a hook that tells a layer of PEFT's the adapter of each row, or of each token in a flat batch."""
+        named = {1: list(names)}
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        def hook(module: nn.Module, *call: Any) -> tuple[Any, Any] | None:
             if self.current.run is not self:
                 return None
-            own = once
-            if self.repeats > 1 and len(args[0] if args else kwargs["x"]) != len(once):
-                own = repeated.setdefault(self.repeats, [name for name in names for _ in range(self.repeats)])
-            kwargs["adapter_names"] = own
+            args, kwargs = call
+            each = 1
+            x = args[0] if args else kwargs.get("x")
+            if isinstance(x, torch.Tensor) and len(x) != len(names):
+                flat = x.dim() == 2 and len(x) == len(names) * self.repeats * self.tokens
+                each = self.repeats * self.tokens if flat else self.repeats
+            if each not in named:
+                named[each] = [name for name in names for _ in range(each)]
+            kwargs["adapter_names"] = named[each]
             return args, kwargs
 
         return hook
 
     def _add_deltas(self, stack: AdapterStack) -> Callable[..., torch.Tensor | None]:
-        def hook(
-            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
-        ) -> torch.Tensor | None:
+        def hook(module: Any, *call: Any) -> torch.Tensor | None:
             if self.current.run is not self or module.disable_adapters:
                 return None
+            args, kwargs, output = call
             return stack.add_to(output, args[0] if args else kwargs["x"])
 
         return hook
 
 
-def num_inputs(args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[str] = _INPUTS) -> int | None:
+def num_inputs(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
     """Returns the rows of a call's inputs; None where there are none to see."""
+    inputs = _first_input(args, kwargs, _INPUTS)
+    return None if inputs is None else len(inputs)
+
+
+def _first_input(args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[str]) -> torch.Tensor | None:
     values = (*args[:1], *(kwargs.get(name) for name in names))
-    return next((len(value) for value in values if isinstance(value, torch.Tensor)), None)
+    return next((value for value in values if isinstance(value, torch.Tensor)), None)
 
 
 def _wrong_length(names: Sequence[str], num_rows: int | None) -> ValueError:
@@ -376,7 +392,9 @@ def _adapted_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _has(module: Any, name: str) -> bool:
-    return isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A)
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return name in module._adapters
+    return name in module.lora_A or name in module.lora_embedding_A
 
 
 def _factors(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
