@@ -437,7 +437,7 @@ def test_what_is_not_plain_lora_takes_peft_s_path(extra: dict[str, Any]) -> None
     model.add_adapter("four", FanLoraConfig(r=3, task_type="CAUSAL_LM", **extra))
     randomize(model, std=0.3)
     for name, parameter in model.named_parameters():
-        if ".four" in name and "lora_" not in name or ".lora_B.four.bias" in name:
+        if (".four" in name and "lora_" not in name) or ".lora_B.four.bias" in name:
             nn.init.normal_(parameter)
     check_rows(model.eval(), [*NAMES, "four"])
     names = ["four", "two"]

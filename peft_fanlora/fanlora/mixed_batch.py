@@ -24,6 +24,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..tenants import adapted_modules
+
 
 BASE_ROWS = "__base__"
 """The name that PEFT gives to rows without an adapter."""
@@ -149,11 +151,12 @@ class MixedBatch:
         self.idle: list[nn.Module] = []
         adapters = [name for name in dict.fromkeys(names) if name != BASE_ROWS]
         slots: dict[tuple[Any, ...], Slots] = {}
-        for module in _adapted_modules(model):
+        for module in adapted_modules(model):
+            is_lora = isinstance(module, LoraLayer)
             present = [name for name in adapters if _has(module, name)]
-            if isinstance(module, LoraLayer) and not present:
+            if is_lora and not present:
                 self.idle.append(module)
-            elif isinstance(module, LoraLayer) and _is_plain(module, present):
+            elif is_lora and _is_plain(module, present):
                 device = _factors(module, present[0])[0].device
                 key = (device, *present)
                 if key not in slots:
@@ -194,7 +197,7 @@ class _Sources:
 
         self.linears_of = [part._modules for layer in layers for part in (layer.lora_A, layer.lora_B)]
         self.linear_names = [name for name in self.names for _ in range(2)]
-        self.linears = list(map(dict.get, self.linears_of, self.linear_names))
+        self.linears: list[Any] = list(map(dict.get, self.linears_of, self.linear_names))
         self.hooks = [hooks for linear in self.linears for hooks in (linear._forward_hooks, linear._forward_pre_hooks)]
         self.weights_of = [linear._parameters for linear in self.linears]
         self.weights = [weights["weight"] for weights in self.weights_of]
@@ -257,7 +260,7 @@ class MixedBatches:
             num_inputs: the rows that the caller passes, where he passes them here; the model's calls may then repeat
                 each row, as `generate` does for beams.
         """
-        if num_inputs not in (None, len(names)):
+        if num_inputs is not None and num_inputs != len(names):
             raise _wrong_length(names, num_inputs)
         run = _Run(self._batch(model, names), self._current, may_repeat=num_inputs is not None)
         before, self._current.run = self._current.run, run
@@ -323,9 +326,10 @@ class _Run:
         args, kwargs = call
         num_rows = len(self.batch.names)
         inputs = _first_input(args, kwargs, _DECODER_INPUTS)
-        self.repeats, rest = divmod(num_rows if inputs is None else len(inputs), num_rows)
+        found = num_rows if inputs is None else len(inputs)
+        self.repeats, rest = divmod(found, num_rows)
         if rest or not (self.repeats == 1 or self.may_repeat):
-            raise _wrong_length(self.batch.names, len(inputs))
+            raise _wrong_length(self.batch.names, found)
         self.tokens = 1 if inputs is None or inputs.dim() < 2 else inputs.shape[1]
 
     def _name_rows(self, names: tuple[str, ...]) -> Callable[..., tuple[Any, Any] | None]:
@@ -369,26 +373,11 @@ def _first_input(args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[st
     return next((value for value in values if isinstance(value, torch.Tensor)), None)
 
 
-def _wrong_length(names: Sequence[str], num_rows: int | None) -> ValueError:
+def _wrong_length(names: Sequence[str], num_rows: int) -> ValueError:
     return ValueError(
         f"adapter_names has {len(names)} names, but the call has {num_rows} rows: pass one name for each row, "
         f"{BASE_ROWS!r} for those without an adapter."
     )
-
-
-def _adapted_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields the modules with adapters, without a look at the adapters in them: there may be thousands."""
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if isinstance(module, LoraLayer):
-            yield module
-            waiting.append(module.base_layer)
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            yield module
-            waiting.append(module.original_module)
-        else:
-            waiting.extend(module.children())
 
 
 def _has(module: Any, name: str) -> bool:

@@ -15,6 +15,7 @@ from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
+from ..tenants import CallGate, deleting, only_visible
 from .config import FanLoraConfig
 from .gates import InitialFactors, factors
 from .importance import METHODS, Method, score
@@ -48,6 +49,10 @@ class FanLoraModel(LoraModel):
             ValueError: the setting does not fit the model, or disagrees with `target_modules`.
         """
         self._mixed_batches.forget()
+        with only_visible(model, adapter_name):
+            self._inject(model, adapter_name, *args, **kwargs)
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
         if isinstance(config.setting, FanLoraSetting):
             setting = config.setting.resolve(model)
@@ -70,6 +75,11 @@ class FanLoraModel(LoraModel):
         return self.__dict__.setdefault("_initial_factors_by_adapter", {})
 
     @property
+    def call_gate(self) -> CallGate:
+        """Keeps the calls of this model and `load_tenant` apart."""
+        return self.__dict__.setdefault("_call_gate", CallGate())
+
+    @property
     def _mixed_batches(self) -> MixedBatches:
         return self.__dict__.setdefault("_mixed_batches_of_calls", MixedBatches())
 
@@ -81,7 +91,7 @@ class FanLoraModel(LoraModel):
             ValueError: the model is training, there is no adapter of some name, or the names are not one for each row.
         """
         names = kwargs.pop("adapter_names", None)
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
+        with self.call_gate.passed(), super()._enable_peft_forward_hooks(*args, **kwargs):
             if names is None:
                 yield
                 return
@@ -103,14 +113,15 @@ class FanLoraModel(LoraModel):
             )
         return tuple(names)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         self._mixed_batches.forget()
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, see `peft.PeftModel.delete_adapter`."""
         self._mixed_batches.forget()
-        super().delete_adapter(adapter_name)
+        with deleting(self, adapter_name):
+            super().delete_adapter(adapter_name)
         self._initial_factors.pop(adapter_name, None)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
