@@ -129,7 +129,7 @@ def test_a_load_that_fails_leaves_the_tenants_alone(saved: Path, tmp_path: Path)
     load_tenant(model, saved, "t1")
     before = copy.deepcopy(model.state_dict())
     adapted(target_modules=["v_proj", "up_proj"], r=2).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(ValueError, match="already exists|not found"):
+    with pytest.raises(ValueError, match="already exists"):
         model.add_adapter("t1", FanLoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(RuntimeError, match="size mismatch"):
         load_tenant(model, tmp_path / "narrow", "t1")

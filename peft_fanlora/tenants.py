@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -139,7 +139,7 @@ def adapted_modules(model: nn.Module) -> Iterator[Any]:
         module = waiting.pop()
         if isinstance(module, BaseTunerLayer):
             yield module
-            waiting.append(module.base_layer)  # type: ignore[attr-defined]
+            waiting.append(cast(Any, module).base_layer)
         elif isinstance(module, AuxiliaryTrainingWrapper):
             yield module
             waiting.append(module.original_module)
