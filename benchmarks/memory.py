@@ -1,6 +1,6 @@
 """The peak memory of one contestant, in a process of its own.
 
-    python benchmarks/memory.py "PARA" --shape 135m --tenants 8 --batch-size 8
+python benchmarks/memory.py "PARA" --shape 135m --tenants 8 --batch-size 8
 """
 
 from pathlib import Path

@@ -88,7 +88,9 @@ def main(
     results: list[dict[str, Any]] = []
     for num_tenants in tenants or [1, 8, 32, 64]:
         rows = batch_size or max(8, num_tenants)
-        names = [name for name in contestants.names(num_tenants) if name == contestants.BASE or name in (only or [name])]
+        names = [
+            name for name in contestants.names(num_tenants) if name == contestants.BASE or name in (only or [name])
+        ]
         made = [contestants.make(name, base, num_tenants, rows) for name in names]
 
         def prompts(rows: int = rows) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Two plots of a serving benchmark: the step's time against the tenants, and the ratios as bars.
 
-    python benchmarks/serving_plots.py benchmarks/results/serving-cpu.json docs/images
+python benchmarks/serving_plots.py benchmarks/results/serving-cpu.json docs/images
 """
 
 import json
@@ -36,7 +36,9 @@ def draw(content: dict[str, Any], folder: Path) -> None:
     for method, own in steps[steps["tenants"].groupby(steps["method"]).transform("nunique") > 1].groupby(
         "method", sort=False
     ):
-        axes.plot(own["tenants"], own["median_ms"], marker="o", label=method, color="black" if method == BASE else None)
+        axes.plot(
+            own["tenants"], own["median_ms"], marker="o", label=method, color="black" if method == BASE else None
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sorted(steps["tenants"].unique()), sorted(steps["tenants"].unique()))

@@ -23,6 +23,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn import functional as F
 
 from ..tenants import adapted_modules
 
@@ -74,8 +75,8 @@ class AdapterStack:
     """The LoRA factors of a layer's adapters, one slot each; smaller ranks are filled up with zeros.
 
     Attributes:
-        A: (slots, r, in), r the highest rank.
-        B: (slots, r, out), times the adapter's α/r. This layout is the faster one for a single token.
+        A: (slots, r, in), r the highest rank, times the adapter's α/r.
+        B: (slots, r, out). This layout is the faster one for a single token.
     """
 
     def __init__(self, layer: Any, slots: Slots, num_rows: int) -> None:
@@ -83,22 +84,18 @@ class AdapterStack:
         self.slots = slots
         self.num_rows = num_rows
         factors = [_factors(layer, name) for name in slots.adapters]
-        rank = max(A.shape[0] for A, _ in factors)
-        dtype = factors[0][0].dtype
-        for A, B in factors:
-            dtype = torch.promote_types(torch.promote_types(dtype, A.dtype), B.dtype)
-        first_A, first_B = factors[0]
-        self.A = first_A.new_zeros(len(factors), rank, first_A.shape[1], dtype=dtype)
-        self.B = first_B.new_zeros(len(factors), rank, first_B.shape[0], dtype=dtype)
-        for slot in range(len(factors)):
-            self.write(slot)
+        rank = max(len(A) for A, _ in factors)
+        scalings = torch.tensor([layer.scaling[name] for name in slots.adapters], device=factors[0][0].device)
+        A = torch.stack([_padded(A, rank) for A, _ in factors])
+        self.A = A * scalings.to(A.dtype).view(-1, 1, 1)
+        self.B = torch.stack([_padded(B.T, rank) for _, B in factors])
 
     def write(self, slot: int) -> None:
-        """Copies an adapter's weights into its slot."""
+        """Copies an adapter's weights into its slot once more."""
         name = self.slots.adapters[slot]
         A, B = _factors(self.layer, name)
-        self.A[slot, : A.shape[0]] = A
-        self.B[slot, : B.shape[1]] = (B * self.layer.scaling[name]).T
+        self.A[slot, : len(A)] = A * self.layer.scaling[name]
+        self.B[slot, : len(A)] = B.T
 
     def add_to(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Returns y_b + s_t B_t A_t x_b for each row b with an adapter t, in place where no gradient is asked for.
@@ -390,6 +387,11 @@ def _factors(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return layer.lora_A[name].weight, layer.lora_B[name].weight
 
 
+def _padded(factor: torch.Tensor, rank: int) -> torch.Tensor:
+    missing = rank - len(factor)
+    return F.pad(factor, (0, 0, 0, missing)) if missing else factor
+
+
 def _is_plain(layer: Any, names: Sequence[str]) -> bool:
     """Whether y = W x + s B A x is all that a layer computes for these adapters, with weights that can be copied."""
     for name in names:
@@ -402,7 +404,9 @@ def _is_plain(layer: Any, names: Sequence[str]) -> bool:
             return False
         if any(type(linear.weight) is not nn.Parameter or linear.weight.is_meta for linear in linears):
             return False
+        if not isinstance(layer.scaling[name], (int, float)):
+            return False
         dropout = layer.lora_dropout[name]
         if not isinstance(dropout, nn.Identity) and dropout.training:
             return False
-    return len({factor.device for name in names for factor in _factors(layer, name)}) == 1
+    return len({(factor.device, factor.dtype) for name in names for factor in _factors(layer, name)}) == 1
