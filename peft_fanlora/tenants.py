@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, cast
 
 from peft import PeftModel
@@ -46,17 +47,35 @@ def load_tenant(model: PeftModel, model_id: Any, adapter_name: str, **kwargs: An
             f"load_tenant serves models with FanLoRA or PARA, and this one has {type(tuner).__name__}: use "
             "model.load_adapter."
         )
-    with gate.closed(), only_visible(tuner.model, adapter_name):
+    with changing(gate, tuner.model, adapter_name):
         return model.load_adapter(model_id, adapter_name, **kwargs)
 
 
+class ServesTenants:
+    """What the tuners of both methods have in common: adapters that come and go between calls."""
+
+    model: Any
+    active_adapters: list[str]
+
+    @cached_property
+    def call_gate(self) -> CallGate:
+        """Keeps calls of the model and changes of its tenants apart."""
+        return CallGate()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, see `peft.PeftModel.delete_adapter`.
+
+        Where it is active PEFT makes another one active in its place, and has to see all of them for that.
+        """
+        is_active = adapter_name in self.active_adapters
+        with self.call_gate.closed(), nullcontext() if is_active else only_visible(self.model, adapter_name):
+            super().delete_adapter(adapter_name)  # type: ignore[misc]
+
+
 @contextmanager
-def deleting(tuner: Any, adapter_name: str) -> Iterator[None]:
-    """Lets PEFT see the adapter to delete alone, unless it is active: then PEFT makes another one active in its place."""
-    if adapter_name in tuner.active_adapters:
-        yield
-        return
-    with only_visible(tuner.model, adapter_name):
+def changing(gate: CallGate, model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """For the length of a change to one adapter: between calls, and with PEFT looking at this adapter alone."""
+    with gate.closed(), only_visible(model, adapter_name):
         yield
 
 
@@ -65,6 +84,7 @@ class CallGate:
 
     def __init__(self) -> None:
         self._calls = 0
+        self._closers = 0
         self._condition = threading.Condition()
         self._own = _OwnCalls()
 
@@ -76,6 +96,7 @@ class CallGate:
         """For the length of a call; calls do not keep each other out."""
         if self._own.depth == 0:
             with self._condition:
+                self._condition.wait_for(lambda: not self._closers)
                 self._calls += 1
         self._own.depth += 1
         try:
@@ -95,10 +116,17 @@ class CallGate:
             RuntimeError: this thread is inside of a call.
         """
         if self._own.depth:
-            raise RuntimeError("Tenants cannot be added in the middle of a call of the model: add them between calls.")
+            raise RuntimeError(
+                "Adapters cannot come or go in the middle of a call of the model: add and delete them between calls."
+            )
         with self._condition:
-            self._condition.wait_for(lambda: self._calls == 0)
-            yield
+            self._closers += 1
+            try:
+                self._condition.wait_for(lambda: self._calls == 0)
+                yield
+            finally:
+                self._closers -= 1
+                self._condition.notify_all()
 
 
 class _OwnCalls(threading.local):

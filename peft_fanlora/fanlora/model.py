@@ -4,6 +4,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -15,18 +16,18 @@ from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
-from ..tenants import CallGate, deleting, only_visible
+from ..tenants import ServesTenants, changing
 from .config import FanLoraConfig
 from .gates import InitialFactors, factors
 from .importance import METHODS, Method, score
-from .mixed_batch import BASE_ROWS, MixedBatches, num_inputs
+from .mixed_batch import MixedBatches, num_inputs, row_names
 from .modules import Module, adapted_layers, candidates, lora_modules, model_type, num_layers
 from .pruning import give_back, is_running, remove_adapter, rewrite_targets
 from .scores import ImportanceScores
 from .setting import FanLoraSetting
 
 
-class FanLoraModel(LoraModel):
+class FanLoraModel(ServesTenants, LoraModel):
     """FanLoRA: LoRA on all linear layers, scored module by module, of which only the most critical ones stay.
 
     Every module computes y = W_m x + (α/r) B_m A_m x with LoRA's own layers; what is added here is the choice of the
@@ -49,7 +50,7 @@ class FanLoraModel(LoraModel):
             ValueError: the setting does not fit the model, or disagrees with `target_modules`.
         """
         self._mixed_batches.forget()
-        with only_visible(model, adapter_name):
+        with changing(self.call_gate, model, adapter_name):
             self._inject(model, adapter_name, *args, **kwargs)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -74,14 +75,9 @@ class FanLoraModel(LoraModel):
         """For each adapter whose initialisation changed base weights, what it took out of each of them."""
         return self.__dict__.setdefault("_initial_factors_by_adapter", {})
 
-    @property
-    def call_gate(self) -> CallGate:
-        """Keeps the calls of this model and `load_tenant` apart."""
-        return self.__dict__.setdefault("_call_gate", CallGate())
-
-    @property
+    @cached_property
     def _mixed_batches(self) -> MixedBatches:
-        return self.__dict__.setdefault("_mixed_batches_of_calls", MixedBatches())
+        return MixedBatches()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -95,23 +91,9 @@ class FanLoraModel(LoraModel):
             if names is None:
                 yield
                 return
-            names = self._require_rows(names)
-            with self._mixed_batches.running(self.model, names, num_inputs(args, kwargs)):
+            rows = row_names(names, self.peft_config, self.training)
+            with self._mixed_batches.running(self.model, rows, num_inputs(args, kwargs)):
                 yield
-
-    def _require_rows(self, names: Any) -> tuple[str, ...]:
-        """Returns the adapter of each row of a mixed batch, after checking that all are there."""
-        if self.training:
-            raise ValueError("adapter_names mixes adapters in inference only: call model.eval() first.")
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"adapter_names is {names!r}; pass a list with the adapter's name for each row.")
-        unknown = sorted(set(names) - self.peft_config.keys() - {BASE_ROWS})
-        if unknown:
-            raise ValueError(
-                f"adapter_names has {unknown}, but the adapters are {sorted(self.peft_config)}, and {BASE_ROWS!r} for "
-                "the base model: load the adapter first, or correct the name."
-            )
-        return tuple(names)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         self._mixed_batches.forget()
@@ -120,8 +102,7 @@ class FanLoraModel(LoraModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, see `peft.PeftModel.delete_adapter`."""
         self._mixed_batches.forget()
-        with deleting(self, adapter_name):
-            super().delete_adapter(adapter_name)
+        super().delete_adapter(adapter_name)
         self._initial_factors.pop(adapter_name, None)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..tenants import CallGate, adapted_modules, deleting, only_visible
+from ..tenants import ServesTenants, adapted_modules, changing
 from .hooks import CallHooks
 from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, linear_shape
 from .state import ParaState
@@ -24,7 +24,7 @@ from .targets import DEFAULT_TARGETS, scaled_outputs
 BASE_ROWS = "__base__"
 
 
-class ParaModel(BaseTuner):
+class ParaModel(ServesTenants, BaseTuner):
     """Adapts a model with prompt-aware vectors (PARA, arXiv 2502.01033).
 
     In each Transformer block a generator pools the hidden states of the prompt and makes a vector for each target,
@@ -68,7 +68,7 @@ class ParaModel(BaseTuner):
             ValueError: the configuration does not fit the model.
             TypeError: a target module is not linear.
         """
-        with only_visible(model, adapter_name):
+        with changing(self.call_gate, model, adapter_name):
             known = any(adapter_name in layer.para_target for layer in _para_layers(model))
             try:
                 self._check_targets(model, adapter_name)
@@ -84,16 +84,6 @@ class ParaModel(BaseTuner):
         self._modules_saved_whole = [
             module for module in adapted_modules(model) if isinstance(module, AuxiliaryTrainingWrapper)
         ]
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter, see `peft.PeftModel.delete_adapter`."""
-        with deleting(self, adapter_name):
-            super().delete_adapter(adapter_name)
-
-    @property
-    def call_gate(self) -> CallGate:
-        """Keeps the calls of this model and `load_tenant` apart."""
-        return self.__dict__.setdefault("_call_gate", CallGate())
 
     def _check_targets(self, model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
