@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +69,7 @@ def main(
                     load_tenant(one, folder, f"tenant{tenant}")
                 loaded = count
                 memory = (resident_megabytes("VmRSS") - before) * 2**20 / (count - 1)
-                loading, deleting = change_costs(one, folder, lambda *how: load_tenant(one, *how))
+                loading, deleting = change_costs(one, folder, partial(load_tenant, one))
                 generation = Generation(
                     contestants.Contestant(name, one, [f"tenant{row % count}" for row in range(8)])
                 )
