@@ -362,7 +362,6 @@ def test_two_threads_each_get_their_own_result() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert num_hooks(model) == 0
 
 
 def test_a_call_within_a_call_uses_its_own_names() -> None:
@@ -386,6 +385,11 @@ def test_a_call_within_a_call_uses_its_own_names() -> None:
 def test_what_fails_leaves_no_hook_and_says_why() -> None:
     model = tenants()
     batch = TINY["llama"].batch(rows=2)
+    hooks = []
+    for _ in range(3):
+        check_rows(model)
+        hooks.append(num_hooks(model))
+    assert hooks == hooks[:1] * 3
     for names, message in [
         (["thrid", "default"], r"adapter_names has \['thrid'\], but the adapters are .*'two'.*__base__"),
         (["default"] * 3, "adapter_names has 3 names, but the call has 2 rows"),
@@ -401,7 +405,7 @@ def test_what_fails_leaves_no_hook_and_says_why() -> None:
         model(input_ids=batch["input_ids"] + 1000, adapter_names=["default", "two"])
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
         model.train()(**batch, adapter_names=["default", "two"])
-    assert num_hooks(model) == 0
+    assert num_hooks(model) == hooks[0]
     model.eval()
     check_rows(model)
     model.merge_adapter()
@@ -409,6 +413,15 @@ def test_what_fails_leaves_no_hook_and_says_why() -> None:
         model(**batch, adapter_names=["default", "two"])
     model.unmerge_adapter()
     check_rows(model, tolerance=1e-4)
+
+
+def test_unloading_leaves_nothing_behind() -> None:
+    model = tenants()
+    check_rows(model)
+    twin = copy.deepcopy(model)
+    check_rows(twin)
+    assert num_hooks(twin) == num_hooks(model) > 0
+    assert num_hooks(twin.unload()) == num_hooks(model.merge_and_unload()) == 0
 
 
 def test_names_have_no_effect_while_adapters_are_disabled() -> None:

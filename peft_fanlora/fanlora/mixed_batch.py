@@ -4,15 +4,14 @@ PEFT runs a mixed batch as a loop over its adapters in every layer. Here the ada
 of a layer becomes y_b = W x_b + s_t B_t A_t x_b, with t the adapter of row b, by `bmm` and `baddbmm` over all the
 adapters at once. PEFT's own layers compute W x, so quantised and other layers need no code of their own.
 
-A call puts its hooks on the adapted layers and takes them off again; they act in the thread that made the call, so two
-threads can run different batches on one model. What is not plain LoRA (variants, biases, embeddings, convolutions,
+Which batch runs is known to each thread alone, so two threads can run different ones on one model. What is not plain LoRA (variants, biases, embeddings, convolutions,
 dropout that is switched on) takes PEFT's loop.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,14 +40,15 @@ class MixedBatch:
 
     Attributes:
         stacks: the layers that compute their deltas here.
-        others: the modules that PEFT's loop serves: LoRA that is not plain, and modules saved whole.
+        others: the modules that PEFT's loop serves, LoRA that is not plain and modules saved whole, with the adapter
+            of each row.
         idle: LoRA layers without any of the batch's adapters.
     """
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         self.names = names
         self.stacks: dict[nn.Module, AdapterStack] = {}
-        self.others: list[nn.Module] = []
+        self.others: dict[nn.Module, list[str]] = {}
         self.idle: list[nn.Module] = []
         adapters = [name for name in dict.fromkeys(names) if name != BASE_ROWS]
         slots: dict[tuple[Any, ...], Slots] = {}
@@ -64,7 +64,7 @@ class MixedBatch:
                     slots[key] = Slots.of(names, present, device)
                 self.stacks[module] = AdapterStack(module, slots[key], len(names))
             else:
-                self.others.append(module)
+                self.others[module] = [name if _has(module, name) else BASE_ROWS for name in names]
         self._sources = Sources(list(self.stacks.values()))
 
     @property
@@ -81,6 +81,11 @@ class MixedBatches:
     """The mixed batches of one adapted model.
 
     The stacks of the last batch are kept for the next call, as decoding loops come with the same names at each token.
+
+    The first mixed batch puts hooks on the adapted layers. They stay, as putting them there anew for each token would
+    cost more than all else here, and do nothing unless a mixed batch runs in the same thread. PyTorch enters a hook, and
+    that it takes keyword arguments, one after the other: another thread that runs the layer in between passes fewer
+    arguments, which is why the hooks take any.
     """
 
     def __init__(self) -> None:
@@ -94,6 +99,13 @@ class MixedBatches:
         """Lets go of what the last batch left; whoever adds or removes adapters calls it."""
         self._last = None
 
+    def leave(self, model: nn.Module) -> None:
+        """Takes the hook off a model whose adapted layers, and their hooks with them, are gone."""
+        self.forget()
+        for key in self._own_hooks(model):
+            del model._forward_pre_hooks[key]
+            del model._forward_pre_hooks_with_kwargs[key]
+
     @contextmanager
     def running(self, model: nn.Module, names: tuple[str, ...], num_inputs: int | None) -> Iterator[None]:
         """Gives the rows of the calls inside of the context, and of this thread, each its own adapter.
@@ -106,13 +118,11 @@ class MixedBatches:
         """
         if num_inputs is not None and num_inputs != len(names):
             raise _wrong_length(names, num_inputs)
-        run = _Run(self._batch(model, names), self._current, may_repeat=num_inputs is not None)
+        run = _Run(self._batch(model, names), may_repeat=num_inputs is not None)
         before, self._current.run = self._current.run, run
         try:
-            run.install(model)
             yield
         finally:
-            run.remove()
             self._current.run = before
 
     def _batch(self, model: nn.Module, names: tuple[str, ...]) -> MixedBatch:
@@ -123,9 +133,44 @@ class MixedBatches:
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             batch = MixedBatch(model, names)
+        self._hook(model, batch)
         if not batch.has_graph:
             self._last = batch
         return batch
+
+    def _hook(self, model: nn.Module, batch: MixedBatch) -> None:
+        for module in (model, *batch.stacks, *batch.others, *batch.idle):
+            if not self._own_hooks(module):
+                before = self._before_model if module is model else self._before
+                module.register_forward_pre_hook(before, with_kwargs=True)
+                if isinstance(module, LoraLayer):
+                    module.register_forward_hook(self._after, with_kwargs=True, prepend=True)
+
+    def _own_hooks(self, module: nn.Module) -> list[int]:
+        hooks = module._forward_pre_hooks.items()
+        return [key for key, hook in hooks if getattr(hook, "__self__", None) is self]
+
+    def _before_model(self, module: nn.Module, *call: Any) -> None:
+        run = self._current.run
+        if run is not None:
+            args, kwargs = call
+            run.begin_call_of_model(_first_input(args, kwargs, _DECODER_INPUTS))
+
+    def _before(self, module: nn.Module, *call: Any) -> tuple[Any, Any] | None:
+        run = self._current.run
+        if run is None:
+            return None
+        args, kwargs = call
+        kwargs["adapter_names"] = run.names_for(module, args[0] if args else kwargs.get("x"))
+        return args, kwargs
+
+    def _after(self, module: Any, *call: Any) -> torch.Tensor | None:
+        run = self._current.run
+        stack = None if run is None else run.batch.stacks.get(module)
+        if stack is None or module.disable_adapters:
+            return None
+        args, kwargs, output = call
+        return stack.add_to(output, args[0] if args else kwargs["x"])
 
 
 class _Current(threading.local):
@@ -133,77 +178,49 @@ class _Current(threading.local):
 
 
 class _Run:
-    """The hooks of one call; they do nothing in other threads, or while another call runs inside of this one.
+    """One call with a mixed batch."""
 
-    PyTorch enters a hook, and that it takes keyword arguments, one after the other: another thread that runs a layer in
-    between passes fewer arguments, which is why every hook takes any.
-    """
-
-    def __init__(self, batch: MixedBatch, current: _Current, may_repeat: bool) -> None:
+    def __init__(self, batch: MixedBatch, may_repeat: bool) -> None:
         self.batch = batch
-        self.current = current
         self.may_repeat = may_repeat
         self.repeats = 1
         self.tokens = 1
-        self.handles: list[Any] = []
 
-    def install(self, model: nn.Module) -> None:
-        self.handles.append(model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        base = self._name_rows((BASE_ROWS,) * len(self.batch.names))
-        for module in self.batch.others:
-            own = tuple(name if _has(module, name) else BASE_ROWS for name in self.batch.names)
-            self.handles.append(module.register_forward_pre_hook(self._name_rows(own), with_kwargs=True))
-        for module in self.batch.idle:
-            self.handles.append(module.register_forward_pre_hook(base, with_kwargs=True))
-        for module, stack in self.batch.stacks.items():
-            self.handles.append(module.register_forward_pre_hook(base, with_kwargs=True))
-            self.handles.append(module.register_forward_hook(self._add_deltas(stack), with_kwargs=True, prepend=True))
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _before_model(self, module: nn.Module, *call: Any) -> None:
+    def begin_call_of_model(self, inputs: torch.Tensor | None) -> None:
         """Finds out how often each row comes in this call of the model."""
-        if self.current.run is not self:
-            return
-        args, kwargs = call
         num_rows = len(self.batch.names)
-        inputs = _first_input(args, kwargs, _DECODER_INPUTS)
         found = num_rows if inputs is None else len(inputs)
         self.repeats, rest = divmod(found, num_rows)
         if rest or not (self.repeats == 1 or self.may_repeat):
             raise _wrong_length(self.batch.names, found)
         self.tokens = 1 if inputs is None or inputs.dim() < 2 else inputs.shape[1]
 
-    def _name_rows(self, names: tuple[str, ...]) -> Callable[..., tuple[Any, Any] | None]:
-        """Returns a hook that tells a layer of PEFT's the adapter of each row, or of each token in a flat batch."""
-        named = {1: list(names)}
+    def names_for(self, module: nn.Module, x: Any) -> Sequence[str]:
+        """Returns what PEFT's layer is to take for the adapter of each row, or of each token in a flat batch."""
+        num_rows, each = len(self.batch.names), 1
+        if isinstance(x, torch.Tensor) and x.shape[0] != num_rows:
+            flat = x.dim() == 2 and x.shape[0] == num_rows * self.repeats * self.tokens
+            each = self.repeats * self.tokens if flat else self.repeats
+        names = self.batch.others.get(module)
+        if names is None:
+            return _NoAdapters(num_rows * each)
+        return [name for name in names for _ in range(each)]
 
-        def hook(module: nn.Module, *call: Any) -> tuple[Any, Any] | None:
-            if self.current.run is not self:
-                return None
-            args, kwargs = call
-            each = 1
-            x = args[0] if args else kwargs.get("x")
-            if isinstance(x, torch.Tensor) and len(x) != len(names):
-                flat = x.dim() == 2 and len(x) == len(names) * self.repeats * self.tokens
-                each = self.repeats * self.tokens if flat else self.repeats
-            if each not in named:
-                named[each] = [name for name in names for _ in range(each)]
-            kwargs["adapter_names"] = named[each]
-            return args, kwargs
 
-        return hook
+class _NoAdapters(Sequence[str]):
+    """The names of rows for which PEFT's layers have no adapter to compute; they need no more than the number."""
 
-    def _add_deltas(self, stack: AdapterStack) -> Callable[..., torch.Tensor | None]:
-        def hook(module: Any, *call: Any) -> torch.Tensor | None:
-            if self.current.run is not self or module.disable_adapters:
-                return None
-            args, kwargs, output = call
-            return stack.add_to(output, args[0] if args else kwargs["x"])
+    def __init__(self, length: int) -> None:
+        self.length = length
 
-        return hook
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __getitem__(self, index: Any) -> Any:
+        return BASE_ROWS
 
 
 def row_names(names: Any, adapters: Mapping[str, Any], training: bool) -> tuple[str, ...]:

@@ -96,8 +96,9 @@ class FanLoraModel(ServesTenants, LoraModel):
                 yield
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        self._mixed_batches.forget()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._mixed_batches.leave(self.model)
+        return model
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, see `peft.PeftModel.delete_adapter`."""

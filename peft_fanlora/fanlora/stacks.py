@@ -67,6 +67,8 @@ class AdapterStack:
         A = torch.stack([_padded(A, rank) for A, _ in factors])
         self.A = A * scalings.to(A.dtype).view(-1, 1, 1)
         self.B = torch.stack([_padded(B.T, rank) for _, B in factors])
+        self.A_transposed = self.A.transpose(1, 2)
+        self.is_aligned = slots.rows is None and len(slots.adapters) == num_rows
 
     def write(self, slot: int) -> None:
         """Copies an adapter's weights into its slot once more."""
@@ -82,17 +84,22 @@ class AdapterStack:
             result: y, (rows, …, out).
             x: (rows, …, in). Either has the batch's rows, each as often as `generate` repeated it.
         """
+        if (
+            self.is_aligned
+            and x.dim() == 3
+            and x.shape[0] == self.num_rows
+            and x.dtype == result.dtype == self.A.dtype
+            and x.device == result.device == self.A.device
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            return result.baddbmm_(torch.bmm(x, self.A_transposed), self.B)
         slots = self.slots
         per_row = x.to(self.A.device, self.A.dtype).reshape(self.num_rows, -1, x.shape[-1])
         per_place = per_row if slots.padded is None else per_row[slots.padded]
-        hidden = torch.bmm(per_place.reshape(len(slots.adapters), -1, x.shape[-1]), self.A.transpose(1, 2))
-
-        in_place = not torch.is_grad_enabled() and result.is_contiguous()
-        alike = result.dtype == hidden.dtype and result.device == hidden.device
-        if slots.rows is None and in_place and alike and not torch.is_autocast_enabled(result.device.type):
-            result.view(len(slots.adapters), -1, result.shape[-1]).baddbmm_(hidden, self.B)
-            return result
+        hidden = torch.bmm(per_place.reshape(len(slots.adapters), -1, x.shape[-1]), self.A_transposed)
         delta = torch.bmm(hidden, self.B).to(result.device, result.dtype)
+        in_place = not torch.is_grad_enabled() and result.is_contiguous()
         if slots.rows is None or slots.places is None:
             delta = delta.view_as(result)
             return result.add_(delta) if in_place else result + delta
