@@ -85,7 +85,16 @@ def main(
     stopwatch = timing.Stopwatch(device)
     options = ["--shape", shape.value, "--model", model, "--device", device, "--dtype", dtype]
     options += ["--prompt-length", str(prompt_length)]
-    results: list[dict[str, Any]] = []
+    facts = {
+        "model": model or ("SmolLM2-135M-Instruct" if shape is Shape.smollm2 else f"random, {shape.value}"),
+        "prompt_length": prompt_length,
+        "new_tokens": new_tokens,
+        "rank": contestants.RANK,
+        "device": device,
+        "dtype": dtype,
+        "load_before": before,
+        "machine": machine.facts(),
+    }
     for num_tenants in tenants or [1, 8, 32, 64]:
         rows = batch_size or max(8, num_tenants)
         names = [
@@ -98,8 +107,8 @@ def main(
 
         for one in measure or list(Measure):
             if one is Measure.memory:
-                case = ["--tenants", str(num_tenants), "--batch-size", str(rows)]
-                found = [{"method": name, "peak_mb": round(peak_memory(name, options + case))} for name in names]
+                scale = ["--tenants", str(num_tenants), "--batch-size", str(rows)]
+                found = [{"method": name, "peak_mb": round(peak_memory(name, options + scale))} for name in names]
             elif one is Measure.decode:
                 found = timing.summaries(timing.decode_steps(made, rounds, prompts, stopwatch))
             elif one is Measure.prefill:
@@ -111,25 +120,15 @@ def main(
                 for result in found:
                     result["tokens_per_s"] = round(1000 * rows * new_tokens / result["median_ms"], 1)
             show(one.value, num_tenants, found)
-            results += [{"measure": one.value, "tenants": num_tenants, "batch_size": rows, **each} for each in found]
+            if output is not None:
+                case = {"measure": one.value, "tenants": num_tenants, "batch_size": rows}
+                content = merged(output, facts, [{**case, **each} for each in found])
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.write_text(json.dumps(content, indent=1) + "\n")
         del made
         gc.collect()
-    if output is not None:
-        facts = {
-            "model": model or ("SmolLM2-135M-Instruct" if shape is Shape.smollm2 else f"random, {shape.value}"),
-            "prompt_length": prompt_length,
-            "new_tokens": new_tokens,
-            "rank": contestants.RANK,
-            "device": device,
-            "dtype": dtype,
-            "load_before": before,
-            "machine": machine.facts(),
-        }
-        output.parent.mkdir(parents=True, exist_ok=True)
-        content = merged(output, facts, results)
-        output.write_text(json.dumps(content, indent=1) + "\n")
-        if plots is not None:
-            serving_plots.draw(content, plots)
+    if output is not None and plots is not None:
+        serving_plots.draw(json.loads(output.read_text()), plots)
 
 
 if __name__ == "__main__":

@@ -151,8 +151,10 @@ def test_gradients_are_those_of_the_rows_alone(architecture: str) -> None:
     model.zero_grad()
     model.base_model.set_requires_grad(["default", "two"])
     for _ in range(2):  # a second step has a graph of its own
+        logits(model, {**batch, "adapter_names": names})
         model.zero_grad()
         model(batch["input_ids"], adapter_names=names).logits.square().sum().backward()
+        assert model.base_model._mixed_batches._last is None  # which would keep the graph alive
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert len(expected) > 20
     for name, gradient in expected.items():
@@ -471,16 +473,14 @@ def test_dora_is_refused_as_in_peft() -> None:
 
 def test_hooks_on_the_factors_see_what_passes() -> None:
     model = tenants()
-    check_rows(model)
-    seen = []
-    layer = model.base_model.model.model.layers[1].mlp.down_proj
-    handle = layer.lora_B["two"].register_forward_hook(lambda module, args, output: seen.append(output))
-    layer.register_forward_hook(lambda module, args, output: seen.append(output))
-    check_rows(model)
-    handle.remove()
-    outputs = [output for output in seen if output.shape[0] == len(NAMES)]
-    assert len(seen) > 2
-    assert len(outputs) == 1
+    model.requires_grad_(False)
+    batch = TINY["llama"].batch(rows=3)
+    names = ["two", "default", "two"]
+    expected, seen = logits(model, {**batch, "adapter_names": names}), []
+    factor = model.base_model.model.model.layers[1].mlp.down_proj.lora_B["two"]
+    factor.register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.testing.assert_close(logits(model, {**batch, "adapter_names": names}), expected)
+    assert [len(output) for output in seen] == [2]
 
 
 def test_a_hook_of_the_user_sees_the_finished_output() -> None:
