@@ -75,6 +75,7 @@ def main(
     new_tokens: Annotated[int, typer.Option(help="Tokens that `generate` makes for each row")] = 16,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    processor_time: Annotated[bool, typer.Option(help="Count the processor's seconds, not the clock's")] = False,
     output: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
     plots: Annotated[Path | None, typer.Option(help="The folder for the two plots of what is in the output")] = None,
 ) -> None:
@@ -82,7 +83,7 @@ def main(
     set_seed(0)
     before = round(os.getloadavg()[0], 2)
     base = load(shape, model, device, getattr(torch, dtype))
-    stopwatch = timing.Stopwatch(device)
+    stopwatch = timing.Stopwatch(device, processor_time)
     options = ["--shape", shape.value, "--model", model, "--device", device, "--dtype", dtype]
     options += ["--prompt-length", str(prompt_length)]
     facts = {
@@ -92,6 +93,7 @@ def main(
         "rank": contestants.RANK,
         "device": device,
         "dtype": dtype,
+        "seconds": "processor" if processor_time else "clock",
         "load_before": before,
         "machine": machine.facts(),
     }
