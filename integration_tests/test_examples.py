@@ -7,8 +7,11 @@ from pathlib import Path
 
 import assets
 import pytest
+from peft import get_peft_model
 from tiny_models import TINY
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from peft_fanlora import FanLoraConfig, ParaConfig
 
 
 ROOT = Path(__file__).parent.parent
@@ -63,12 +66,33 @@ def test_para_example(tiny_chat_model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
 
 
-def test_decoding_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
-    file = tmp_path / "decode.json"
-    run("benchmarks/decode.py", "--model", tiny_chat_model, "--rounds", "2", "--output", file)
+def test_serving_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "serving.json"
+    arguments = ["--model", tiny_chat_model, "--rounds", "2", "--slow-rounds", "1", "--new-tokens", "2"]
+    arguments += ["--prompt-length", "4", "--output", file, "--plots", tmp_path]
+    options = [option for measure in ("decode", "prefill", "beams3") for option in ("--measure", measure)]
+    run("benchmarks/serving.py", *arguments, "--tenants", "1", "--tenants", "2", *options)
+    run("benchmarks/serving.py", *arguments, "--tenants", "2", "--measure", "decode")  # takes the place of the first
     results = json.loads(file.read_text())["results"]
-    assert results[0]["median_ratio"] == 1
-    assert len(results) == 7
+    assert {result["ratio"] for result in results if result["method"] == "base model"} == {1}
+    assert len(results) == 3 * (9 + 7)
+    assert all(result["tokens_per_s"] > 0 for result in results if result["measure"].startswith("beams"))
+    assert {path.name for path in tmp_path.glob("*.png")} == {"serving-steps-cpu.png", "serving-ratios-cpu.png"}
+    memory = run("benchmarks/memory.py", "PARA", "--model", tiny_chat_model, "--tenants", "2", "--prompt-length", "4")
+    assert float(memory.split()[-1]) > 50
+
+
+@pytest.mark.parametrize("method", ["FanLoRA", "PARA"])
+def test_the_code_about_serving_runs(method: str, tiny_chat_model: Path, tmp_path: Path) -> None:
+    for customer in (1, 2):
+        config = {"FanLoRA": FanLoraConfig, "PARA": ParaConfig}[method](r=2 * customer, task_type="CAUSAL_LM")
+        model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_chat_model), config)
+        model.save_pretrained(tmp_path / f"adapters/customer-{customer}")
+    text = (ROOT / "docs/serving.md").read_text()
+    code = "\n".join(part.partition("```")[0] for part in text.split("```python\n")[1:])
+    code = code.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', f'"{tiny_chat_model}"')
+    (tmp_path / "serving.py").write_text(code + "\nprint(len(answers), sorted(model.peft_config))")
+    assert "3 ['customer-1', 'customer-3']" in run("serving.py", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("method", ["FanLoRA", "PARA"])

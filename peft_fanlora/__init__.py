@@ -5,6 +5,7 @@ Importing this package registers both methods with PEFT.
 
 from .fanlora import FanLoraCallback, FanLoraConfig, FanLoraModel, FanLoraSetting, ImportanceScores, export_lora
 from .para import ParaConfig, ParaModel, prompt_end_token_ids_of
+from .tenants import load_tenant
 
 
 __version__ = "0.1.0.dev0"
@@ -18,5 +19,6 @@ __all__ = [
     "ParaConfig",
     "ParaModel",
     "export_lora",
+    "load_tenant",
     "prompt_end_token_ids_of",
 ]

@@ -4,6 +4,7 @@ import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from operator import length_hint
 from typing import Any
@@ -16,16 +17,18 @@ from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
+from ..tenants import ServesTenants, changing
 from .config import FanLoraConfig
 from .gates import InitialFactors, factors
 from .importance import METHODS, Method, score
+from .mixed_batch import MixedBatches, num_inputs, row_names
 from .modules import Module, adapted_layers, candidates, lora_modules, model_type, num_layers
 from .pruning import give_back, is_running, remove_adapter, rewrite_targets
 from .scores import ImportanceScores
 from .setting import FanLoraSetting
 
 
-class FanLoraModel(LoraModel):
+class FanLoraModel(ServesTenants, LoraModel):
     """FanLoRA: LoRA on all linear layers, scored module by module, of which only the most critical ones stay.
 
     Every module computes y = W_m x + (α/r) B_m A_m x with LoRA's own layers; what is added here is the choice of the
@@ -47,6 +50,11 @@ class FanLoraModel(LoraModel):
         Raises:
             ValueError: the setting does not fit the model, or disagrees with `target_modules`.
         """
+        self._mixed_batches.forget()
+        with changing(self.call_gate, model, adapter_name):
+            self._inject(model, adapter_name, *args, **kwargs)
+
+    def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
         if isinstance(config.setting, FanLoraSetting):
             setting = config.setting.resolve(model)
@@ -68,8 +76,34 @@ class FanLoraModel(LoraModel):
         """For each adapter whose initialisation changed base weights, what it took out of each of them."""
         return self.__dict__.setdefault("_initial_factors_by_adapter", {})
 
+    @cached_property
+    def _mixed_batches(self) -> MixedBatches:
+        return MixedBatches()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Gives each row of the calls inside of the context the adapter that `adapter_names` names for it.
+
+        Raises:
+            ValueError: the model is training, there is no adapter of some name, or the names are not one for each row.
+        """
+        names = kwargs.pop("adapter_names", None)
+        with self.call_gate.passed(), super()._enable_peft_forward_hooks(*args, **kwargs):
+            if names is None:
+                yield
+                return
+            rows = row_names(names, self.peft_config, self.training)
+            with self._mixed_batches.running(self.model, rows, num_inputs(args, kwargs)):
+                yield
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        self._mixed_batches.leave(self.model)
+        return model
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, see `peft.PeftModel.delete_adapter`."""
+        self._mixed_batches.forget()
         super().delete_adapter(adapter_name)
         self._initial_factors.pop(adapter_name, None)
 
@@ -217,6 +251,7 @@ class FanLoraModel(LoraModel):
                     "can't be undone exactly. Use init_lora_weights=True on quantised models that will be pruned."
                 )
 
+        self._mixed_batches.forget()
         for name in dropped:
             if name in initial:
                 give_back(layers[name], adapter_name, initial.pop(name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..tenants import ServesTenants, adapted_modules, changing
 from .hooks import CallHooks
 from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, linear_shape
 from .state import ParaState
@@ -23,7 +24,7 @@ from .targets import DEFAULT_TARGETS, scaled_outputs
 BASE_ROWS = "__base__"
 
 
-class ParaModel(BaseTuner):
+class ParaModel(ServesTenants, BaseTuner):
     """Adapts a model with prompt-aware vectors (PARA, arXiv 2502.01033).
 
     In each Transformer block a generator pools the hidden states of the prompt and makes a vector for each target,
@@ -67,18 +68,22 @@ class ParaModel(BaseTuner):
             ValueError: the configuration does not fit the model.
             TypeError: a target module is not linear.
         """
-        known = {name for layer in _para_layers(model) for name in layer.para_target}
-        try:
-            self._check_targets(model, adapter_name)
-            self._state = _state_of(model)
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        except Exception:
-            if adapter_name not in known:
-                self.peft_config.pop(adapter_name, None)
-            raise
-        if self._state.hooks is None:
-            self._state.hooks = CallHooks(model, self._state)
-        self._state.hooks.install()
+        with changing(self.call_gate, model, adapter_name):
+            known = any(adapter_name in layer.para_target for layer in _para_layers(model))
+            try:
+                self._check_targets(model, adapter_name)
+                self._state = _state_of(model)
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            except Exception:
+                if not known:
+                    self.peft_config.pop(adapter_name, None)
+                raise
+            if self._state.hooks is None:
+                self._state.hooks = CallHooks(model, self._state)
+            self._state.hooks.install()
+        self._modules_saved_whole = [
+            module for module in adapted_modules(model) if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
 
     def _check_targets(self, model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
@@ -151,7 +156,11 @@ class ParaModel(BaseTuner):
         Raises:
             ValueError: the model is training, or there is no adapter of some name.
         """
-        names = kwargs.get("adapter_names")
+        with self.call_gate.passed(), self._rows_named(kwargs.get("adapter_names")):
+            yield
+
+    @contextmanager
+    def _rows_named(self, names: Sequence[str] | None) -> Iterator[None]:
         if names is None:
             yield
             return
@@ -165,12 +174,9 @@ class ParaModel(BaseTuner):
             )
         with ExitStack() as stack:
             stack.enter_context(self._state.mixing(tuple(names)))
-            # To walk over the modules of many tenants' adapters would cost more than a step's multiplications.
-            whole_modules = any(getattr(config, "modules_to_save", None) for config in self.peft_config.values())
-            for module in self.model.modules() if whole_modules else ():
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    hook = partial(_pass_adapter_names, adapter_names=list(names))
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for module in self._modules_saved_whole:
+                hook = partial(_pass_adapter_names, adapter_names=list(names))
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
     def _check_merge_allowed(self) -> None:
@@ -195,7 +201,7 @@ def _pass_adapter_names(
 
 
 def _para_layers(model: nn.Module) -> Iterator[ParaLayer]:
-    return (module for module in model.modules() if isinstance(module, ParaLayer))
+    return (module for module in adapted_modules(model) if isinstance(module, ParaLayer))
 
 
 def _state_of(model: nn.Module) -> ParaState:

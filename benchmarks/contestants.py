@@ -1,0 +1,102 @@
+"""The methods that serve tenants on one backbone, each as a model with adapters that change what it computes."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import peft
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from peft_fanlora import FanLoraConfig, ParaConfig
+from peft_fanlora.tenants import only_visible
+
+
+BASE = "base model"
+RANK = 8
+TWO_ROLES = ["v_proj", "up_proj"]
+"""One module of attention and one of the feed-forward in each layer, the same for LoRA and FanLoRA."""
+
+
+def _lora(**kwargs: object) -> LoraConfig:
+    return LoraConfig(r=RANK, task_type="CAUSAL_LM", **kwargs)
+
+
+def _fanlora(**kwargs: object) -> FanLoraConfig:
+    return FanLoraConfig(r=RANK, task_type="CAUSAL_LM", **kwargs)
+
+
+_ONE_TENANT: dict[str, Callable[[], peft.PeftConfig]] = {
+    "LoRA, merged": lambda: _lora(target_modules="all-linear"),
+    "PEFT IA3 on Q, V, U": lambda: IA3Config(
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        feedforward_modules=[],
+        init_ia3_weights=False,
+        task_type="CAUSAL_LM",
+    ),
+}
+_MANY_TENANTS: dict[str, Callable[[], peft.PeftConfig]] = {
+    "PEFT LoRA, 7 roles": lambda: _lora(target_modules="all-linear"),
+    "PEFT LoRA, 2 roles": lambda: _lora(target_modules=TWO_ROLES),
+    "FanLoRA, all modules": lambda: _fanlora(),
+    "FanLoRA, 2 a layer": lambda: _fanlora(target_modules=TWO_ROLES),
+    "PARA": lambda: ParaConfig(init_para_weights=False, task_type="CAUSAL_LM"),
+}
+
+
+@dataclass
+class Contestant:
+    """A method with a number of tenants loaded, all of them in the batch.
+
+    Attributes:
+        name: what the results call it.
+        model: the model.
+        adapter_names: the tenant of each row; None where all rows have the one there is.
+    """
+
+    name: str
+    model: nn.Module
+    adapter_names: list[str] | None = None
+
+    @property
+    def call(self) -> dict[str, list[str]]:
+        """What its calls take besides the tokens."""
+        return {} if self.adapter_names is None else {"adapter_names": self.adapter_names}
+
+
+def names(num_tenants: int) -> list[str]:
+    """Returns who takes part with a number of tenants; the base model twice, to show how far equal things differ."""
+    return [BASE, f"{BASE}, again", *(_ONE_TENANT if num_tenants == 1 else {}), *_MANY_TENANTS]
+
+
+def make(name: str, base: nn.Module, num_tenants: int, batch_size: int) -> Contestant:
+    """Makes a contestant, on the same weights in the same memory where its method allows that."""
+    if name == BASE:
+        return Contestant(name, base)
+    if name.startswith(BASE):
+        return Contestant(name, _twin(base))
+    if name == "LoRA, merged":
+        model = _with_adapters(copy.deepcopy(base), _ONE_TENANT[name], 1).merge_and_unload()
+        return Contestant(name, model.eval())
+    model = _with_adapters(_twin(base), {**_ONE_TENANT, **_MANY_TENANTS}[name], num_tenants)
+    rows = [f"tenant{row % num_tenants}" for row in range(batch_size)]
+    return Contestant(name, model, None if num_tenants == 1 else rows)
+
+
+def _twin(base: nn.Module) -> nn.Module:
+    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+
+
+def _with_adapters(base: nn.Module, make_config: Callable[[], peft.PeftConfig], count: int) -> PeftModel:
+    """Puts adapters on a model and freezes them, as loading saved ones does."""
+    model = get_peft_model(base, make_config(), adapter_name="tenant0")
+    for tenant in range(1, count):
+        with only_visible(base, f"tenant{tenant}"):  # PEFT's own walks would take minutes
+            model.add_adapter(f"tenant{tenant}", make_config())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.02)
+    model.requires_grad_(False)
+    return model.eval()

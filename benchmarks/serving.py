@@ -1,0 +1,137 @@
+"""Times one backbone that serves many tenants: FanLoRA and PARA beside PEFT's LoRA and IA3, and the base model.
+
+Decoding steps, prefill, tokens a second at one beam and at three, peak memory; for 1, 8, 32 and 64 tenants, all of them
+in the batch. What to compare is the ratio to the base model's time in the same round. Runs with the same `--output` add
+to the same file, so that a long measurement can be taken in pieces.
+
+    python benchmarks/serving.py --tenants 1 --tenants 8 --measure decode --output benchmarks/results/serving-cpu.json
+    python benchmarks/serving.py --shape 7b --device cuda --dtype bfloat16 --output benchmarks/results/serving-gpu.json
+"""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import contestants
+import machine
+import serving_plots
+import timing
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from shapes import Shape, load
+from transformers import set_seed
+
+
+class Measure(str, Enum):
+    """What can be measured."""
+
+    decode = "decode"
+    prefill = "prefill"
+    beams1 = "beams1"
+    beams3 = "beams3"
+    memory = "memory"
+
+
+def peak_memory(name: str, options: list[str]) -> float:
+    """Runs a contestant in a process of its own and returns its peak memory in megabytes."""
+    command = [sys.executable, str(Path(__file__).parent / "memory.py"), name, *options]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def show(measure: str, tenants: int, results: list[dict[str, Any]]) -> None:
+    table = Table(*results[0])
+    table.title = f"{measure}, {tenants} tenants"
+    for result in results:
+        table.add_row(*(str(value) for value in result.values()))
+    Console(width=120).print(table)
+
+
+def merged(file: Path, facts: dict[str, Any], new: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the results of earlier runs with the new ones in place of those of the same measure and tenants."""
+    earlier = json.loads(file.read_text())["results"] if file.exists() else []
+    again = {(result["measure"], result["tenants"]) for result in new}
+    kept = [result for result in earlier if (result["measure"], result["tenants"]) not in again]
+    order = [measure.value for measure in Measure]
+    return {**facts, "results": sorted(kept + new, key=lambda one: (order.index(one["measure"]), one["tenants"]))}
+
+
+def main(
+    shape: Annotated[Shape, typer.Option(help="SmolLM2's weights, or random ones of a Llama shape")] = Shape.smollm2,
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a model, in place of a shape")] = "",
+    tenants: Annotated[list[int] | None, typer.Option(help="Tenants in the batch [default: 1 8 32 64]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows; 0 for 8, or the tenants where they are more")] = 0,
+    measure: Annotated[list[Measure] | None, typer.Option(help="What to measure [default: all]")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Contestants, beside the base model [default: all]")] = None,
+    rounds: Annotated[int, typer.Option(help="Decoding steps of each contestant")] = 60,
+    slow_rounds: Annotated[int, typer.Option(help="Prefills, and generations, of each contestant")] = 5,
+    prompt_length: Annotated[int, typer.Option(help="Tokens of each prompt")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that `generate` makes for each row")] = 16,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    processor_time: Annotated[bool, typer.Option(help="Count the processor's seconds, not the clock's")] = False,
+    output: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
+    plots: Annotated[Path | None, typer.Option(help="The folder for the two plots of what is in the output")] = None,
+) -> None:
+    """Times the contestants and prints their medians."""
+    set_seed(0)
+    before = round(os.getloadavg()[0], 2)
+    base = load(shape, model, device, getattr(torch, dtype))
+    stopwatch = timing.Stopwatch(device, processor_time)
+    options = ["--shape", shape.value, "--model", model, "--device", device, "--dtype", dtype]
+    options += ["--prompt-length", str(prompt_length)]
+    facts = {
+        "model": model or ("SmolLM2-135M-Instruct" if shape is Shape.smollm2 else f"random, {shape.value}"),
+        "prompt_length": prompt_length,
+        "new_tokens": new_tokens,
+        "rank": contestants.RANK,
+        "device": device,
+        "dtype": dtype,
+        "seconds": "processor" if processor_time else "clock",
+        "load_before": before,
+        "machine": machine.facts(),
+    }
+    for num_tenants in tenants or [1, 8, 32, 64]:
+        rows = batch_size or max(8, num_tenants)
+        names = [
+            name for name in contestants.names(num_tenants) if name == contestants.BASE or name in (only or [name])
+        ]
+        made = [contestants.make(name, base, num_tenants, rows) for name in names]
+
+        def prompts(rows: int = rows) -> torch.Tensor:
+            return torch.randint(10, base.config.vocab_size, (rows, prompt_length), device=device)
+
+        for one in measure or list(Measure):
+            if one is Measure.memory:
+                scale = ["--tenants", str(num_tenants), "--batch-size", str(rows)]
+                found = [{"method": name, "peak_mb": round(peak_memory(name, options + scale))} for name in names]
+            elif one is Measure.decode:
+                found = timing.summaries(timing.decode_steps(made, rounds, prompts, stopwatch))
+            elif one is Measure.prefill:
+                found = timing.summaries(timing.prefills(made, slow_rounds, prompts, stopwatch))
+            else:
+                beams = 1 if one is Measure.beams1 else 3
+                seconds = timing.generations(made, slow_rounds, prompts, stopwatch, new_tokens, beams)
+                found = timing.summaries(seconds)
+                for result in found:
+                    result["tokens_per_s"] = round(1000 * rows * new_tokens / result["median_ms"], 1)
+            show(one.value, num_tenants, found)
+            if output is not None:
+                case = {"measure": one.value, "tenants": num_tenants, "batch_size": rows}
+                content = merged(output, facts, [{**case, **each} for each in found])
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.write_text(json.dumps(content, indent=1) + "\n")
+        del made
+        gc.collect()
+    if output is not None and plots is not None:
+        serving_plots.draw(json.loads(output.read_text()), plots)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,67 @@
+"""The models that benchmarks run on: real weights, or random ones in a Llama shape, which need no download."""
+
+import sys
+from enum import Enum
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+import assets
+
+
+_SHAPES = {
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "7b": {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+}
+
+
+class Shape(str, Enum):
+    """What `--shape` takes: SmolLM2's own weights, or random ones of its shape, Llama-3.2-1B's, or LLaMA-2-7B's."""
+
+    smollm2 = "smollm2"
+    m135 = "135m"
+    b1 = "1b"
+    b7 = "7b"
+
+
+def load(shape: Shape, model: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """Makes the base model.
+
+    Args:
+        shape: which weights, or the size of random ones.
+        model: a folder or Hub id, in place of a shape.
+        device: where to put it; random weights are made there.
+        dtype: the type of the weights.
+    """
+    if model or shape is Shape.smollm2:
+        return AutoModelForCausalLM.from_pretrained(model or assets.model_folder(), dtype=dtype).to(device).eval()
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**_SHAPES[shape.value]), dtype=dtype).eval()

@@ -1,0 +1,101 @@
+"""Measures what one more tenant costs when there are ten, a hundred and a thousand of them.
+
+python benchmarks/tenants.py --shape 135m --output benchmarks/results/tenants-cpu.json
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import contestants
+import machine
+import torch
+import typer
+from memory import resident_megabytes
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from shapes import Shape, load
+from timing import Generation
+from transformers import set_seed
+
+from peft_fanlora import load_tenant
+
+
+def milliseconds(work: Callable[[], Any], times: int) -> float:
+    """Returns the median time of a call."""
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return round(1000 * statistics.median(seconds), 1)
+
+
+def change_costs(model: PeftModel, folder: Path, load_one: Callable[..., Any]) -> tuple[float, float]:
+    """Returns the milliseconds of loading and of deleting a tenant."""
+    loading = milliseconds(lambda: load_one(folder, f"guest{len(model.peft_config)}"), 3)
+    deleting = milliseconds(lambda: model.delete_adapter(next(reversed(model.peft_config))), 3)
+    return loading, deleting
+
+
+def main(
+    shape: Annotated[Shape, typer.Option(help="The model")] = Shape.m135,
+    model: Annotated[str, typer.Option(help="Folder or Hub id, in place of a shape")] = "",
+    counts: Annotated[list[int] | None, typer.Option(help="Numbers of tenants [default: 10 100 1000]")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="[default: FanLoRA, 2 a layer; PARA]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
+) -> None:
+    """Adds tenants one after the other and prints what the last ones cost."""
+    set_seed(0)
+    base = load(shape, model, "cpu", torch.float32)
+    results: list[dict[str, Any]] = []
+    for name in method or ["FanLoRA, 2 a layer", "PARA"]:
+        one: Any = contestants.make(name, base, 1, 8).model
+        size = sum(tensor.nbytes for tensor in get_peft_model_state_dict(one, adapter_name="tenant0").values())
+        with tempfile.TemporaryDirectory() as folder:
+            one.save_pretrained(folder, selected_adapters=["tenant0"])
+            folder = Path(folder) / "tenant0"
+            before, loaded = resident_megabytes("VmRSS"), 1
+            for count in counts or [10, 100, 1000]:
+                for tenant in track(range(loaded, count), description=f"{name}, {count}", transient=True):
+                    load_tenant(one, folder, f"tenant{tenant}")
+                loaded = count
+                memory = (resident_megabytes("VmRSS") - before) * 2**20 / (count - 1)
+                loading, deleting = change_costs(one, folder, partial(load_tenant, one))
+                generation = Generation(
+                    contestants.Contestant(name, one, [f"tenant{row % count}" for row in range(8)])
+                )
+                with torch.inference_mode():
+                    generation.prefill(torch.randint(10, base.config.vocab_size, (8, 16)))
+                    step = milliseconds(generation.step, 9)
+                results.append(
+                    {
+                        "method": name,
+                        "tenants": count,
+                        "load_tenant_ms": loading,
+                        "load_adapter_ms": change_costs(one, folder, one.load_adapter)[0],
+                        "delete_adapter_ms": deleting,
+                        "step_ms": step,
+                        "resident_of_adapter_size": round(memory / size, 3),
+                    }
+                )
+    table = Table(*results[0])
+    for result in results:
+        table.add_row(*(str(value) for value in result.values()))
+    Console(width=140).print(table)
+    if output is not None:
+        facts = {"model": model or shape.value, "machine": machine.facts()}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,266 @@
+"""Many tenants in one batch: each LoRA layer adds the deltas of all of them in two batched products.
+
+PEFT runs a mixed batch as a loop over its adapters in every layer. Here the adapters of the batch are stacked, and row b
+of a layer becomes y_b = W x_b + s_t B_t A_t x_b, with t the adapter of row b, by `bmm` and `baddbmm` over all the
+adapters at once. PEFT's own layers compute W x, so quantised and other layers need no code of their own.
+
+Which batch runs is known to each thread alone, so two threads can run different ones on one model. What is not plain LoRA (variants, biases, embeddings, convolutions,
+dropout that is switched on) takes PEFT's loop.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..tenants import adapted_modules
+from .stacks import AdapterStack, Slots, Sources, is_plain
+
+
+BASE_ROWS = "__base__"
+"""The name that PEFT gives to rows without an adapter."""
+
+_INPUTS = ("inputs", "input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+
+
+class MixedBatch:
+    """The adapters of one batch, stacked for every layer that they are on.
+
+    Args:
+        model: the adapted model.
+        names: the adapter of each row.
+
+    Attributes:
+        stacks: the layers that compute their deltas here.
+        others: the modules that PEFT's loop serves, LoRA that is not plain and modules saved whole, with the adapter
+            of each row.
+        idle: LoRA layers without any of the batch's adapters.
+    """
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        self.names = names
+        self.stacks: dict[nn.Module, AdapterStack] = {}
+        self.others: dict[nn.Module, list[str]] = {}
+        self.idle: list[nn.Module] = []
+        adapters = [name for name in dict.fromkeys(names) if name != BASE_ROWS]
+        slots: dict[tuple[Any, ...], Slots] = {}
+        for module in adapted_modules(model):
+            is_lora = isinstance(module, LoraLayer)
+            present = [name for name in adapters if _has(module, name)]
+            if is_lora and not present:
+                self.idle.append(module)
+            elif is_lora and is_plain(module, present):
+                device = module.lora_A[present[0]].weight.device
+                key = (device, *present)
+                if key not in slots:
+                    slots[key] = Slots.of(names, present, device)
+                self.stacks[module] = AdapterStack(module, slots[key], len(names))
+            else:
+                self.others[module] = [name if _has(module, name) else BASE_ROWS for name in names]
+        self._sources = Sources(list(self.stacks.values()))
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether the stacks lead gradients to the adapters' weights, for one backward pass."""
+        return any(stack.A.requires_grad or stack.B.requires_grad for stack in self.stacks.values())
+
+    def refresh(self) -> bool:
+        """Copies those weights again that may have changed; returns whether that makes the stacks right."""
+        return self._sources.refresh()
+
+
+class MixedBatches:
+    """The mixed batches of one adapted model.
+
+    The stacks of the last batch are kept for the next call, as decoding loops come with the same names at each token.
+
+    The first mixed batch puts hooks on the adapted layers. They stay, as putting them there anew for each token would
+    cost more than all else here, and do nothing unless a mixed batch runs in the same thread. PyTorch enters a hook, and
+    that it takes keyword arguments, one after the other: another thread that runs the layer in between passes fewer
+    arguments, which is why the hooks take any.
+    """
+
+    def __init__(self) -> None:
+        self._last: MixedBatch | None = None
+        self._current = _Current()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # a copy of the model makes stacks of its own
+
+    def forget(self) -> None:
+        """Lets go of what the last batch left; whoever adds or removes adapters calls it."""
+        self._last = None
+
+    def leave(self, model: nn.Module) -> None:
+        """Takes the hook off a model whose adapted layers, and their hooks with them, are gone."""
+        self.forget()
+        for key in self._own_hooks(model):
+            del model._forward_pre_hooks[key]
+            del model._forward_pre_hooks_with_kwargs[key]
+
+    @contextmanager
+    def running(self, model: nn.Module, names: tuple[str, ...], num_inputs: int | None) -> Iterator[None]:
+        """Gives the rows of the calls inside of the context, and of this thread, each its own adapter.
+
+        Args:
+            model: the adapted model.
+            names: the adapter of each row.
+            num_inputs: the rows that the caller passes, where he passes them here; the model's calls may then repeat
+                each row, as `generate` does for beams.
+        """
+        if num_inputs is not None and num_inputs != len(names):
+            raise _wrong_length(names, num_inputs)
+        run = _Run(self._batch(model, names), may_repeat=num_inputs is not None)
+        before, self._current.run = self._current.run, run
+        try:
+            yield
+        finally:
+            self._current.run = before
+
+    def _batch(self, model: nn.Module, names: tuple[str, ...]) -> MixedBatch:
+        last = self._last
+        if last is not None and last.names == names and last.refresh():
+            return last
+        self._last = last = None
+        grad = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(grad):
+            batch = MixedBatch(model, names)
+        self._hook(model, batch)
+        if not batch.has_graph:
+            self._last = batch
+        return batch
+
+    def _hook(self, model: nn.Module, batch: MixedBatch) -> None:
+        for module in (model, *batch.stacks, *batch.others, *batch.idle):
+            if not self._own_hooks(module):
+                before = self._before_model if module is model else self._before
+                module.register_forward_pre_hook(before, with_kwargs=True)
+                if isinstance(module, LoraLayer):
+                    module.register_forward_hook(self._after, with_kwargs=True, prepend=True)
+
+    def _own_hooks(self, module: nn.Module) -> list[int]:
+        hooks = module._forward_pre_hooks.items()
+        return [key for key, hook in hooks if getattr(hook, "__self__", None) is self]
+
+    def _before_model(self, module: nn.Module, *call: Any) -> None:
+        run = self._current.run
+        if run is not None:
+            args, kwargs = call
+            run.begin_call_of_model(_first_input(args, kwargs, _DECODER_INPUTS))
+
+    def _before(self, module: nn.Module, *call: Any) -> tuple[Any, Any] | None:
+        run = self._current.run
+        if run is None:
+            return None
+        args, kwargs = call
+        kwargs["adapter_names"] = run.names_for(module, args[0] if args else kwargs.get("x"))
+        return args, kwargs
+
+    def _after(self, module: Any, *call: Any) -> torch.Tensor | None:
+        run = self._current.run
+        stack = None if run is None else run.batch.stacks.get(module)
+        if stack is None or module.disable_adapters:
+            return None
+        args, kwargs, output = call
+        return stack.add_to(output, args[0] if args else kwargs["x"])
+
+
+class _Current(threading.local):
+    run: _Run | None = None
+
+
+class _Run:
+    """One call with a mixed batch."""
+
+    def __init__(self, batch: MixedBatch, may_repeat: bool) -> None:
+        self.batch = batch
+        self.may_repeat = may_repeat
+        self.repeats = 1
+        self.tokens = 1
+
+    def begin_call_of_model(self, inputs: torch.Tensor | None) -> None:
+        """Finds out how often each row comes in this call of the model."""
+        num_rows = len(self.batch.names)
+        found = num_rows if inputs is None else len(inputs)
+        self.repeats, rest = divmod(found, num_rows)
+        if rest or not (self.repeats == 1 or self.may_repeat):
+            raise _wrong_length(self.batch.names, found)
+        self.tokens = 1 if inputs is None or inputs.dim() < 2 else inputs.shape[1]
+
+    def names_for(self, module: nn.Module, x: Any) -> Sequence[str]:
+        """Returns what PEFT's layer is to take for the adapter of each row, or of each token in a flat batch."""
+        num_rows, each = len(self.batch.names), 1
+        if isinstance(x, torch.Tensor) and x.shape[0] != num_rows:
+            flat = x.dim() == 2 and x.shape[0] == num_rows * self.repeats * self.tokens
+            each = self.repeats * self.tokens if flat else self.repeats
+        names = self.batch.others.get(module)
+        if names is None:
+            return _NoAdapters(num_rows * each)
+        return [name for name in names for _ in range(each)]
+
+
+class _NoAdapters(Sequence[str]):
+    """The names of rows for which PEFT's layers have no adapter to compute; they need no more than the number."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __getitem__(self, index: Any) -> Any:
+        return BASE_ROWS
+
+
+def row_names(names: Any, adapters: Mapping[str, Any], training: bool) -> tuple[str, ...]:
+    """Returns the adapter of each row as the caller names it, after checking that all are there.
+
+    Raises:
+        ValueError: the model is training, there is no adapter of some name, or these are no names.
+    """
+    if training:
+        raise ValueError("adapter_names mixes adapters in inference only: call model.eval() first.")
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapter_names is {names!r}; pass a list with the adapter's name for each row.")
+    unknown = sorted(set(names) - adapters.keys() - {BASE_ROWS})
+    if unknown or not names:
+        raise ValueError(
+            f"adapter_names has {unknown}, but the adapters are {sorted(adapters)}, and {BASE_ROWS!r} for the base "
+            "model: load the adapter first, or correct the name."
+        )
+    return tuple(names)
+
+
+def num_inputs(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
+    """Returns the rows of a call's inputs; None where there are none to see."""
+    inputs = _first_input(args, kwargs, _INPUTS)
+    return None if inputs is None else len(inputs)
+
+
+def _first_input(args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[str]) -> torch.Tensor | None:
+    values = (*args[:1], *(kwargs.get(name) for name in names))
+    return next((value for value in values if isinstance(value, torch.Tensor)), None)
+
+
+def _wrong_length(names: Sequence[str], num_rows: int) -> ValueError:
+    return ValueError(
+        f"adapter_names has {len(names)} names, but the call has {num_rows} rows: pass one name for each row, "
+        f"{BASE_ROWS!r} for those without an adapter."
+    )
+
+
+def _has(module: Any, name: str) -> bool:
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return name in module._adapters
+    return name in module.lora_A or name in module.lora_embedding_A

@@ -1,0 +1,175 @@
+"""Tenants that come and go: adding one to a thousand costs what adding one to ten does.
+
+PEFT walks over all modules of a model, and so over every loaded adapter, many times for each adapter that it adds. While
+it does so here, the adapters that are not concerned are taken out of the layers' containers, and put back afterwards.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import Any, cast
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+def load_tenant(model: PeftModel, model_id: Any, adapter_name: str, **kwargs: Any) -> Any:
+    """Loads an adapter like `model.load_adapter`, at a cost that does not grow with the adapters already there.
+
+    It waits until no call of the model is running in any thread, and new calls wait until it is done.
+
+    Args:
+        model: a model with a FanLoRA or PARA adapter.
+        model_id: a folder with a saved adapter, or the id of a Hub repository.
+        adapter_name: what to call the adapter.
+        kwargs: further arguments of `peft.PeftModel.load_adapter`.
+
+    Returns:
+        What `load_adapter` returns.
+
+    Raises:
+        ValueError: the adapter does not fit the model; the model is as it was before.
+        RuntimeError: it was called from inside of a call of the model.
+
+    Example:
+        >>> load_tenant(model, "adapters/customer-17", "customer-17")
+        >>> model.generate(**inputs, adapter_names=["customer-17", "customer-3"])
+    """
+    tuner: Any = model.base_model
+    gate: CallGate | None = getattr(tuner, "call_gate", None)
+    if gate is None:
+        raise ValueError(
+            f"load_tenant serves models with FanLoRA or PARA, and this one has {type(tuner).__name__}: use "
+            "model.load_adapter."
+        )
+    with changing(gate, tuner.model, adapter_name):
+        return model.load_adapter(model_id, adapter_name, **kwargs)
+
+
+class ServesTenants:
+    """What the tuners of both methods have in common: adapters that come and go between calls."""
+
+    model: Any
+    active_adapters: list[str]
+
+    @cached_property
+    def call_gate(self) -> CallGate:
+        """Keeps calls of the model and changes of its tenants apart."""
+        return CallGate()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, see `peft.PeftModel.delete_adapter`.
+
+        Where it is active PEFT makes another one active in its place, and has to see all of them for that.
+        """
+        is_active = adapter_name in self.active_adapters
+        with self.call_gate.closed(), nullcontext() if is_active else only_visible(self.model, adapter_name):
+            super().delete_adapter(adapter_name)  # type: ignore[misc]
+
+
+@contextmanager
+def changing(gate: CallGate, model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """For the length of a change to one adapter: between calls, and with PEFT looking at this adapter alone."""
+    with gate.closed(), only_visible(model, adapter_name):
+        yield
+
+
+class CallGate:
+    """Keeps calls of a model and changes of its tenants apart."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._closers = 0
+        self._condition = threading.Condition()
+        self._own = _OwnCalls()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # calls of a model are none of its copy
+
+    @contextmanager
+    def passed(self) -> Iterator[None]:
+        """For the length of a call; calls do not keep each other out."""
+        if self._own.depth == 0:
+            with self._condition:
+                self._condition.wait_for(lambda: not self._closers)
+                self._calls += 1
+        self._own.depth += 1
+        try:
+            yield
+        finally:
+            self._own.depth -= 1
+            if self._own.depth == 0:
+                with self._condition:
+                    self._calls -= 1
+                    self._condition.notify_all()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """For the length of a change: begins when no call is running, and lets none begin.
+
+        Raises:
+            RuntimeError: this thread is inside of a call.
+        """
+        if self._own.depth:
+            raise RuntimeError(
+                "Adapters cannot come or go in the middle of a call of the model: add and delete them between calls."
+            )
+        with self._condition:
+            self._closers += 1
+            try:
+                self._condition.wait_for(lambda: self._calls == 0)
+                yield
+            finally:
+                self._closers -= 1
+                self._condition.notify_all()
+
+
+class _OwnCalls(threading.local):
+    depth = 0
+
+
+@contextmanager
+def only_visible(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Takes all other adapters' modules out of the model's layers, for as long as the context lasts.
+
+    Args:
+        model: the adapted model.
+        adapter_name: the one adapter that PEFT is to find there.
+    """
+    hidden = []
+    layers = [module for module in adapted_modules(model) if not isinstance(module, AuxiliaryTrainingWrapper)]
+    for layer in layers:
+        for container in layer.children():
+            if isinstance(container, nn.ModuleDict) and container.keys() - {adapter_name}:
+                everything = container._modules
+                container._modules = {name: everything[name] for name in (adapter_name,) if name in everything}
+                hidden.append((container, everything, container.training))
+    try:
+        yield
+    finally:
+        for container, everything, training in hidden:
+            everything.pop(adapter_name, None)
+            everything.update(container._modules)
+            container._modules = everything
+            if container.training != training:
+                container.train(container.training)
+
+
+def adapted_modules(model: nn.Module) -> Iterator[Any]:
+    """Yields the modules that hold adapters, in any order, without a look at the adapters: there may be thousands."""
+    waiting: list[nn.Module] = [model]
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, BaseTunerLayer):
+            yield module
+            waiting.append(cast(Any, module).base_layer)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            yield module
+            waiting.append(module.original_module)
+        else:
+            waiting.extend(module.children())
