@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
@@ -57,6 +57,8 @@ class FanLoraModel(LoraModel):
                     "which modules are adapted. Pass one of the two."
                 )
             config.setting = setting
+        elif str(config.target_modules).lower() == "all-linear":
+            _leave_out_head(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.mutates_base_weights:
             initial = {name: factors(layer, adapter_name) for name, layer in lora_modules(model, adapter_name).items()}
@@ -290,6 +292,20 @@ class FanLoraModel(LoraModel):
                 "vision towers are not scored. Use target_modules='all-linear'."
             )
         return layers
+
+
+def _leave_out_head(config: Any, model: nn.Module) -> None:
+    """Takes a head that PEFT is going to train in full out of "all-linear".
+
+    PEFT does so itself for sequence classification; adapted heads of the other tasks it refuses to train.
+    """
+    names = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
+    heads = [name for name in names.get(config.task_type, ()) if hasattr(model, name)]
+    excluded = config.exclude_modules or []
+    if isinstance(excluded, str):
+        config.exclude_modules = "|".join((f"(?:{excluded})", *heads))
+    elif heads:
+        config.exclude_modules = [*excluded, *heads]
 
 
 def _disagreement(tuner: FanLoraModel, config: FanLoraConfig, model: nn.Module, setting: FanLoraSetting) -> str | None:
