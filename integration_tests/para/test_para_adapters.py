@@ -179,6 +179,15 @@ def test_mixed_batches_step_by_step():
         model(rest[:, :1], adapter_names=["second", "second"], past_key_values=cache)
 
 
+def test_all_linear_finds_the_same_layers_for_a_further_adapter():
+    """PEFT goes by the names of adapted layers' classes, and took none of these for linear."""
+    first, second = (ParaConfig(r=2, target_modules="all-linear") for _ in range(2))
+    model = get_peft_model(tiny("llama"), first)
+    model.add_adapter("second", second)
+    assert second.target_modules == first.target_modules
+    model.add_adapter("third", ParaConfig(r=2))
+
+
 def test_names_are_counted_in_a_model_of_any_kind():
     """A model without token ids took any number of names, and gave rows the adapters of other rows."""
     base = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))

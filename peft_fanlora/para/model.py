@@ -15,7 +15,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .hooks import CallHooks
-from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, linear_shape
+from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, ParaLinear, linear_shape
 from .state import ParaState
 from .targets import DEFAULT_TARGETS, scaled_outputs
 
@@ -119,7 +119,7 @@ class ParaModel(BaseTuner):
             return
         block = self._block_of(current_key)
         slices = scaled_outputs(getattr(self.model, "config", None), current_key, linear_shape(target)[1])
-        layer = ParaLayer(target, current_key, block, slices)
+        layer = ParaLinear(target, current_key, block, slices)
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
