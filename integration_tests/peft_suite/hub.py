@@ -8,7 +8,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,14 +53,15 @@ class Adapter:
     task_type: str | None = None
     revisions: tuple[str, ...] = ("main",)
     subfolder: str = ""
-    config: dict[str, Any] = field(default_factory=dict)
 
     def save(self, method: str, folder: Path, revision: str) -> None:
         torch.manual_seed(sum(map(ord, revision)))
         base = getattr(transformers, self.model_class).from_pretrained(self.base)
+        self.adapt(base, method).save_pretrained(folder / self.subfolder)
+
+    def adapt(self, base: Any, method: str) -> peft.PeftModel:
         config_class = {"FanLoRA": FanLoraConfig, "PARA": ParaConfig}[method]
-        adapted = peft.get_peft_model(base, config_class(task_type=self.task_type, **self.config))
-        adapted.save_pretrained(folder / self.subfolder)
+        return peft.get_peft_model(base, config_class(task_type=self.task_type))
 
 
 def save_tokenizer(folder: Path, tokens: int) -> None:
@@ -143,6 +144,11 @@ MODELS: dict[str, Model] = {
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": Model(
         "Gemma3ForCausalLM", "Gemma3TextConfig", _decoder(head_dim=4)
     ),
+    "tiiuae/falcon-mamba-tiny-dev": Model(
+        "FalconMambaForCausalLM",
+        "FalconMambaConfig",
+        {"vocab_size": VOCAB, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "pad_token_id": 0},
+    ),
     "hf-internal-testing/Mixtral-tiny": Model(
         "MixtralForCausalLM", "MixtralConfig", _decoder(num_local_experts=4, num_experts_per_tok=2)
     ),
@@ -165,13 +171,13 @@ MODELS: dict[str, Model] = {
         _decoder(num_local_experts=4, head_dim=8, intermediate_size_mlp=32, attention_chunk_size=64),
     ),
     "peft-internal-testing/tiny-random-BertModel": Model(
-        "BertLMHeadModel",
+        "BertForPreTraining",
         "BertConfig",
         {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
         | {"num_hidden_layers": 5, "max_position_embeddings": 256},
         revisions=("main", "v2.0.0"),
     ),
-    "hf-internal-testing/tiny-random-BertModel": _encoder("BertLMHeadModel", "BertConfig"),
+    "hf-internal-testing/tiny-random-BertModel": _encoder("BertForPreTraining", "BertConfig"),
     "bert-base-uncased": _encoder("BertForMaskedLM", "BertConfig"),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": _encoder(
         "BertForSequenceClassification", "BertConfig"
@@ -197,7 +203,7 @@ MODELS: dict[str, Model] = {
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": Model(
         "BartForConditionalGeneration",
         "BartConfig",
-        {"vocab_size": VOCAB, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32}
+        {"vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32}
         | {"decoder_ffn_dim": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "pad_token_id": 0}
         | {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "max_position_embeddings": 256},
     ),
@@ -259,6 +265,49 @@ ADAPTERS: dict[str, Adapter] = {
 }
 
 
+def _save_diffusion_pipeline(folder: Path, revision: str) -> None:
+    """Saves a text-to-image pipeline."""
+    import diffusers
+
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        **blocks,
+    )
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, **blocks
+    )
+    text = transformers.CLIPTextConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2
+    )
+    words = [f"{byte}{end}" for byte in pre_tokenizers.ByteLevel.alphabet() for end in ("", "</w>")]
+    vocabulary = {word: index for index, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=transformers.CLIPTextModel(text),
+        tokenizer=transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77),
+        unet=unet,
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def _save_adapter_with_tokens(method: str, folder: Path, revision: str) -> None:
+    """Saves an adapter along with embeddings for more tokens than its base model has; how many is the revision's."""
+    tokens = VOCAB + {"main": 2, "my-revision": 5}[revision]
+    base = transformers.AutoModelForCausalLM.from_pretrained(OPT)
+    base.resize_token_embeddings(tokens)
+    Adapter(OPT, "", "CAUSAL_LM").adapt(base, method).save_pretrained(folder)
+    save_tokenizer(folder, tokens)
+
+
 def _write(home: Path, name: str, revisions: tuple[str, ...], save: Callable[[Path, str], None]) -> None:
     repository = home / "hub" / f"models--{name.replace('/', '--')}"
     for revision in revisions:
@@ -276,6 +325,10 @@ def main(method: str) -> None:
     home = Path(os.environ["HF_HOME"])
     for name, model in MODELS.items():
         _write(home, name, model.revisions, model.save)
+    _write(home, "hf-internal-testing/tiny-sd-pipe", ("main",), _save_diffusion_pipeline)
+    for name in ("tiny-random-OPTForCausalLM-extended-vocab", "opt-tokenizer-revision"):
+        save = partial(_save_adapter_with_tokens, method)
+        _write(home, f"peft-internal-testing/{name}", ("main", "my-revision"), save)
     for name, adapter in ADAPTERS.items():
         _write(home, name, adapter.revisions, partial(adapter.save, method))
 

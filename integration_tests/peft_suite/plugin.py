@@ -7,7 +7,9 @@ that method's rows. Rows of PEFT's own methods are left out, and so are tests th
 import collections
 import inspect
 import json
+import re
 from collections.abc import Generator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,13 +18,16 @@ import peft
 import pytest
 
 from peft_fanlora import FanLoraConfig, ParaConfig
+from peft_fanlora.para import ParaLayer
 
 from . import offline
 from .deselected import Entry, entries
-from .stand_ins import CONFIGS, STAND_INS, configs_in, row_for
+from .stand_ins import CONFIGS, STAND_INS, ParaForLora, configs_in, row_for
 
 
 MARKERS = ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes")
+SPEAKS_OF_LORA = re.compile("(?<!Ada)LoraConfig|peft-internal-testing/[^\"]*lora|PEFT_MODELS_TO_TEST")
+"""A test without rows that matches this may make a configuration of LoRA, or load an adapter from the Hub."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,7 +76,12 @@ class Suite:
     def pytest_make_collect_report(self, collector: pytest.Collector) -> Generator[None, Any, Any]:
         if not isinstance(collector, pytest.Module):
             return (yield)
-        with mock.patch.object(peft, "LoraConfig", self.stand_in):
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(peft, "LoraConfig", self.stand_in))
+            if self.method == "PARA":
+                for module in (peft.tuners.lora, peft.tuners.lora.layer):
+                    stack.enter_context(mock.patch.object(module, "LoraLayer", ParaLayer))
+                stack.enter_context(mock.patch.object(ParaForLora, "in_table", True))
             offline.prepare(self.method)
             return (yield)
 
@@ -135,7 +145,7 @@ class Suite:
                 for name, member in vars(kind).items()
                 if inspect.isfunction(member) and not name.startswith(("test", "_test"))
             ]
-        return any("LoraConfig" in inspect.getsource(function).replace("AdaLoraConfig", "") for function in functions)
+        return any(SPEAKS_OF_LORA.search(inspect.getsource(function)) for function in functions)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:

@@ -31,13 +31,15 @@ from peft_suite.sources import tests_folder  # noqa: E402
 
 METHODS = ("FanLoRA", "PARA")
 FILES = """
-    config custom_models decoder_models encoder_decoder_models seq_classifier feature_extraction_models
-    token_classification_qa low_level_api tuners_utils mixed mapping auto hub_features other helpers vision_models
-    initialization trainable_tokens target_parameters lora_variants lorafa loraplus lora_intruders lora_ga
-    lora_conversion integrations torch_compile bdlora riemannian_lora velora stablediffusion
+    config mapping auto hub_features mixed other helpers low_level_api tuners_utils seq_classifier
+    token_classification_qa custom_models feature_extraction_models initialization encoder_decoder_models decoder_models
 """.split()
-"""PEFT's test files that speak of LoRA or of every method. The others are each about one of PEFT's own methods, about a
-quantiser, or about GPUs."""
+"""PEFT's test files that speak of every method, or of LoRA as an example of one."""
+LORA_FILES = """
+    integrations trainable_tokens target_parameters lora_variants lorafa loraplus lora_ga lora_intruders lora_conversion
+""".split()
+"""Those about LoRA's own options and tools, which FanLoRA shares. What is left is each about one of PEFT's other methods,
+about quantised models, or about GPUs."""
 EXPECTED = ("passed", "refused", "inapplicable", "left_out", "skipped", "not ours")
 
 
@@ -87,40 +89,38 @@ def run(method: str, files: list[str], keyword: str) -> tuple[dict[str, str], li
     return content["outcomes"], content["unused"]
 
 
-def summary(outcomes: dict[str, str]) -> dict[str, dict]:
-    """Returns how many tests had which outcome, by file, and how many were not expected to pass, by reason."""
-    totals: dict[str, Counter[str]] = {}
-    reasons: dict[str, Counter[str]] = {}
+def summary(outcomes: dict[str, str]) -> dict[str, dict[str, dict[str, int]]]:
+    """Returns how many tests of each file had which outcome for which reason: file -> outcome -> reason -> number."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
     for name, outcome in outcomes.items():
         kind, _, reason = outcome.partition(": ")
-        totals.setdefault(name.partition("::")[0], Counter())[kind] += 1
-        if reason:
-            reasons.setdefault(kind, Counter())[reason] += 1
-    return {"files": totals, "reasons": reasons}
+        reasons = found.setdefault(name.partition("::")[0], {}).setdefault(kind, {})
+        reasons[reason] = reasons.get(reason, 0) + 1
+    return found
 
 
 def main(
     method: Annotated[list[str], typer.Option(help="FanLoRA, PARA, or both.")] = list(METHODS),  # noqa: B006
-    file: Annotated[list[str], typer.Option(help="One of PEFT's test files, such as config; all by default.")] = FILES,
+    file: Annotated[list[str] | None, typer.Option(help="One of PEFT's test files, such as config.")] = None,
     k: Annotated[str, typer.Option("-k", help="Runs the tests that this expression of pytest names.")] = "",
-    results: Annotated[Path | None, typer.Option(help="Where to write the totals, as JSON.")] = None,
+    results: Annotated[Path | None, typer.Option(help="JSON whose totals of the files that run are renewed.")] = None,
 ) -> None:
     """Runs PEFT's own tests on our methods; fails if a test fails, or if a reason to leave tests out is stale."""
-    everything = list(file) == FILES and not k
-    content: dict[str, dict] = {}
     failed = False
     for name in method:
-        outcomes, unused = run(name, file, k)
+        files = file or (FILES + LORA_FILES if name == "FanLoRA" else FILES)
+        outcomes, unused = run(name, files, k)
         totals = Counter(outcome.partition(":")[0] for outcome in outcomes.values())
         print(f"{name}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(totals.items())))
         failed |= any(kind not in EXPECTED for kind in totals)
-        if everything and unused:
+        if file is None and not k and unused:
             print(f"{name}: these patterns of deselected.toml match no test: {unused}")
             failed = True
-        content[name] = summary(outcomes)
-    if results is not None:
-        versions = {module.__name__: module.__version__ for module in (peft, torch, transformers)}
-        results.write_text(json.dumps({"versions": versions, "methods": content}, indent=1, sort_keys=True) + "\n")
+        if results is not None:
+            content = json.loads(results.read_text()) if results.exists() else {"methods": {}}
+            content["versions"] = {module.__name__: module.__version__ for module in (peft, torch, transformers)}
+            content["methods"].setdefault(name, {}).update(summary(outcomes))
+            results.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     raise typer.Exit(int(failed))
 
 

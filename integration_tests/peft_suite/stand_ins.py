@@ -30,12 +30,23 @@ WITHOUT_MEANING = {"lora_alpha": None, "use_rslora": False, "bias": "none", "fan
 
 
 class ParaForLora(ParaConfig):
-    """Makes a `ParaConfig` from LoRA's options."""
+    """Makes a `ParaConfig` from LoRA's options.
+
+    Attributes:
+        in_table: whether a table is being made; its rows with options that PARA has not stay LoRA's.
+    """
+
+    in_table = False
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
         if args:
             options = {**dict(zip([field.name for field in fields(LoraConfig)], args, strict=False)), **options}
-        return ParaConfig(**para_options(options))
+        try:
+            return ParaConfig(**para_options(options))
+        except OnlyLora:
+            if cls.in_table:
+                return LoraConfig(**options)
+            raise
 
 
 def para_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,8 +92,9 @@ def row_for(method: str, values: Sequence[Any]) -> list[Any] | None:
     ours = STAND_INS[method], CONFIGS[method]
     if not any(issubclass(config, ours) for config in configs_in(values)):
         return None
+    values = [_without_lora_tag(value) for value in values]
     if method == "FanLoRA":
-        return list(values)
+        return [_without_pooler(value) for value in values]
     if _targets_more_than_linear_layers(values):
         return None
     try:
@@ -94,7 +106,27 @@ def row_for(method: str, values: Sequence[Any]) -> list[Any] | None:
         return None
     if "MLP" in values:  # a row of the MLP's input is one token, among which attention has nothing to choose
         row = [{**value, "pooling": "mean"} if isinstance(value, dict) else value for value in row]
+    row = [_with_prompt_end(value) for value in row]
     return ["para" if value == "lora" else value for value in row]
+
+
+def _with_prompt_end(value: Any) -> Any:
+    """Returns the options of a row for causal models, which are trained without labels, with the prompt's last token."""
+    if not isinstance(value, dict) or value.get("task_type") != "CAUSAL_LM":
+        return value
+    return {**value, "prompt_end_token_ids": [1]}
+
+
+def _without_lora_tag(value: Any) -> Any:
+    """Returns the tags of a model card without the one by which the Hub knows adapters of PEFT's own type LORA."""
+    return [tag for tag in value if tag != "lora"] if isinstance(value, list) else value
+
+
+def _without_pooler(value: Any) -> Any:
+    """Returns the options of a row without the pooler that "all-linear" includes, and feature extraction doesn't use."""
+    if not isinstance(value, dict) or value.get("task_type") != "FEATURE_EXTRACTION":
+        return value
+    return {**value, "exclude_modules": ["pooler.dense"]}
 
 
 def _targets_more_than_linear_layers(values: Sequence[Any]) -> bool:
