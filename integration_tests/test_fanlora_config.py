@@ -122,3 +122,12 @@ def test_a_head_that_is_trained_in_full_gets_no_lora(task: str, head: str, exclu
     }
     adapted_names = model.base_model.targeted_module_names
     assert len(adapted_names) == 3 * (6 if excluded is None else 5) and head not in adapted_names
+
+
+def test_a_router_that_is_no_plain_linear_layer_gets_no_lora() -> None:
+    """The router of Llama 4 is a linear layer by its class, but returns two tensors, at which LoRA's layer failed."""
+    sizes = {**TINY["llama"].config, "num_local_experts": 2, "head_dim": 4, "intermediate_size_mlp": 24}
+    base = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**sizes))
+    model = get_peft_model(base, FanLoraConfig(r=2))
+    assert not any("router" in name for name in model.base_model.targeted_module_names)
+    assert logits(model, TINY["llama"].batch()).isfinite().all()

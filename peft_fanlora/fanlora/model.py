@@ -1,6 +1,7 @@
 """FanLoraModel: LoRA that can score its modules and drop the less important ones."""
 
 import random
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ class FanLoraModel(LoraModel):
                 )
             config.setting = setting
         elif str(config.target_modules).lower() == "all-linear":
-            _leave_out_head(config, model)
+            _leave_out_unfit(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.mutates_base_weights:
             initial = {name: factors(layer, adapter_name) for name, layer in lora_modules(model, adapter_name).items()}
@@ -294,18 +295,22 @@ class FanLoraModel(LoraModel):
         return layers
 
 
-def _leave_out_head(config: Any, model: nn.Module) -> None:
-    """Takes a head that PEFT is going to train in full out of "all-linear".
+def _leave_out_unfit(config: Any, model: nn.Module) -> None:
+    """Takes out of "all-linear" what LoRA cannot adapt.
 
-    PEFT does so itself for sequence classification; adapted heads of the other tasks it refuses to train.
+    That is a head which PEFT is going to train in full (PEFT itself thinks of sequence classification alone), and the
+    routers of experts that are linear layers by their class, but return several tensors.
     """
-    names = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
-    heads = [name for name in names.get(config.task_type, ()) if hasattr(model, name)]
+    heads = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
+    unfit = [name for name in heads.get(config.task_type, ()) if hasattr(model, name)]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):
+            unfit.append(name)
     excluded = config.exclude_modules or []
     if isinstance(excluded, str):
-        config.exclude_modules = "|".join((f"(?:{excluded})", *heads))
-    elif heads:
-        config.exclude_modules = [*excluded, *heads]
+        config.exclude_modules = "|".join((f"(?:{excluded})", *map(re.escape, unfit)))
+    elif unfit:
+        config.exclude_modules = [*excluded, *unfit]
 
 
 def _disagreement(tuner: FanLoraModel, config: FanLoraConfig, model: nn.Module, setting: FanLoraSetting) -> str | None:
