@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: quickstart test quality style
+.PHONY: quickstart test test-peft quality style
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# PEFT's own tests on our methods, about half an hour on two CPU cores.
+test-peft: $(READY)
+	$(BIN)/python integration_tests/peft_suite/run.py --results benchmarks/results/peft-tests.json
+	$(BIN)/python integration_tests/peft_suite/page.py
 
 quality: $(READY)
 	$(BIN)/ruff check

@@ -26,7 +26,7 @@ from .stand_ins import CONFIGS, STAND_INS, ParaForLora, configs_in, row_for
 
 
 MARKERS = ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes")
-SPEAKS_OF_LORA = re.compile("(?<!Ada)LoraConfig|peft-internal-testing/[^\"]*lora|PEFT_MODELS_TO_TEST")
+SPEAKS_OF_LORA = re.compile('(?<!Ada)LoraConfig|peft-internal-testing/[^"]*lora|PEFT_MODELS_TO_TEST')
 """A test without rows that matches this may make a configuration of LoRA, or load an adapter from the Hub."""
 
 

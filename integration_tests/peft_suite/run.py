@@ -1,8 +1,8 @@
 """Runs PEFT's own tests on FanLoRA and PARA, and says what came of it.
 
-    python integration_tests/peft_suite/run.py                    # everything, about twenty minutes on two CPU cores
-    python integration_tests/peft_suite/run.py --method PARA -k "config and not merge"
-    python integration_tests/peft_suite/run.py --results benchmarks/results/peft-tests.json
+python integration_tests/peft_suite/run.py                    # everything, about twenty minutes on two CPU cores
+python integration_tests/peft_suite/run.py --method PARA -k "config and not merge"
+python integration_tests/peft_suite/run.py --results benchmarks/results/peft-tests.json
 """
 
 import hashlib
@@ -23,21 +23,45 @@ import typer
 
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "integration_tests")]
+PATHS = [str(ROOT / folder) for folder in (".", "integration_tests", "examples")]
+sys.path[:0] = PATHS
 
 from assets import cache_folder  # noqa: E402
+
 from peft_suite.sources import tests_folder  # noqa: E402
 
 
 METHODS = ("FanLoRA", "PARA")
-FILES = """
-    config mapping auto hub_features mixed other helpers low_level_api tuners_utils seq_classifier
-    token_classification_qa custom_models feature_extraction_models initialization encoder_decoder_models decoder_models
-""".split()
+FILES = (
+    "config",
+    "mapping",
+    "auto",
+    "hub_features",
+    "mixed",
+    "other",
+    "helpers",
+    "low_level_api",
+    "tuners_utils",
+    "seq_classifier",
+    "token_classification_qa",
+    "custom_models",
+    "feature_extraction_models",
+    "initialization",
+    "encoder_decoder_models",
+    "decoder_models",
+)
 """PEFT's test files that speak of every method, or of LoRA as an example of one."""
-LORA_FILES = """
-    integrations trainable_tokens target_parameters lora_variants lorafa loraplus lora_ga lora_intruders lora_conversion
-""".split()
+LORA_FILES = (
+    "integrations",
+    "trainable_tokens",
+    "target_parameters",
+    "lora_variants",
+    "lorafa",
+    "loraplus",
+    "lora_ga",
+    "lora_intruders",
+    "lora_conversion",
+)
 """Those about LoRA's own options and tools, which FanLoRA shares. What is left is each about one of PEFT's other methods,
 about quantised models, or about GPUs."""
 EXPECTED = ("passed", "refused", "inapplicable", "left_out", "skipped", "not ours")
@@ -49,7 +73,7 @@ def environment(method: str) -> dict[str, str]:
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "integration_tests"), str(ROOT / "examples"))),
+        "PYTHONPATH": os.pathsep.join(PATHS),
         "TOKENIZERS_PARALLELISM": "false",
     }
     script = Path(__file__).with_name("hub.py")
@@ -82,6 +106,7 @@ def run(method: str, files: list[str], keyword: str) -> tuple[dict[str, str], li
         command += ["peft_suite.plugin", "-p", "no:cacheprovider", "--method", method, "--results", results, "-q"]
         command += ["--tb=short", "-rfE", "-W", "ignore", "-k", keyword]
         command += [f"tests/test_{file}.py" for file in files]
+        sys.stdout.flush()
         subprocess.run(list(map(str, command)), cwd=tests_folder().parent, env=environment(method))
         if not results.exists():
             raise RuntimeError(f"PEFT's tests did not run on {method}; pytest says why above.")
@@ -108,7 +133,7 @@ def main(
     """Runs PEFT's own tests on our methods; fails if a test fails, or if a reason to leave tests out is stale."""
     failed = False
     for name in method:
-        files = file or (FILES + LORA_FILES if name == "FanLoRA" else FILES)
+        files = file or [*FILES, *(LORA_FILES if name == "FanLoRA" else ())]
         outcomes, unused = run(name, files, k)
         totals = Counter(outcome.partition(":")[0] for outcome in outcomes.values())
         print(f"{name}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(totals.items())))

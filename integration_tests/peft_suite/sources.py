@@ -1,16 +1,11 @@
 """PEFT's own tests, from the source distribution of the PEFT that is installed."""
 
 import shutil
-import sys
 import tarfile
 import tempfile
 from pathlib import Path
 
 import peft
-
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 from assets import PIP_DOWNLOAD, Download, cache_folder
 
 
