@@ -47,7 +47,8 @@ class Suite:
 
     Attributes:
         method: "FanLoRA" or "PARA".
-        outcomes: the test's id -> "passed", "failed", "skipped: why", "deselected: why".
+        outcomes: the test -> "passed", "failed", "refused: why", "left_out: why", "inapplicable: why", "skipped: why", or
+            "not ours" where a test made no configuration of ours.
     """
 
     def __init__(self, config: pytest.Config) -> None:
