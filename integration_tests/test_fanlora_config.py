@@ -131,3 +131,12 @@ def test_a_router_that_is_no_plain_linear_layer_gets_no_lora() -> None:
     model = get_peft_model(base, FanLoraConfig(r=2))
     assert not any("router" in name for name in model.base_model.targeted_module_names)
     assert logits(model, TINY["llama"].batch()).isfinite().all()
+
+
+def test_mamba_layers_whose_weight_goes_around_the_adapter_are_refused() -> None:
+    """PEFT guards its own types alone, so that FanLoRA's default adapted layers without an effect."""
+    base = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
+    )
+    with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+        get_peft_model(base, FanLoraConfig(r=2))

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from copy import copy
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from peft import PeftConfig, TaskType
+from peft import PeftConfig, PeftType, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
@@ -64,6 +65,12 @@ class FanLoraModel(LoraModel):
         if config.mutates_base_weights:
             initial = {name: factors(layer, adapter_name) for name, layer in lora_modules(model, adapter_name).items()}
             self._initial_factors[adapter_name] = {name: (A.clone(), B.clone()) for name, (A, B) in initial.items()}
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        """Raises where LoRA has no effect, as on Mamba's fused layers; PEFT tells by the type LORA whom this concerns."""
+        as_lora = copy(peft_config)
+        as_lora.peft_type = PeftType.LORA
+        super()._check_target_module_compatiblity(as_lora, model, target_name)
 
     @property
     def _initial_factors(self) -> dict[str, dict[str, InitialFactors]]:
