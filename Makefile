@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 VLLM := .venv-vllm
 
-.PHONY: quickstart test test-vllm quality style
+.PHONY: quickstart test test-peft test-vllm quality style
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# PEFT's own tests on our methods, about half an hour on two CPU cores.
+test-peft: $(READY)
+	$(BIN)/python integration_tests/peft_suite/run.py --results benchmarks/results/peft-tests.json
+	$(BIN)/python integration_tests/peft_suite/page.py
 
 # Needs Python 3.11+ and 4 GB: vLLM's CPU build has an environment of its own.
 test-vllm: $(VLLM)/ready

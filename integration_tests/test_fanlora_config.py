@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model
 from tiny_models import TINY, adapted, logits
 
@@ -103,3 +104,39 @@ def test_nothing_but_the_adapter_trains(name: str) -> None:
     assert trained
     heads = "modules_to_save" if tiny.task_type == "SEQ_CLS" else "lora_"
     assert all("lora_" in name or heads in name for name in trained)
+
+
+@pytest.mark.parametrize("excluded", [None, ["query"], r".*\.query"])
+@pytest.mark.parametrize(
+    ("task", "head"), [("TokenClassification", "classifier"), ("QuestionAnswering", "qa_outputs")]
+)
+def test_a_head_that_is_trained_in_full_gets_no_lora(task: str, head: str, excluded: list[str] | str | None) -> None:
+    """PEFT refuses to train a head in full that is adapted as well, so that these tasks did not start."""
+    base = getattr(transformers, f"BertFor{task}")(transformers.BertConfig(**TINY["bert"].config))
+    task_type = {"classifier": "TOKEN_CLS", "qa_outputs": "QUESTION_ANS"}[head]
+    model = get_peft_model(base, FanLoraConfig(r=2, task_type=task_type, exclude_modules=excluded))
+    assert f"{head}.modules_to_save.default.weight" in {
+        name.removeprefix("base_model.model.")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    adapted_names = model.base_model.targeted_module_names
+    assert len(adapted_names) == 3 * (6 if excluded is None else 5) and head not in adapted_names
+
+
+def test_a_router_that_is_no_plain_linear_layer_gets_no_lora() -> None:
+    """The router of Llama 4 is a linear layer by its class, but returns two tensors, at which LoRA's layer failed."""
+    sizes = {**TINY["llama"].config, "num_local_experts": 2, "head_dim": 4, "intermediate_size_mlp": 24}
+    base = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**sizes))
+    model = get_peft_model(base, FanLoraConfig(r=2))
+    assert not any("router" in name for name in model.base_model.targeted_module_names)
+    assert logits(model, TINY["llama"].batch()).isfinite().all()
+
+
+def test_mamba_layers_whose_weight_goes_around_the_adapter_are_refused() -> None:
+    """PEFT guards its own types alone, so that FanLoRA's default adapted layers without an effect."""
+    base = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=1)
+    )
+    with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+        get_peft_model(base, FanLoraConfig(r=2))

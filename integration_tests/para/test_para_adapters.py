@@ -179,23 +179,43 @@ def test_mixed_batches_step_by_step():
         model(rest[:, :1], adapter_names=["second", "second"], past_key_values=cache)
 
 
+def test_all_linear_finds_the_same_layers_for_a_further_adapter():
+    """PEFT goes by the names of adapted layers' classes, and took none of these for linear."""
+    first, second = (ParaConfig(r=2, target_modules="all-linear") for _ in range(2))
+    model = get_peft_model(tiny("llama"), first)
+    model.add_adapter("second", second)
+    assert second.target_modules == first.target_modules
+    model.add_adapter("third", ParaConfig(r=2))
+
+
+def test_names_are_counted_in_a_model_of_any_kind():
+    """A model without token ids took any number of names, and gave rows the adapters of other rows."""
+    base = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+    model = get_peft_model(base, ParaConfig(r=2, target_modules=["0"], init_para_weights=False)).eval()
+    rows = torch.ones(3, 4)
+    assert model(rows, adapter_names=["default", "__base__", "default"]).shape == (3, 2)
+    for names in (["default"] * 2, ["__base__"] * 4):
+        with pytest.raises(ValueError, match=f"number of inputs, but got {len(names)} and 3"):
+            model(rows, adapter_names=names)
+
+
 def test_mixed_batch_errors():
     """Guards against unknown names that silently mean the base model, and against names that stay after an error."""
     model = two_adapters()
     batch = tokens()
     expected = model(batch).logits
     with pytest.raises(
-        ValueError, match=r"adapter_names has \['thrid'\], but the adapters are \['default', 'second'\]"
+        ValueError, match=r"non-existing adapter\(s\): thrid. The adapters are \['default', 'second'\]"
     ):
         model(batch, adapter_names=["thrid", "second"])
-    with pytest.raises(ValueError, match="3 names, but the call has 2 rows"):
+    with pytest.raises(ValueError, match="number of inputs, but got 3 and 2"):
         model(batch, adapter_names=["second"] * 3)
-    with pytest.raises(ValueError, match="1 names, but the call has 2 rows"):
+    with pytest.raises(ValueError, match="number of inputs, but got 1 and 2"):
         model(batch, adapter_names=["second"])
     with pytest.raises(IndexError):
         model(batch + 10_000, adapter_names=["second", "second"])
     close(model(batch).logits, expected)
-    with pytest.raises(ValueError, match="inference only"):
+    with pytest.raises(ValueError, match="in training mode"):
         model.train()(batch, adapter_names=["second", "second"])
 
 

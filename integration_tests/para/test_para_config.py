@@ -27,7 +27,7 @@ from peft_fanlora.para.generator import RationalActivation, pool, rational, rms_
         ({"prompt_end_token_ids": "</s>"}, r"prompt_end_token_ids='</s>'.*tokenizer.encode"),
         ({"prompt_end_token_ids": 5}, r"prompt_end_token_ids=5"),
         ({"prompt_end_token_ids": [1, -2]}, r"prompt_end_token_ids=\[1, -2\]"),
-        ({"layers_pattern": "layers"}, r"layers_pattern='layers' has no effect without layers_to_transform"),
+        ({"layers_pattern": "layers"}, r"`layers_to_transform` must also be.*layers_pattern='layers' has no effect"),
         (
             {"layers_to_transform": [0], "target_modules": ".*q_proj"},
             r"layers_to_transform=\[0\].*target_modules='\.\*q_proj'",
@@ -44,7 +44,7 @@ def test_an_unknown_architecture_is_shown_an_example():
         tf.CTRLConfig(vocab_size=20, n_embd=16, dff=16, n_layer=1, n_head=2, n_positions=16)
     )
     with pytest.raises(
-        ValueError, match=r"no default target modules for the architecture 'ctrl'.*target_modules=\['q_proj'"
+        ValueError, match=r"Please specify `target_modules`.*the architecture 'ctrl'.*target_modules=\['q_proj'"
     ):
         get_peft_model(base, ParaConfig())
 

@@ -1,9 +1,11 @@
 """FanLoraModel: LoRA that can score its modules and drop the less important ones."""
 
 import random
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from functools import cached_property
 from itertools import islice
 from operator import length_hint
@@ -13,7 +15,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from peft import PeftConfig
+from peft import PeftConfig, PeftType, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
@@ -66,10 +68,18 @@ class FanLoraModel(ServesTenants, LoraModel):
                     "which modules are adapted. Pass one of the two."
                 )
             config.setting = setting
+        elif str(config.target_modules).lower() == "all-linear":
+            _leave_out_unfit(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.mutates_base_weights:
             initial = {name: factors(layer, adapter_name) for name, layer in lora_modules(model, adapter_name).items()}
             self._initial_factors[adapter_name] = {name: (A.clone(), B.clone()) for name, (A, B) in initial.items()}
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        """Raises where LoRA has no effect, as on Mamba's fused layers; PEFT tells by the type LORA whom this concerns."""
+        as_lora = copy(peft_config)
+        as_lora.peft_type = PeftType.LORA
+        super()._check_target_module_compatiblity(as_lora, model, target_name)
 
     @property
     def _initial_factors(self) -> dict[str, dict[str, InitialFactors]]:
@@ -335,6 +345,24 @@ class FanLoraModel(ServesTenants, LoraModel):
                 "there, and begin the next run from what that saves."
             )
         return layers
+
+
+def _leave_out_unfit(config: Any, model: nn.Module) -> None:
+    """Takes out of "all-linear" what LoRA cannot adapt.
+
+    That is a head which PEFT is going to train in full (PEFT itself thinks of sequence classification alone), and the
+    routers of experts that are linear layers by their class, but return several tensors.
+    """
+    heads = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
+    unfit = [name for name in heads.get(config.task_type, ()) if hasattr(model, name)]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):
+            unfit.append(name)
+    excluded = config.exclude_modules or []
+    if isinstance(excluded, str):
+        config.exclude_modules = "|".join((f"(?:{excluded})", *map(re.escape, unfit)))
+    elif unfit:
+        config.exclude_modules = [*excluded, *unfit]
 
 
 def _disagreement(tuner: FanLoraModel, config: FanLoraConfig, model: nn.Module, setting: FanLoraSetting) -> str | None:

@@ -108,11 +108,13 @@ class ParaConfig(PeftConfig):
     def _check_targets(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: "
-                "pass layers_to_transform=[…] too, or leave layers_pattern out."
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+                f"layers_pattern={self.layers_pattern!r} has no effect without it: pass layers_to_transform=[…] too, or "
+                "leave layers_pattern out."
             )
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
+                "`layers_to_transform` cannot be used when `target_modules` is a str. "
                 f"layers_to_transform={self.layers_to_transform!r} selects among named modules, but "
                 f"target_modules={self.target_modules!r} is a pattern: name the modules in a list, "
                 "or put the layers into the pattern."

@@ -230,7 +230,7 @@ class CallHooks:
             else:
                 prompts = dict.fromkeys(ends, whole_input(inputs))
         segments = next((prompt.segments for prompt in prompts.values()), None)
-        rows = None if rows is None else self._rows_for(rows, batch)
+        rows = None if rows is None else self._rows_for(rows, _num_rows(named) if batch is None else batch)
         return PromptPass(adapters, rows, prompts, batch, tokens=tokens, segments=segments, memory=memory)
 
     def _inputs(
@@ -278,7 +278,8 @@ class CallHooks:
             return rows
         if self.state.current.generation is None or not rows or batch % len(rows):
             raise ValueError(
-                f"adapter_names has {len(rows)} names, but the call has {batch} rows: pass one name for each row, "
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(rows)} and {batch} respectively: pass one name for each row, "
                 "'__base__' for those without an adapter."
             )
         return tuple(name for name in rows for _ in range(batch // len(rows)))
@@ -301,6 +302,11 @@ def _cache_in(values: Any) -> Any:
         return next((value for value in values if hasattr(value, "get_seq_length")), None)
     cache = values.get("past_key_values") if isinstance(values, dict) else getattr(values, "past_key_values", None)
     return cache if hasattr(cache, "get_seq_length") else None
+
+
+def _num_rows(named: dict[str, Any]) -> int | None:
+    """Returns the rows of a call that has no tokens: those of its first tensor."""
+    return next((len(value) for value in named.values() if isinstance(value, torch.Tensor) and value.dim()), None)
 
 
 def _token_shape(named: dict[str, Any]) -> tuple[int | None, int | None]:

@@ -262,3 +262,7 @@ class ParaLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "para." + super().__repr__()
+
+
+class ParaLinear(ParaLayer):
+    """The layer by the name that PEFT knows adapted linear layers by, where "all-linear" looks for a further adapter's."""

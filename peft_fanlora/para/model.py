@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..tenants import ServesTenants, adapted_modules, changing
 from .hooks import CallHooks
-from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, linear_shape
+from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, ParaLinear, linear_shape
 from .state import ParaState
 from .targets import DEFAULT_TARGETS, scaled_outputs
 
@@ -103,8 +103,8 @@ class ParaModel(ServesTenants, BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> PeftConfig:
         if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
             raise ValueError(
-                f"PARA has no default target modules for the architecture {model_config.get('model_type')!r}: name its "
-                "query, value and up projections, such as "
+                f"Please specify `target_modules`: PARA has no default target modules for the architecture "
+                f"{model_config.get('model_type')!r}. Name its query, value and up projections, such as "
                 "ParaConfig(target_modules=['q_proj', 'v_proj', 'up_proj'])."
             )
         return super()._prepare_adapter_config(peft_config, model_config)
@@ -124,7 +124,7 @@ class ParaModel(ServesTenants, BaseTuner):
             return
         block = self._block_of(current_key)
         slices = scaled_outputs(getattr(self.model, "config", None), current_key, linear_shape(target)[1])
-        layer = ParaLayer(target, current_key, block, slices)
+        layer = ParaLinear(target, current_key, block, slices)
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
@@ -165,12 +165,15 @@ class ParaModel(ServesTenants, BaseTuner):
             yield
             return
         if self.training:
-            raise ValueError("adapter_names mixes adapters in inference only: call model.eval() first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
+            )
         unknown = sorted(name for name in set(names) - {BASE_ROWS} if not self._state.knows(name))
         if unknown:
             raise ValueError(
-                f"adapter_names has {unknown}, but the adapters are {sorted(self._state.adapter_names())}, and "
-                f"{BASE_ROWS!r} for the base model: load the adapter first, or correct the name."
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The adapters are "
+                f"{sorted(self._state.adapter_names())}, and {BASE_ROWS!r} for the base model: load the adapter first, "
+                "or correct the name."
             )
         with ExitStack() as stack:
             stack.enter_context(self._state.mixing(tuple(names)))
