@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: quickstart test quality style
+.PHONY: quickstart test support quality style
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Runs the tests that show what is supported, and makes docs/support.md of it.
+support: $(READY)
+	$(BIN)/python -m pytest -m support --support-results=benchmarks/results/support.json
+	$(BIN)/python benchmarks/support.py
 
 quality: $(READY)
 	$(BIN)/ruff check

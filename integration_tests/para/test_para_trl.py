@@ -83,6 +83,7 @@ def up_norms(model) -> list:
     return [p.detach().abs().max().item() for name, p in model.named_parameters() if ".up." in name]
 
 
+@pytest.mark.support("TRL's SFTTrainer")
 @pytest.mark.parametrize(
     ("rows", "arguments"),
     [
