@@ -80,7 +80,7 @@ def trainer(tokenizer, rows, tmp_path, config=None, compute_loss_func=None, eval
 
 
 def up_norms(model) -> list:
-    return [p.detach().abs().max().item() for name, p in model.named_parameters() if ".up." in name]
+    return [p.detach().abs().max().item() for name, p in model.named_parameters() if ".up_" in name]
 
 
 @pytest.mark.support("TRL's SFTTrainer")
