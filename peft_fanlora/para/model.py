@@ -166,8 +166,10 @@ class ParaModel(BaseTuner):
         with ExitStack() as stack:
             stack.enter_context(self._state.mixing(tuple(names)))
             # To walk over the modules of many tenants' adapters would cost more than a step's multiplications.
-            whole_modules = any(getattr(config, "modules_to_save", None) for config in self.peft_config.values())
-            for module in self.model.modules() if whole_modules else ():
+            beyond_vectors = any(
+                config.modules_to_save or config.trainable_token_indices for config in self.peft_config.values()
+            )
+            for module in self.model.modules() if beyond_vectors else ():
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     hook = partial(_pass_adapter_names, adapter_names=list(names))
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
