@@ -166,9 +166,8 @@ class ParaModel(BaseTuner):
         with ExitStack() as stack:
             stack.enter_context(self._state.mixing(tuple(names)))
             # To walk over the modules of many tenants' adapters would cost more than a step's multiplications.
-            beyond_vectors = any(
-                config.modules_to_save or config.trainable_token_indices for config in self.peft_config.values()
-            )
+            configs: list[Any] = list(self.peft_config.values())
+            beyond_vectors = any(config.modules_to_save or config.trainable_token_indices for config in configs)
             for module in self.model.modules() if beyond_vectors else ():
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     hook = partial(_pass_adapter_names, adapter_names=list(names))
