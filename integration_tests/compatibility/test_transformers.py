@@ -180,7 +180,8 @@ def test_auto_peft_model_without_a_task_type(method: str, tmp_path: Path) -> Non
 
 @pytest.mark.support("`device_map`, also with layers on disk")
 @both
-def test_device_map(method: str, tmp_path: Path) -> None:
+def test_device_map(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # PEFT writes the offloaded layers below the working directory
     folder = saved_base(tmp_path)
     model = adapted(method, base=tf.AutoModelForCausalLM.from_pretrained(folder))
     model.save_pretrained(tmp_path / "adapter")
