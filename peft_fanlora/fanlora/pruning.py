@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import _get_submodules
 from torch import nn
 
@@ -47,7 +48,8 @@ def give_back(layer: Any, adapter_name: str, initial: InitialFactors) -> None:
 
 def rewrite_targets(tuner: LoraModel, adapter_name: str, setting: FanLoraSetting) -> None:
     """Lets the configuration name exactly the modules that are left, so that saving and loading round-trips."""
-    names = set(adapted_layers(tuner.model, adapter_name))
+    layers = adapted_layers(tuner.model, adapter_name)
+    names = {name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)}  # those: target_parameters
     config: Any = tuner.peft_config[adapter_name]
     config.target_modules = names
     config.setting = setting
