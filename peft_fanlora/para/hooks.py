@@ -107,15 +107,20 @@ class CallHooks:
             return
         cache = _cache_in(self._named(module, args, kwargs)) or _cache_in(output)
         if cache is not None and call.vectors:
-            tokens = call.tokens or 0
-            CachedVectors(
-                model=self.state.identifier,
-                adapters=call.adapters,
-                rows=call.rows,
-                vectors=call.vectors,
-                batch=call.batch,
-                prompt_length=max((prompt.length(tokens) for prompt in call.prompts.values()), default=tokens),
-            ).keep_on(cache)
+            self._keep(call, cache)
+
+    @torch.compiler.disable
+    def _keep(self, call: PromptPass, cache: Any) -> None:
+        """Stores a call's vectors on the cache that it filled."""
+        tokens = call.tokens or 0
+        CachedVectors(
+            model=self.state.identifier,
+            adapters=call.adapters,
+            rows=call.rows,
+            vectors=call.vectors,
+            batch=call.batch,
+            prompt_length=max((prompt.length(tokens) for prompt in call.prompts.values()), default=tokens),
+        ).keep_on(cache)
 
     def _named(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the arguments of a call by name."""
@@ -134,7 +139,7 @@ class CallHooks:
         if rows is not None:
             adapters = tuple(dict.fromkeys(rows))
         cache = _cache_in(named)
-        if cache is not None and int(cache.get_seq_length()) > 0:
+        if cache is not None and _is_filled(cache, _token_shape(named)[1]):
             return self._read(named, cache, adapters, rows, prompt_mask)
         return self._fill(module, named, adapters, rows, prompt_mask)
 
@@ -167,7 +172,7 @@ class CallHooks:
                 f"{list(expected or adapters)} are active now: a prompt's vectors serve the adapter that made them. "
                 "Start from an empty cache after switching adapters."
             )
-        if not self.has_encoder_and_decoder:
+        if not (self.has_encoder_and_decoder or _is_compiled_step(cache, tokens)):
             self._refuse_longer_prompt(kept, int(cache.get_seq_length()), tokens, prompt_mask)
         return PromptPass(adapters, expected, batch=batch, tokens=tokens, vectors=vectors, from_cache=True)
 
@@ -194,6 +199,7 @@ class CallHooks:
                 "tokens go on from the prompt, say so with prompt_mask=torch.zeros(batch, tokens, dtype=torch.bool)."
             )
 
+    @torch.compiler.disable  # where a prompt ends depends on the data, which no graph can follow
     def _fill(
         self,
         module: nn.Module,
@@ -291,6 +297,32 @@ def _cache_in(values: Any) -> Any:
         return next((value for value in values if hasattr(value, "get_seq_length")), None)
     cache = values.get("past_key_values") if isinstance(values, dict) else getattr(values, "past_key_values", None)
     return cache if hasattr(cache, "get_seq_length") else None
+
+
+def _is_filled(cache: Any, tokens: int | None) -> bool:
+    """Says whether a call of so many tokens a row goes on from what a cache holds."""
+    if _is_compiled_step(cache, tokens):
+        kept = CachedVectors.of(cache)
+        torch._assert_async(
+            cache.get_seq_length() >= kept.prompt_length,  # type: ignore[union-attr]
+            "The static cache no longer holds the prompt that its PARA vectors were made from: pass a new cache.",
+        )
+        return True
+    return int(cache.get_seq_length()) > 0
+
+
+def _is_compiled_step(cache: Any, tokens: int | None) -> bool:
+    """Says whether torch.compile traces a decoding step on a static cache.
+
+    Such a cache keeps its length in a tensor. To read it would break the graph at each step, and there is nothing to
+    find out: one token after a prompt is never in doubt.
+    """
+    return (
+        torch.compiler.is_compiling()
+        and tokens == 1
+        and CachedVectors.of(cache) is not None
+        and isinstance(cache.get_seq_length(), torch.Tensor)
+    )
 
 
 def _token_shape(named: dict[str, Any]) -> tuple[int | None, int | None]:
