@@ -3,14 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+OLDEST := .venv-oldest
 
-.PHONY: quickstart test support quality style
+.PHONY: quickstart test test-oldest support quality style
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The same tests with the oldest versions of everything, in an environment of their own.
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest
 
 # Runs the tests that show what is supported, and makes docs/support.md of it.
 support: $(READY)
@@ -27,8 +32,14 @@ style: $(READY)
 	$(BIN)/ruff format
 
 $(READY): pyproject.toml constraints-dev.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable ".[dev]"
+$(OLDEST)/ready: pyproject.toml constraints-oldest.txt
+
+$(READY): CONSTRAINTS := constraints-dev.txt
+$(OLDEST)/ready: CONSTRAINTS := constraints-oldest.txt
+
+$(READY) $(OLDEST)/ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
