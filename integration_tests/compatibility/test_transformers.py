@@ -313,3 +313,23 @@ def test_a_larger_vocabulary_with_trainable_tokens(method: str, tied: bool, tmp_
     delta = [p for name, p in model.named_parameters() if "token_adapter" in name and p.requires_grad]
     assert delta and not torch.equal(delta[0], base().get_input_embeddings().weight[VOCAB:])
     assert generated(loaded, batch) == generated(model, batch)
+
+
+@pytest.mark.support("several adapters in one batch, each with trained tokens")
+@both
+def test_a_mixed_batch_reads_each_rows_trained_tokens(method: str) -> None:
+    model = get_peft_model(tiny("llama"), config_of(method, trainable_token_indices=[5, 6]))
+    model.add_adapter("second", config_of(method, r=3, trainable_token_indices=[6]))
+    wake(wake(model), "second", seed=7).eval()
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data += 1.0
+    batch = tokens()
+    batch[:, 2:4] = torch.tensor([5, 6])
+    alone = []
+    for row, name in enumerate(["default", "second"]):
+        model.set_adapter(name)
+        alone.append(logits(model, batch)[row])
+    with torch.no_grad():
+        mixed = model(input_ids=batch, adapter_names=["default", "second"]).logits
+    close(mixed, torch.stack(alone))
