@@ -28,8 +28,9 @@ def _fresh_compiler() -> None:
 
 def small(method: str, architecture: str = "llama") -> Any:
     """Returns an adapted model of one block: to compile more of them takes longer and shows no more."""
-    base = tiny(architecture, **{"n_layer" if architecture == "gpt2" else "num_hidden_layers": 1})
-    return adapted(method, base=base)
+    depth = {"gpt2": "n_layer", "t5": "num_layers"}.get(architecture, "num_hidden_layers")
+    task_type = "SEQ_2_SEQ_LM" if architecture == "t5" else "CAUSAL_LM"
+    return adapted(method, base=tiny(architecture, **{depth: 1}), task_type=task_type)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
@@ -61,9 +62,10 @@ def test_a_decoding_step_is_one_graph(method: str, architecture: str, cache: str
 
 
 @pytest.mark.support("`torch.compile`: generation with a static cache")
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
 @both
-def test_generation_compiles(method: str) -> None:
-    model = small(method)
+def test_generation_compiles(method: str, architecture: str) -> None:
+    model = small(method, architecture)
     expected = generated(model)
     how = CompileConfig(backend="eager", fullgraph=True, mode=None)
     how._compile_all_devices = True  # transformers compiles on accelerators alone

@@ -139,9 +139,20 @@ class CallHooks:
         if rows is not None:
             adapters = tuple(dict.fromkeys(rows))
         cache = _cache_in(named)
-        if cache is not None and _is_filled(cache, _token_shape(named)[1]):
+        if cache is not None and self._is_filled(cache, _token_shape(named)[1]):
             return self._read(named, cache, adapters, rows, prompt_mask)
         return self._fill(module, named, adapters, rows, prompt_mask)
+
+    def _is_filled(self, cache: Any, tokens: int | None) -> bool:
+        """Says whether a call of so many tokens a row goes on from what a cache holds."""
+        kept = CachedVectors.of(cache)
+        if kept is None or not _is_compiled_step(cache, tokens):
+            return int(cache.get_seq_length()) > 0
+        torch._assert_async(
+            cache.get_seq_length() >= (1 if self.has_encoder_and_decoder else kept.prompt_length),
+            "The static cache no longer holds the prompt that its PARA vectors were made from: pass a new cache.",
+        )
+        return True
 
     def _read(
         self,
@@ -299,30 +310,13 @@ def _cache_in(values: Any) -> Any:
     return cache if hasattr(cache, "get_seq_length") else None
 
 
-def _is_filled(cache: Any, tokens: int | None) -> bool:
-    """Says whether a call of so many tokens a row goes on from what a cache holds."""
-    if _is_compiled_step(cache, tokens):
-        kept = CachedVectors.of(cache)
-        torch._assert_async(
-            cache.get_seq_length() >= kept.prompt_length,  # type: ignore[union-attr]
-            "The static cache no longer holds the prompt that its PARA vectors were made from: pass a new cache.",
-        )
-        return True
-    return int(cache.get_seq_length()) > 0
-
-
 def _is_compiled_step(cache: Any, tokens: int | None) -> bool:
-    """Says whether torch.compile traces a decoding step on a static cache.
+    """Says whether torch.compile traces a call of one token a row, with a static cache.
 
     Such a cache keeps its length in a tensor. To read it would break the graph at each step, and there is nothing to
     find out: one token after a prompt is never in doubt.
     """
-    return (
-        torch.compiler.is_compiling()
-        and tokens == 1
-        and CachedVectors.of(cache) is not None
-        and isinstance(cache.get_seq_length(), torch.Tensor)
-    )
+    return torch.compiler.is_compiling() and tokens == 1 and isinstance(cache.get_seq_length(), torch.Tensor)
 
 
 def _token_shape(named: dict[str, Any]) -> tuple[int | None, int | None]:

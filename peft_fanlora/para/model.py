@@ -166,9 +166,11 @@ class ParaModel(BaseTuner):
         with ExitStack() as stack:
             stack.enter_context(self._state.mixing(tuple(names)))
             # To walk over the modules of many tenants' adapters would cost more than a step's multiplications.
-            configs: list[Any] = list(self.peft_config.values())
-            beyond_vectors = any(config.modules_to_save or config.trainable_token_indices for config in configs)
-            for module in self.model.modules() if beyond_vectors else ():
+            beyond_vectors = ("modules_to_save", "trainable_token_indices")
+            wrapped = any(
+                getattr(config, name, None) for config in self.peft_config.values() for name in beyond_vectors
+            )
+            for module in self.model.modules() if wrapped else ():
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     hook = partial(_pass_adapter_names, adapter_names=list(names))
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
