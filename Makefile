@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 VLLM := .venv-vllm
+OLDEST := .venv-oldest
 
-.PHONY: quickstart test test-peft test-vllm quality style
+.PHONY: quickstart test test-oldest test-peft test-vllm support quality style
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -22,6 +23,15 @@ test-peft: $(READY)
 test-vllm: $(VLLM)/ready
 	$(VLLM)/bin/python -m pytest -m vllm
 
+# The same tests with the oldest versions of everything, in an environment of their own.
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -m pytest
+
+# Runs the tests that show what is supported, and makes docs/support.md of it.
+support: $(READY)
+	$(BIN)/python -m pytest -m support --support-results=benchmarks/results/support.json
+	$(BIN)/python benchmarks/support.py
+
 quality: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -32,10 +42,16 @@ style: $(READY)
 	$(BIN)/ruff format
 
 $(READY): pyproject.toml constraints-dev.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable ".[dev]"
+$(OLDEST)/ready: pyproject.toml constraints-oldest.txt
+
+$(READY): CONSTRAINTS := constraints-dev.txt
+$(OLDEST)/ready: CONSTRAINTS := constraints-oldest.txt
+
+$(READY) $(OLDEST)/ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
 $(VLLM)/ready: pyproject.toml requirements-vllm.txt

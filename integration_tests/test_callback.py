@@ -50,6 +50,7 @@ def trained_parameters(trainer: Trainer) -> set[str]:
     return {name for name, parameter in trainer.model.named_parameters() if id(parameter) in held}
 
 
+@pytest.mark.support("scoring and pruning within a training run")
 def test_the_whole_method_in_one_run_with_trls_defaults(tmp_path: Path) -> None:
     callback = FanLoraCallback(CALIBRATION, prune_at=0.5, modules_per_layer=2)
     trainer = sft(tmp_path, callback, logging_steps=1)
@@ -106,6 +107,7 @@ def test_training_goes_on_after_pruning(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] < before - 0.03
 
 
+@pytest.mark.support("scoring and pruning within a training run")
 def test_a_plain_trainer_with_tokenised_rows(tmp_path: Path) -> None:
     words = tokenizer()
     rows = [words(text) for text in sentences(32)]
@@ -145,6 +147,7 @@ def test_steps_count_optimizer_steps(accumulation: int, tmp_path: Path) -> None:
     assert next(entry for entry in trainer.state.log_history if "fanlora_scores" in entry)["step"] == 2
 
 
+@pytest.mark.support("gradient checkpointing")
 def test_without_gradient_checkpointing_the_run_is_the_same(tmp_path: Path) -> None:
     settings, weights = [], []
     for checkpointing in (True, False):
@@ -171,6 +174,7 @@ def test_scoring_does_not_disturb_the_run(tmp_path: Path) -> None:
     assert histories[0] == histories[1]
 
 
+@pytest.mark.support("resuming a run that prunes")
 @pytest.mark.parametrize("resume_at", [2, 4])
 def test_resuming_before_and_after_the_prune(resume_at: int, tmp_path: Path) -> None:
     def callback() -> FanLoraCallback:
@@ -213,6 +217,7 @@ def test_a_callback_added_on_resuming(tmp_path: Path) -> None:
     assert len(callback.setting.kept) == 6
 
 
+@pytest.mark.support("`load_best_model_at_end` in a run that prunes")
 def test_checkpoints_and_evaluation_on_both_sides(tmp_path: Path) -> None:
     callback = FanLoraCallback(CALIBRATION, prune_at=3, modules_per_layer=2)
     arguments = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}

@@ -25,6 +25,7 @@ assert "peft_fanlora" not in sys.modules
 """
 
 
+@pytest.mark.support("export as plain LoRA")
 @pytest.mark.parametrize(
     ("name", "config"),
     [
@@ -63,6 +64,7 @@ def test_a_named_adapter(tmp_path: Path) -> None:
     assert (tmp_path / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.support("export of what plain LoRA cannot say", refused=True)
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

@@ -20,6 +20,7 @@ def test_has_every_field_of_lora() -> None:
     assert FanLoraConfig(target_modules=None).target_modules == "all-linear"
 
 
+@pytest.mark.support("`bias`, LoftQ", refused=True)
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -34,6 +35,7 @@ def test_refuses(arguments: dict[str, Any], reason: str) -> None:
         FanLoraConfig(**arguments)
 
 
+@pytest.mark.support("KaSA, Arrow", refused=True)
 def test_refuses_variants_that_change_the_base_or_have_no_modules() -> None:
     from peft.tuners.lora.config import ArrowConfig, KasaConfig
 
@@ -88,6 +90,7 @@ def test_an_outdated_setting_file_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / "fanlora_setting.json").exists()
 
 
+@pytest.mark.support("forward")
 @pytest.mark.parametrize("name", TINY)
 def test_a_fresh_adapter_changes_no_logit(name: str) -> None:
     tiny = TINY[name]
@@ -96,6 +99,7 @@ def test_a_fresh_adapter_changes_no_logit(name: str) -> None:
     assert torch.equal(logits(model, tiny.batch()), before)
 
 
+@pytest.mark.support("training")
 @pytest.mark.parametrize("name", TINY)
 def test_nothing_but_the_adapter_trains(name: str) -> None:
     tiny = TINY[name]

@@ -28,6 +28,7 @@ def gated_logits(model: PeftModel, setting: FanLoraSetting, batch: dict[str, tor
         return logits(model, batch)
 
 
+@pytest.mark.support("pruning")
 @pytest.mark.parametrize("name", TINY)
 def test_pruned_equals_gated(name: str) -> None:
     model, batch = adapted(name), TINY[name].batch()
@@ -84,6 +85,7 @@ def test_dropping_everything_that_changed_a_weight_gives_it_back(initialisation:
             torch.testing.assert_close(weight, original[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.support("pruning one of several adapters")
 def test_one_adapter_among_several() -> None:
     model, batch = adapted(), TINY["llama"].batch()
     model.add_adapter("other", FanLoraConfig(r=2, task_type="CAUSAL_LM"))
@@ -138,6 +140,7 @@ def test_pruning_twice_goes_further() -> None:
     assert len(lora_modules(model.get_base_model(), "default")) == 6
 
 
+@pytest.mark.support("a setting on a model of another depth")
 def test_a_setting_of_another_depth_is_transferred() -> None:
     shallow = adapted(base=TINY["llama"].base(num_hidden_layers=1))
     model = adapted()
@@ -151,6 +154,7 @@ def test_patterns_keep_only_what_still_matches() -> None:
     assert model.peft_config["default"].rank_pattern == {"mlp.up_proj": 2}
 
 
+@pytest.mark.support("bitsandbytes, 4 and 8 bit")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_layers(bits: int) -> None:
     tiny = TINY["llama"]
@@ -175,6 +179,7 @@ def test_quantised_layers(bits: int) -> None:
     assert sum("bit" in type(module).__name__ for module in base.modules()) == 14 + 4
 
 
+@pytest.mark.support("`add_weighted_adapter`")
 def test_weighted_combination_after_pruning() -> None:
     model = adapted()
     model.add_adapter("other", FanLoraConfig(r=4, task_type="CAUSAL_LM"))

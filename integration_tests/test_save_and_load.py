@@ -36,6 +36,7 @@ def prune(model: PeftModel) -> FanLoraSetting:
     return model.prune_modules(model.score_modules([TINY[name].batch()], num_points=2, progress=False).select(2))
 
 
+@pytest.mark.support("saving and loading")
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("name", TINY)
 def test_round_trip(name: str, pruned: bool, tmp_path: Path) -> None:
@@ -80,6 +81,7 @@ def test_variants_round_trip_after_pruning(config: dict[str, Any], tmp_path: Pat
     torch.testing.assert_close(logits(loaded, batch), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.support("saving and loading")
 def test_a_new_process_gives_the_same_logits(tmp_path: Path) -> None:
     model, batch = saved_model("llama", tmp_path), TINY["llama"].batch()
     prune(model)
@@ -127,6 +129,7 @@ def test_a_fresh_adapter_on_a_setting(low_cpu_mem_usage: bool, tmp_path: Path) -
     assert loaded.peft_config["default"].setting == setting
 
 
+@pytest.mark.support("`path_initial_model_for_weight_conversion`")
 def test_pissa_converts_to_lora_on_the_original_weights(tmp_path: Path) -> None:
     """PEFT marks the initial adapter as such for its own LORA type only."""
     model, batch = saved_model("llama", tmp_path, init_lora_weights="pissa"), TINY["llama"].batch()

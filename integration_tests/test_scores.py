@@ -53,6 +53,7 @@ def loss_of(model: PeftModel, batches: list[dict[str, torch.Tensor]], names: set
     return total / count
 
 
+@pytest.mark.support("scoring")
 @pytest.mark.parametrize("name", TINY)
 def test_path_sums_to_what_the_adapter_gains(name: str) -> None:
     model, tiny = adapted(name), TINY[name]
@@ -183,6 +184,8 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
 
 
+@pytest.mark.support("bfloat16")
+@pytest.mark.support("float16")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_models_score_like_float32(dtype: torch.dtype) -> None:
     batch = TINY["llama"].batch(rows=8, tokens=16)
@@ -251,6 +254,7 @@ def test_bad_arguments(arguments: dict[str, Any], reason: str) -> None:
         adapted().score_modules(**arguments)
 
 
+@pytest.mark.support("scoring a merged or disabled adapter", refused=True)
 def test_merged_and_disabled_adapters_are_refused() -> None:
     model, batches = adapted(), [TINY["llama"].batch()]
     model.merge_adapter()

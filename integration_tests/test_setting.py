@@ -103,6 +103,7 @@ def test_layers_outside_the_stack_are_refused() -> None:
         FanLoraSetting(setting.kept)
 
 
+@pytest.mark.support("a setting on another architecture", refused=True)
 def test_another_family_is_refused() -> None:
     setting = FanLoraSetting.from_modules(TINY["llama"].base(), UP_AND_V)
     with pytest.raises(ValueError, match="found on a model of type 'llama' and cannot be used for one of type 'gpt2'"):
@@ -172,6 +173,7 @@ def test_the_budget_of_llama_2_7b() -> None:
     assert FanLoraSetting.from_modules(base, names).rank_for_budget(base, num_parameters=20_000_000) == 27
 
 
+@pytest.mark.support("a setting on the Hub")
 def test_push_to_hub_uploads_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import HfApi
 

@@ -31,6 +31,7 @@ def logits_of(model, batch, adapter):
     return model(batch).logits.detach()
 
 
+@pytest.mark.support("saving and loading")
 @pytest.mark.parametrize("pooling", ["attention", "mean"])
 @pytest.mark.parametrize("activation", ["gelu", "rational"])
 def test_saved_and_loaded_in_a_new_process(tmp_path, pooling, activation):
@@ -100,6 +101,7 @@ def test_any_adapter_name_survives_saving(tmp_path, name):
     close(PeftModel.from_pretrained(tiny("llama"), folder).eval()(tokens()).logits, model(tokens()).logits)
 
 
+@pytest.mark.support("switching, disabling and deleting adapters")
 def test_switching_disabling_and_deleting():
     model = two_adapters()
     batch = tokens()
@@ -121,6 +123,7 @@ def test_switching_disabling_and_deleting():
     without.train()(batch, labels=batch)
 
 
+@pytest.mark.support("several active adapters")
 def test_several_active_adapters_multiply():
     model = two_adapters(pooling="max", activation="silu")
     batch = tokens()
@@ -139,6 +142,7 @@ def test_several_active_adapters_multiply():
         close(vector, seen["default"][name] * seen["second"][name])
 
 
+@pytest.mark.support("several adapters in one batch (`adapter_names`)")
 @pytest.mark.parametrize("beams", [1, 2])
 @torch.no_grad()
 def test_a_mixed_batch_gives_each_row_what_its_adapter_alone_would(beams):
@@ -247,6 +251,7 @@ def test_adapters_on_different_modules():
     close(model(batch).logits, second)
 
 
+@pytest.mark.support("merging", refused=True)
 @pytest.mark.parametrize(
     "merge",
     [
@@ -263,6 +268,7 @@ def test_merging_is_refused_and_changes_nothing(merge):
     assert torch.equal(model(tokens()).logits, expected)
 
 
+@pytest.mark.support("`unload`")
 def test_unload_leaves_the_base_model_as_it_was():
     base = tiny("llama")
     expected, keys = base(tokens()).logits, sorted(base.state_dict())
@@ -280,6 +286,7 @@ def test_unload_leaves_the_base_model_as_it_was():
     assert torch.equal(unloaded(tokens()).logits, expected)
 
 
+@pytest.mark.support("no `task_type`")
 @torch.no_grad()
 def test_without_a_task_type():
     """Guards against work done in the tuner's `forward`, which PEFT leaves out where a config has no task type."""
@@ -289,6 +296,7 @@ def test_without_a_task_type():
     assert generated.sequences.tolist() == generate(model, tokens(), new=5).sequences.tolist()
 
 
+@pytest.mark.support("`inject_adapter_in_model`")
 @torch.no_grad()
 def test_injection_without_a_tuner():
     expected = generate(para(), tokens())
@@ -304,6 +312,7 @@ def test_injection_without_a_tuner():
 
 
 @torch.no_grad()
+@pytest.mark.support("transformers' `add_adapter`")
 def test_transformers_add_adapter(tmp_path):
     expected = generate(para(), tokens())
     model = tiny("llama")
@@ -323,6 +332,7 @@ def test_transformers_add_adapter(tmp_path):
     model.delete_adapter("mine")
 
 
+@pytest.mark.support("`modules_to_save`")
 def test_modules_to_save(tmp_path):
     torch.manual_seed(0)
     base = tf.LlamaForSequenceClassification(tf.LlamaConfig(**LLAMA, num_labels=3))
@@ -369,6 +379,7 @@ def test_a_failed_call_changes_nothing():
     assert torch.equal(model(tokens()).logits, expected)
 
 
+@pytest.mark.support("bitsandbytes, 4 and 8 bit")
 @pytest.mark.parametrize("bits", [4, 8])
 @torch.no_grad()
 def test_bitsandbytes(bits):

@@ -20,6 +20,7 @@ def para_layers(model):
     return [layer for layer in model.modules() if isinstance(layer, ParaLayer)]
 
 
+@pytest.mark.support("default targets")
 @pytest.mark.parametrize("name", sorted([*CAUSAL, *ENCODERS, *SEQ2SEQ]))
 def test_every_block_gets_one_generator_and_its_targets(name):
     model = para(name, task_type=None)
@@ -121,6 +122,7 @@ def test_output_slices_spread():
     assert slices.spread(torch.tensor([[2.0, 3.0, 4.0, 5.0]])).tolist() == [[2, 1, 1, 3, 4, 1, 1, 5]]
 
 
+@pytest.mark.support("forward")
 @pytest.mark.parametrize("name", sorted(ENCODERS))
 def test_an_encoder_pools_its_whole_attended_input(name):
     model = para(name, task_type="SEQ_CLS")
@@ -156,6 +158,7 @@ def test_the_other_tasks_of_an_encoder(auto):
         model(tokens(), labels=labels).loss.backward()
 
 
+@pytest.mark.support("sequence classification")
 def test_a_causal_backbone_that_classifies_reads_its_whole_input():
     torch.manual_seed(0)
     base = tf.LlamaForSequenceClassification(tf.LlamaConfig(**CAUSAL["llama"][1]))
@@ -163,6 +166,7 @@ def test_a_causal_backbone_that_classifies_reads_its_whole_input():
     model(tokens(), labels=torch.tensor([0, 1])).loss.backward()
 
 
+@pytest.mark.support("image models")
 @torch.no_grad()
 def test_vision():
     torch.manual_seed(0)
@@ -183,6 +187,7 @@ def test_vision():
 class TestEncoderDecoder:
     """The prompt is the encoder's input; decoder blocks pool the encoder's output."""
 
+    @pytest.mark.support("forward")
     @torch.no_grad()
     def test_identity(self, name):
         base = tiny(name)
@@ -190,6 +195,7 @@ class TestEncoderDecoder:
         expected = base(input_ids=source, labels=target).logits
         assert torch.equal(get_peft_model(base, ParaConfig()).eval()(input_ids=source, labels=target).logits, expected)
 
+    @pytest.mark.support("generation")
     @pytest.mark.parametrize("beams", [1, 2])
     @torch.no_grad()
     def test_generation_equals_one_teacher_forced_pass(self, name, beams):
@@ -221,6 +227,7 @@ class TestEncoderDecoder:
         before, after = (model(input_ids=source, labels=labels).logits[:, :4] for labels in (target, changed))
         close(after, before)
 
+    @pytest.mark.support("gradient checkpointing")
     def test_gradient_checkpointing(self, name):
         model = para(name, task_type="SEQ_2_SEQ_LM").train()
         source, target = tokens(2, 6), tokens(2, 5, seed=1)
@@ -239,6 +246,7 @@ class TestEncoderDecoder:
             model(input_ids=source, labels=target)
 
 
+@pytest.mark.support("speech models")
 @torch.no_grad()
 def test_whisper():
     torch.manual_seed(0)
@@ -287,6 +295,7 @@ def test_a_whisper_encoder_that_classifies():
     assert not torch.equal(awaken(model)(features).logits, expected)
 
 
+@pytest.mark.support("experts of a mixture as targets", refused=True)
 @torch.no_grad()
 def test_a_layer_that_sees_some_of_the_tokens_is_refused():
     class Expert(nn.Module):
@@ -304,6 +313,7 @@ def test_a_layer_that_sees_some_of_the_tokens_is_refused():
         model(tokens())
 
 
+@pytest.mark.support("multimodal models")
 @torch.no_grad()
 def test_the_vision_tower_of_gemma_3_is_left_alone():
     text = tf.Gemma3TextConfig(**{**CAUSAL["gemma3_text"][1], "vocab_size": 300})
@@ -328,6 +338,7 @@ def test_the_vision_tower_of_gemma_3_is_left_alone():
     assert generated.sequences.tolist() == again.sequences.tolist()
 
 
+@pytest.mark.support("models that are not from transformers")
 @torch.no_grad()
 def test_a_plain_module():
     """Where there are no blocks, each target is one by itself, and its whole input is the prompt."""

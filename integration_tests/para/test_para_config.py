@@ -149,7 +149,7 @@ def test_the_generators_equation():
     vectors = generator(hidden, mask)
     pooled = hidden.mean(1)
     pooled = pooled / (pooled.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-    expected = 1 + torch.nn.functional.silu(pooled @ generator.down.T) @ generator.up["q"].T
+    expected = 1 + torch.nn.functional.silu(pooled @ generator.down.T) @ generator.up_q.T
     torch.testing.assert_close(vectors["q"][:, 0], expected)
     assert torch.equal(vectors["u"], torch.ones(2, 1, 7))
 

@@ -24,6 +24,7 @@ def close(a, b):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.support("generation")
 @pytest.mark.parametrize("name", sorted(CAUSAL))
 @torch.no_grad()
 def test_cached_generation_equals_one_teacher_forced_pass(name):
@@ -57,6 +58,7 @@ def test_padding_changes_nothing(pooling, side):
         close(torch.stack(together.logits, 1)[:1], torch.stack(alone.logits, 1))
 
 
+@pytest.mark.support("static cache, no cache, prompt lookup")
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -79,6 +81,7 @@ def test_every_way_to_decode_gives_the_same_tokens(name, kwargs):
     close(torch.stack(actual.logits, 1), torch.stack(expected.logits, 1))
 
 
+@pytest.mark.support("assisted decoding")
 @torch.no_grad()
 def test_assisted_decoding_with_another_model():
     model, assistant = para(), para(seed=5)
@@ -89,6 +92,7 @@ def test_assisted_decoding_with_another_model():
     )
 
 
+@pytest.mark.support("beam search")
 @pytest.mark.parametrize("use_cache", [True, False])
 @torch.no_grad()
 def test_beam_search_rescored(use_cache):
@@ -110,6 +114,7 @@ def test_beam_search_rescored(use_cache):
     torch.testing.assert_close(rescored, found.sequences_scores, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.support("sampling")
 @torch.no_grad()
 def test_several_samples_of_each_prompt():
     model = para()
@@ -131,6 +136,7 @@ def test_generation_with_prompt_mask():
     )
 
 
+@pytest.mark.support("generation from `inputs_embeds`")
 @torch.no_grad()
 def test_generation_from_embeddings():
     model = para()
@@ -147,6 +153,7 @@ def test_generation_from_embeddings():
     assert actual.tolist() == expected.sequences[:, 6:].tolist()
 
 
+@pytest.mark.support("streaming")
 @torch.no_grad()
 def test_streaming():
     class Decoder:
@@ -218,6 +225,7 @@ def test_interleaved_generations_do_not_mix():
         close(torch.cat(logits, 1), model(whole, prompt_mask=leading(whole, length)).logits[:, length:])
 
 
+@pytest.mark.support("threads that share a model")
 def test_threads_share_a_model():
     """Guards against module-global state, or state that is not kept apart by thread."""
     model = para()
@@ -383,6 +391,7 @@ def test_gradients_are_not_needed_and_inference_mode_works():
         assert torch.equal(generate(model, prompt).sequences, expected)
 
 
+@pytest.mark.support("bfloat16")
 @torch.no_grad()
 def test_bfloat16_and_autocast():
     """A bfloat16 model computes its vectors in float32; autocast does not reach into them."""

@@ -138,6 +138,7 @@ def test_attention_masks_of_every_form():
     assert attended_tokens(torch.tensor([[0, 1, 1, 1, 1]]), 1, 2, torch.device("cpu")).tolist() == [[True, True]]
 
 
+@pytest.mark.support("packed sequences")
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3"])
 @torch.no_grad()
 def test_a_packed_batch_equals_its_sequences_alone(name):

@@ -36,6 +36,7 @@ def same_gradients(actual, expected):
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-4
 
 
+@pytest.mark.support("forward")
 @pytest.mark.parametrize("name", ALL)
 def test_a_fresh_adapter_changes_no_logit(name):
     base = tiny(name)
@@ -60,6 +61,7 @@ def test_answer_tokens_change_no_logit_before_them(name, pooling):
     del labels
 
 
+@pytest.mark.support("gradient checkpointing")
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
@@ -112,6 +114,7 @@ def test_gradients_match_finite_differences(packed):
             torch.testing.assert_close(slope, (analytic[name] * direction).sum(), atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.support("training")
 def test_only_the_adapter_trains():
     model = para().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -125,6 +128,7 @@ def test_only_the_adapter_trains():
     assert moved == {name for name in before if "para_" in name}
 
 
+@pytest.mark.support("training where nothing says where the prompt ends", refused=True)
 def test_training_without_a_known_prompt_raises():
     """Guards against the silent fallback to "everything is prompt", which trains on leaked answers."""
     model = para().train()
@@ -145,6 +149,7 @@ def test_training_without_a_known_prompt_raises():
     model.train().generate(input_ids=batch, attention_mask=torch.ones_like(batch), max_new_tokens=2)
 
 
+@pytest.mark.support("`copy.deepcopy` and pickling")
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_copy_is_a_model_of_its_own(pickled):
     """Guards against graph tensors kept on modules, which cannot be copied, and against a copy that shares state."""
@@ -175,6 +180,7 @@ def test_a_copy_is_a_model_of_its_own(pickled):
     )
 
 
+@pytest.mark.support("autocast")
 def test_autocast_trains():
     model = para().train()
     batch = tokens()

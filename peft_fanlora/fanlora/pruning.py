@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import _get_submodules
 from torch import nn
 
@@ -52,7 +53,8 @@ def rewrite_targets(tuner: LoraModel, adapter_name: str, setting: FanLoraSetting
     The adapter gets a configuration of its own: others may share the old one, as the frozen copy does that TRL compares
     a policy with.
     """
-    names = set(adapted_layers(tuner.model, adapter_name))
+    layers = adapted_layers(tuner.model, adapter_name)
+    names = {name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)}  # those: target_parameters
     config: Any = copy.deepcopy(tuner.peft_config[adapter_name])
     tuner.peft_config[adapter_name] = config
     config.target_modules = names

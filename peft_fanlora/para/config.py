@@ -37,6 +37,8 @@ class ParaConfig(PeftConfig):
         init_para_weights: whether the adapter starts as the identity, with `up` at zero. With False `up` is random,
             which is useful in tests.
         modules_to_save: names of modules that are trained and saved in full, such as a new classification head.
+        trainable_token_indices: the ids of tokens whose embeddings are trained and saved as well, such as those of new
+            tokens; or a dict of them by the name of the embedding layer.
 
     Raises:
         ValueError: a field has a value that PARA cannot use.
@@ -79,6 +81,12 @@ class ParaConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that are trained and saved in full, such as a classification head."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Ids of tokens whose embeddings are trained too, such as new ones; or a dict by layer name."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -147,7 +147,7 @@ class VectorGenerator(nn.Module):
         self.pooling = pooling
         self.prompt_end = prompt_end
         self.down = nn.Parameter(torch.randn(r, in_features) * in_features**-0.5)
-        self.up = nn.ParameterDict()
+        self.targets: list[str] = []
         self.query = nn.Parameter(torch.zeros(in_features)) if pooling == "attention" else None
         self.activation = RationalActivation() if activation == RATIONAL else ACT2FN[activation]
         self.dropout = nn.Dropout(dropout)
@@ -161,7 +161,9 @@ class VectorGenerator(nn.Module):
             identity: whether to start at zero, where the vector is 1; otherwise random, for tests.
         """
         weight = torch.zeros(num_outputs, self.r) if identity else torch.randn(num_outputs, self.r) * 0.1
-        self.up[name] = nn.Parameter(weight)
+        # A parameter of this module itself: what loads offloaded weights does so for the module whose forward runs.
+        self.register_parameter(f"up_{name}", nn.Parameter(weight))
+        self.targets.append(name)
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the vector l of each target.
@@ -176,4 +178,5 @@ class VectorGenerator(nn.Module):
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             pooled = self.dropout(rms_normalise(pool(hidden, mask, self.pooling, self.query)))
             code = self.activation(F.linear(pooled, self.down.to(pooled.dtype))).to(pooled.dtype)
-            return {name: 1 + F.linear(code, up.to(pooled.dtype)) for name, up in self.up.items()}
+            ups = {name: getattr(self, f"up_{name}").to(pooled.dtype) for name in self.targets}
+            return {name: 1 + F.linear(code, up) for name, up in ups.items()}

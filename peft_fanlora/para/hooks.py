@@ -117,15 +117,20 @@ class CallHooks:
             return
         cache = _cache_in(self._named(module, args, kwargs)) or _cache_in(output)
         if cache is not None and call.vectors:
-            tokens = call.tokens or 0
-            CachedVectors(
-                model=self.state.identifier,
-                adapters=call.adapters,
-                rows=call.rows,
-                vectors=call.vectors,
-                batch=call.batch,
-                prompt_length=max((prompt.length(tokens) for prompt in call.prompts.values()), default=tokens),
-            ).keep_on(cache)
+            self._keep(call, cache)
+
+    @torch.compiler.disable
+    def _keep(self, call: PromptPass, cache: Any) -> None:
+        """Stores a call's vectors on the cache that it filled."""
+        tokens = call.tokens or 0
+        CachedVectors(
+            model=self.state.identifier,
+            adapters=call.adapters,
+            rows=call.rows,
+            vectors=call.vectors,
+            batch=call.batch,
+            prompt_length=max((prompt.length(tokens) for prompt in call.prompts.values()), default=tokens),
+        ).keep_on(cache)
 
     def _named(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the arguments of a call by name."""
@@ -144,9 +149,20 @@ class CallHooks:
         if rows is not None:
             adapters = tuple(dict.fromkeys(rows))
         cache = _cache_in(named)
-        if cache is not None and int(cache.get_seq_length()) > 0:
+        if cache is not None and self._is_filled(cache, _token_shape(named)[1]):
             return self._read(named, cache, adapters, rows, prompt_mask)
         return self._fill(module, named, adapters, rows, prompt_mask)
+
+    def _is_filled(self, cache: Any, tokens: int | None) -> bool:
+        """Says whether a call of so many tokens a row goes on from what a cache holds."""
+        kept = CachedVectors.of(cache)
+        if kept is None or not _is_compiled_step(cache, tokens):
+            return int(cache.get_seq_length()) > 0
+        torch._assert_async(
+            cache.get_seq_length() >= (1 if self.has_encoder_and_decoder else kept.prompt_length),
+            "The static cache no longer holds the prompt that its PARA vectors were made from: pass a new cache.",
+        )
+        return True
 
     def _read(
         self,
@@ -177,7 +193,7 @@ class CallHooks:
                 f"{list(expected or adapters)} are active now: a prompt's vectors serve the adapter that made them. "
                 "Start from an empty cache after switching adapters."
             )
-        if not self.has_encoder_and_decoder:
+        if not (self.has_encoder_and_decoder or _is_compiled_step(cache, tokens)):
             self._refuse_longer_prompt(kept, int(cache.get_seq_length()), tokens, prompt_mask)
         return PromptPass(adapters, expected, batch=batch, tokens=tokens, vectors=vectors, from_cache=True)
 
@@ -204,6 +220,7 @@ class CallHooks:
                 "tokens go on from the prompt, say so with prompt_mask=torch.zeros(batch, tokens, dtype=torch.bool)."
             )
 
+    @torch.compiler.disable  # where a prompt ends depends on the data, which no graph can follow
     def _fill(
         self,
         module: nn.Module,
@@ -307,6 +324,15 @@ def _cache_in(values: Any) -> Any:
 def _num_rows(named: dict[str, Any]) -> int | None:
     """Returns the rows of a call that has no tokens: those of its first tensor."""
     return next((len(value) for value in named.values() if isinstance(value, torch.Tensor) and value.dim()), None)
+
+
+def _is_compiled_step(cache: Any, tokens: int | None) -> bool:
+    """Says whether torch.compile traces a call of one token a row, with a static cache.
+
+    Such a cache keeps its length in a tensor. To read it would break the graph at each step, and there is nothing to
+    find out: one token after a prompt is never in doubt.
+    """
+    return torch.compiler.is_compiling() and tokens == 1 and isinstance(cache.get_seq_length(), torch.Tensor)
 
 
 def _token_shape(named: dict[str, Any]) -> tuple[int | None, int | None]:

@@ -178,7 +178,8 @@ class ParaModel(ServesTenants, BaseTuner):
         with ExitStack() as stack:
             stack.enter_context(self._state.mixing(tuple(names)))
             for module in self._modules_saved_whole:
-                hook = partial(_pass_adapter_names, adapter_names=list(names))
+                own = [name if name in module._adapters else BASE_ROWS for name in names]
+                hook = partial(_pass_adapter_names, adapter_names=own)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 

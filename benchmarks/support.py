@@ -1,0 +1,83 @@
+"""Makes docs/support.md from the outcomes of the tests that are marked with what they show.
+
+pytest -m support --support-results=benchmarks/results/support.json
+python benchmarks/support.py
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "support.json"
+PAGE = ROOT / "docs" / "support.md"
+METHODS = ("FanLoRA", "PARA")
+
+INTRODUCTION = """\
+# What is supported
+
+Every entry below is the outcome of tests that ran, on tiny models made from configurations (`make support` runs them and
+writes this page). **yes**: it works. **refused**: it raises an error that says why and what to do instead. **in part**: some
+of it works and some of it is refused. An empty field was not tested.
+
+Run with {versions}.
+"""
+
+
+def cell(rows: list[dict[str, Any]]) -> str:
+    """Returns what the tests of one field of the table say together."""
+    kinds = {"refused" if row["refused"] else "yes" for row in rows if row["outcome"] == "passed"}
+    return "in part" if len(kinds) > 1 else "".join(kinds)
+
+
+def table(first: str, index: list[str], columns: list[str], fields: dict[tuple[str, str], str]) -> str:
+    """Returns a Markdown table; `fields` holds the entries by (row, column)."""
+    lines = [[first, *columns], ["---", *(":-:" for _ in columns)]]
+    lines += [[row, *(fields.get((row, column), "") for column in columns)] for row in index]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def page(results: dict[str, Any]) -> str:
+    """Returns the page.
+
+    Raises:
+        ValueError: a test failed, so that there is nothing true to write about its row.
+    """
+    rows = results["rows"]
+    failed = [
+        f"{row['feature']} ({row['method']}, {row['architecture']})" for row in rows if row["outcome"] == "failed"
+    ]
+    if failed:
+        raise ValueError(f"The tests of {len(failed)} rows failed, for instance of {failed[0]}: mend them first.")
+    grouped: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {}
+    for row in rows:
+        grouped.setdefault((row["feature"], row["method"], row["architecture"]), []).append(row)
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    parts = [INTRODUCTION.format(versions=versions)]
+
+    features = sorted({feature for feature, _, architecture in grouped if architecture is None}, key=str.lower)
+    fields = {(key[0], key[1]): cell(found) for key, found in grouped.items() if key[2] is None}
+    parts.append("## Features\n\n" + table("", features, list(METHODS), fields) + "\n")
+
+    for method in METHODS:
+        own = {key: cell(found) for key, found in grouped.items() if key[1] == method and key[2] is not None}
+        features = sorted({feature for feature, _, _ in own}, key=str.lower)
+        architectures = sorted({str(architecture) for _, _, architecture in own})
+        fields = {(str(architecture), feature): text for (feature, _, architecture), text in own.items()}
+        parts.append(f"## {method} by architecture\n\n" + table("", architectures, features, fields) + "\n")
+    return "\n".join(parts)
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="What `pytest --support-results` wrote.")] = RESULTS,
+    output: Annotated[Path, typer.Option(help="The page to write.")] = PAGE,
+) -> None:
+    """Writes the page."""
+    output.write_text(page(json.loads(results.read_text())), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
