@@ -4,13 +4,14 @@ PEFT runs a mixed batch as a loop over its adapters in every layer. Here the ada
 of a layer becomes y_b = W x_b + s_t B_t A_t x_b, with t the adapter of row b, by `bmm` and `baddbmm` over all the
 adapters at once. PEFT's own layers compute W x, so quantised and other layers need no code of their own.
 
-Which batch runs is known to each thread alone, so two threads can run different ones on one model. What is not plain LoRA (variants, biases, embeddings, convolutions,
-dropout that is switched on) takes PEFT's loop.
+Which batch runs is known to each thread alone, so two threads can run different ones on one model. What is not plain
+LoRA (variants, biases, embeddings, convolutions, dropout that is switched on) takes PEFT's loop.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +67,7 @@ class MixedBatch:
             else:
                 self.others[module] = [name if _has(module, name) else BASE_ROWS for name in names]
         self._sources = Sources(list(self.stacks.values()))
+        self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
     def has_graph(self) -> bool:
@@ -76,11 +78,21 @@ class MixedBatch:
         """Copies those weights again that may have changed; returns whether that makes the stacks right."""
         return self._sources.refresh()
 
+    def goes_on(self, cache: Any, tokens: int) -> bool:
+        """Whether a call is one more token of a generation that these stacks have served; remembers its cache."""
+        if not hasattr(cache, "get_seq_length") or torch.is_grad_enabled():
+            return False
+        is_known = cache in self._caches
+        self._caches.add(cache)
+        return is_known and tokens == 1
+
 
 class MixedBatches:
     """The mixed batches of one adapted model.
 
     The stacks of the last batch are kept for the next call, as decoding loops come with the same names at each token.
+    A call that begins something new looks over all weights that they were copied from; a further token, with a cache
+    that these stacks have seen before, does not.
 
     The first mixed batch puts hooks on the adapted layers. They stay, as putting them there anew for each token would
     cost more than all else here, and do nothing unless a mixed batch runs in the same thread. PyTorch enters a hook, and
@@ -118,18 +130,17 @@ class MixedBatches:
         """
         if num_inputs is not None and num_inputs != len(names):
             raise _wrong_length(names, num_inputs)
-        run = _Run(self._batch(model, names), may_repeat=num_inputs is not None)
+        last = self._last
+        batch = self._make(model, names) if last is None or last.names != names else last
+        run = _Run(batch, may_repeat=num_inputs is not None, is_checked=batch is not last)
         before, self._current.run = self._current.run, run
         try:
             yield
         finally:
             self._current.run = before
 
-    def _batch(self, model: nn.Module, names: tuple[str, ...]) -> MixedBatch:
-        last = self._last
-        if last is not None and last.names == names and last.refresh():
-            return last
-        self._last = last = None
+    def _make(self, model: nn.Module, names: tuple[str, ...]) -> MixedBatch:
+        self._last = None
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             batch = MixedBatch(model, names)
@@ -152,9 +163,15 @@ class MixedBatches:
 
     def _before_model(self, module: nn.Module, *call: Any) -> None:
         run = self._current.run
-        if run is not None:
-            args, kwargs = call
-            run.begin_call_of_model(_first_input(args, kwargs, _DECODER_INPUTS))
+        if run is None:
+            return
+        args, kwargs = call
+        run.begin_call_of_model(_first_input(args, kwargs, _DECODER_INPUTS))
+        if run.is_checked or run.batch.goes_on(kwargs.get("past_key_values"), run.tokens):
+            return
+        if not run.batch.refresh():
+            run.batch = self._make(module, run.batch.names)
+        run.is_checked = True
 
     def _before(self, module: nn.Module, *call: Any) -> tuple[Any, Any] | None:
         run = self._current.run
@@ -178,11 +195,18 @@ class _Current(threading.local):
 
 
 class _Run:
-    """One call with a mixed batch."""
+    """One call with a mixed batch.
 
-    def __init__(self, batch: MixedBatch, may_repeat: bool) -> None:
+    Args:
+        batch: its adapters, stacked.
+        may_repeat: whether the model's calls may repeat each row.
+        is_checked: whether the stacks are known to be what the adapters' weights are now.
+    """
+
+    def __init__(self, batch: MixedBatch, may_repeat: bool, is_checked: bool) -> None:
         self.batch = batch
         self.may_repeat = may_repeat
+        self.is_checked = is_checked
         self.repeats = 1
         self.tokens = 1
 
@@ -242,13 +266,13 @@ def row_names(names: Any, adapters: Mapping[str, Any], training: bool) -> tuple[
     return tuple(names)
 
 
-def num_inputs(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
+def num_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """Returns the rows of a call's inputs; None where there are none to see."""
     inputs = _first_input(args, kwargs, _INPUTS)
     return None if inputs is None else len(inputs)
 
 
-def _first_input(args: Sequence[Any], kwargs: dict[str, Any], names: Sequence[str]) -> torch.Tensor | None:
+def _first_input(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> torch.Tensor | None:
     values = (*args[:1], *(kwargs.get(name) for name in names))
     return next((value for value in values if isinstance(value, torch.Tensor)), None)
 
