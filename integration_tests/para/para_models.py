@@ -156,6 +156,8 @@ def awaken(model: nn.Module, adapter: str = "default", seed: int = 1, size: floa
             for name, parameter in vectors.named_parameters():
                 if name.startswith("up") or name == "query":
                     noise = torch.randn(parameter.shape, generator=generator) * size
+                    if name == "query":
+                        noise *= parameter.numel() ** 0.5  # else the attention would be close to a mean
                     parameter.data.copy_(noise.to(parameter))
     return model
 

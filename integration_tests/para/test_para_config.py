@@ -102,7 +102,7 @@ def naive_pool(hidden, mask, pooling, query):
             h = hidden[b][mask[b, s]]
             if not len(h):
                 continue
-            weights = (h @ query).softmax(0)
+            weights = (h @ query / query.numel() ** 0.5).softmax(0)
             out[b, s] = {
                 "attention": (weights[:, None] * h).sum(0),
                 "mean": h.mean(0),
@@ -149,7 +149,7 @@ def test_the_generators_equation():
     vectors = generator(hidden, mask)
     pooled = hidden.mean(1)
     pooled = pooled / (pooled.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
-    expected = 1 + torch.nn.functional.silu(pooled @ generator.down.T) @ generator.up_q.T
+    expected = 1 + torch.nn.functional.silu(pooled @ generator.down.T / 6**0.5) @ generator.up_q.T
     torch.testing.assert_close(vectors["q"][:, 0], expected)
     assert torch.equal(vectors["u"], torch.ones(2, 1, 7))
 

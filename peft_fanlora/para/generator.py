@@ -19,8 +19,8 @@ RATIONAL = "rational"
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query: torch.Tensor | None = None) -> torch.Tensor:
     """Pools the prompt's hidden states of each sequence into one vector.
 
-    "attention" is p = Σ_t softmax_t(h_t·w) h_t over the prompt's tokens t [sister]; "mean", "max" and "last" are what
-    their names say. A sequence without prompt tokens gives zeros.
+    "attention" is p = Σ_t softmax_t(h_t·w / √d) h_t over the prompt's tokens t [sister; the √d is ours]; "mean", "max"
+    and "last" are what their names say. A sequence without prompt tokens gives zeros.
 
     Args:
         hidden: hidden states h, (batch, tokens, d).
@@ -58,7 +58,7 @@ def _token_weights(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query
         return ((positions == last) & mask).float()
     if query is None:
         raise ValueError('pooling="attention" needs a query.')
-    scores = (hidden @ query.to(hidden.dtype)).unsqueeze(1)
+    scores = (hidden @ query.to(hidden.dtype)).unsqueeze(1) * query.numel() ** -0.5
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
     return weights * mask
 
@@ -116,12 +116,16 @@ class RationalActivation(nn.Module):
 
 
 class VectorGenerator(nn.Module):
-    """Makes a block's adjusting vectors from its prompt: l_m = 1 + U_m act(D norm(pool(h))), for each target m.
+    """Makes a block's adjusting vectors from its prompt: l_m = 1 + U_m act(D norm(pool(h)) / √d), for each target m.
 
     D, (r, d), is shared by the targets of the block, each of which has its own U_m, (outputs, r); there are no biases.
     With one generator a block this is 32·12·(4096 + 4096 + 4096 + 11008) = 8,945,664 parameters on LLaMA-2-7B at r=12
-    [ours, to match the 8.9M of S]; attention pooling adds its query, d a block. U_m starts at zero, so l = 1 [ours];
-    D starts with the standard deviation 1/√d, which keeps the bottleneck near unit scale [ours].
+    [ours, to match the 8.9M of S]; attention pooling adds its query, d a block. U_m starts at zero, so l = 1, and D with
+    the standard deviation 1 [ours].
+
+    The factors 1/√d keep the bottleneck near unit scale, and they slow D and w down [ours]. Adam moves each parameter by
+    about the learning rate, whatever its gradient: without them a step of 0.003 would move a sum of d = 576 such
+    products by more than 1, where U_m, with r = 12 of them, moves l by 0.02.
 
     Args:
         in_features: d, the width of the block's hidden states.
@@ -146,7 +150,7 @@ class VectorGenerator(nn.Module):
         self.r = r
         self.pooling = pooling
         self.prompt_end = prompt_end
-        self.down = nn.Parameter(torch.randn(r, in_features) * in_features**-0.5)
+        self.down = nn.Parameter(torch.randn(r, in_features))
         self.targets: list[str] = []
         self.query = nn.Parameter(torch.zeros(in_features)) if pooling == "attention" else None
         self.activation = RationalActivation() if activation == RATIONAL else ACT2FN[activation]
@@ -177,6 +181,7 @@ class VectorGenerator(nn.Module):
         """
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             pooled = self.dropout(rms_normalise(pool(hidden, mask, self.pooling, self.query)))
-            code = self.activation(F.linear(pooled, self.down.to(pooled.dtype))).to(pooled.dtype)
+            code = F.linear(pooled, self.down.to(pooled.dtype)) * self.in_features**-0.5
+            code = self.activation(code).to(pooled.dtype)
             ups = {name: getattr(self, f"up_{name}").to(pooled.dtype) for name in self.targets}
             return {name: 1 + F.linear(code, up) for name, up in ups.items()}
