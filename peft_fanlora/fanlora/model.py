@@ -358,10 +358,12 @@ def _leave_out_unfit(config: Any, model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):
             unfit.append(name)
+    if not unfit:
+        return
     excluded = config.exclude_modules or []
     if isinstance(excluded, str):
         config.exclude_modules = "|".join((f"(?:{excluded})", *map(re.escape, unfit)))
-    elif unfit:
+    else:
         config.exclude_modules = [*excluded, *unfit]
 
 
