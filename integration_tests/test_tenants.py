@@ -35,11 +35,11 @@ class PythonCalls:
 
 
 def tensor_bytes() -> int:
-    """Returns the bytes of all tensors that are alive."""
+    """Returns the bytes of all plain tensors and parameters that are alive."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):
+        if type(thing) in (torch.Tensor, nn.Parameter):  # a compiler's have no storage
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

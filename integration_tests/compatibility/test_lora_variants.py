@@ -34,7 +34,6 @@ NOT_PLAIN_LORA = {
     "PiSSA": "init_lora_weights='pissa'",
     "PiSSA, fast": "init_lora_weights='pissa_niter_4'",
     "OLoRA": "init_lora_weights='olora'",
-    "`rank_pattern`, `alpha_pattern`": "one r and one lora_alpha",
     "`lora_bias`": "no lora_bias",
     "`layer_replication`": "no layer_replication",
     "`trainable_token_indices`": "no trainable_token_indices",
@@ -104,7 +103,7 @@ def test_export_refuses_what_the_target_cannot_read(variant: str, tmp_path: Path
     assert not (tmp_path / "plain").exists()
 
 
-@pytest.mark.support("export of rsLoRA, EVA, orthogonal and Gaussian initialisations")
+@pytest.mark.support("export of rsLoRA, `rank_pattern`, `alpha_pattern`, EVA, orthogonal and Gaussian initialisations")
 @pytest.mark.parametrize("variant", sorted(set(VARIANTS) - set(NOT_PLAIN_LORA)))
 def test_the_others_are_exported(variant: str, tmp_path: Path) -> None:
     model = trained(fresh(**VARIANTS[variant]))

@@ -88,7 +88,7 @@ def test_only_the_adapter_is_saved(tmp_path):
     keys = get_peft_model_state_dict(model).keys()
     assert len(keys) == 2 * 5
     assert "base_model.model.model.layers.0.self_attn.q_proj.para_generator.down" in keys
-    assert "base_model.model.model.layers.1.self_attn.q_proj.para_generator.up.mlp_up_proj" in keys
+    assert "base_model.model.model.layers.1.self_attn.q_proj.para_generator.up_mlp_up_proj" in keys
 
 
 @pytest.mark.parametrize("name", ["down", "up", "default", "query", "para_generator"])

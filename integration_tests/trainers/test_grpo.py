@@ -55,7 +55,7 @@ def grpo(method: str, folder: Path, *, conversational: bool = False, model: Any 
                     "num_generations": 8,
                     "max_completion_length": 6,
                     "learning_rate": 5e-2 if method == "FanLoRA" else 1e-1,
-                    "max_steps": 12,
+                    "max_steps": 24,
                     **options,
                 },
             )
@@ -74,7 +74,7 @@ def rewards(run: GRPOTrainer) -> list[float]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"conversational": True}, {"beta": 0.01}, {"num_iterations": 2, "max_steps": 16}],
+    [{}, {"conversational": True}, {"beta": 0.01}, {"num_iterations": 2, "max_steps": 32}],
     ids=["standard", "conversational", "reference", "two iterations"],
 )
 def test_grpo(method: str, options: dict[str, Any], tmp_path: Path) -> None:
