@@ -313,6 +313,7 @@ def test_a_larger_vocabulary_with_trainable_tokens(method: str, tied: bool, tmp_
     delta = [p for name, p in model.named_parameters() if "token_adapter" in name and p.requires_grad]
     assert delta and not torch.equal(delta[0], base().get_input_embeddings().weight[VOCAB:])
     assert generated(loaded, batch) == generated(model, batch)
+    assert torch.equal(logits(model.unload(), batch), fresh)
 
 
 @pytest.mark.support("several adapters in one batch, each with trained tokens")

@@ -128,6 +128,14 @@ class ParaModel(ServesTenants, BaseTuner):
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # What comes back has its weights. PEFT would assign them once more, and fails where an output layer is tied
+            # to embeddings whose new tokens are trained.
+            setattr(parent, child_name, new_module)
+
     def _block_of(self, key: str) -> ParaBlock:
         """Returns the block that a module belongs to; a module outside of any block is one by itself."""
         parts = key.split(".")
