@@ -26,7 +26,7 @@ def test_a_quick_part_of_pefts_own_tests(method: str, tmp_path: Path) -> None:
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     outcomes = json.loads(results.read_text())["methods"][method]["test_custom_models.py"]
-    assert outcomes["passed"][""] > 50
+    assert outcomes["passed"][""] > 40
     assert "failed" not in outcomes
 
 
