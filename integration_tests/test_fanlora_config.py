@@ -35,6 +35,19 @@ def test_refuses(arguments: dict[str, Any], reason: str) -> None:
         FanLoraConfig(**arguments)
 
 
+@pytest.mark.parametrize("layers", [1, [1]])
+@pytest.mark.parametrize("target", [{}, {"target_modules": None}, {"target_modules": "all-linear"}])
+def test_all_linear_layers_of_some_blocks(layers: int | list[int], target: dict[str, Any], tmp_path: Path) -> None:
+    """With `target_modules=None` the layers were ignored, and without it the default was refused."""
+    FanLoraConfig(layers_to_transform=layers, **target).save_pretrained(tmp_path)
+    config = FanLoraConfig.from_pretrained(tmp_path)
+    names = get_peft_model(TINY["llama"].base(), config).base_model.targeted_module_names
+    assert len(names) == 7 and all(name.startswith("model.layers.1.") for name in names)
+    for wrong in ({"layers_to_transform": [9]}, {"layers_to_transform": 0, "layers_pattern": "blocks"}):
+        with pytest.raises(ValueError, match="leaves no linear layer of this model"):
+            get_peft_model(TINY["llama"].base(), FanLoraConfig(**wrong))
+
+
 @pytest.mark.support("KaSA, Arrow", refused=True)
 def test_refuses_variants_that_change_the_base_or_have_no_modules() -> None:
     from peft.tuners.lora.config import ArrowConfig, KasaConfig

@@ -51,9 +51,12 @@ class FanLoraConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        everywhere = self.target_modules is None or str(self.target_modules).lower() == "all-linear"
+        if everywhere:
+            self.target_modules = None  # LoraConfig refuses layers_to_transform beside a string
         super().__post_init__()
         self.peft_type = _FANLORA
-        if self.target_modules is None:
+        if everywhere:
             self.target_modules = "all-linear"
         _refuse_what_pruning_cannot_honour(self)
         if isinstance(self.setting, dict):  # from an adapter_config.json

@@ -69,6 +69,8 @@ class FanLoraModel(ServesTenants, LoraModel):
                 )
             config.setting = setting
         elif str(config.target_modules).lower() == "all-linear":
+            if config.layers_to_transform not in (None, []):
+                config.target_modules = _linear_layers_in(config.layers_to_transform, config.layers_pattern, model)
             _leave_out_unfit(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.mutates_base_weights:
@@ -345,6 +347,28 @@ class FanLoraModel(ServesTenants, LoraModel):
                 "there, and begin the next run from what that saves."
             )
         return layers
+
+
+def _linear_layers_in(layers: int | list[int], pattern: str | list[str] | None, model: nn.Module) -> set[str]:
+    """Returns the linear layers of some blocks: what "all-linear" is to mean beside `layers_to_transform`.
+
+    Raises:
+        ValueError: the model has no linear layer in these blocks.
+    """
+    indices = {layers} if isinstance(layers, int) else set(layers)
+    stacks = {pattern} if isinstance(pattern, str) else set(pattern or ())
+    modules = map(Module.parse, candidates(model))
+    names = {
+        module.name
+        for module in modules
+        if module.layer in indices and (not stacks or module.stack.rpartition(".")[2] in stacks)
+    }
+    if not names:
+        raise ValueError(
+            f"layers_to_transform={layers!r} (layers_pattern={pattern!r}) leaves no linear layer of this model: pass "
+            "indices of its blocks, counted from 0."
+        )
+    return names
 
 
 def _leave_out_unfit(config: Any, model: nn.Module) -> None:
