@@ -33,5 +33,3 @@ def test_a_quick_part_of_pefts_own_tests(method: str, tmp_path: Path) -> None:
 def test_the_page_is_made_from_the_results() -> None:
     content = json.loads(page.RESULTS.read_text())
     assert page.PAGE.read_text() == page.page(content)
-    for files in content["methods"].values():
-        assert not any("failed" in outcomes for outcomes in files.values())

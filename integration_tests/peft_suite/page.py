@@ -21,6 +21,7 @@ whose targets are linear layers. No file of PEFT is changed. The models of the H
 | outcome | meaning |
 |---|---|
 | passed | the test made a configuration of ours and passed |
+| failed | the test was run and failed, for a reason that nobody has judged yet |
 | refused | the test was run, and failed with our error, or PEFT's, that says that this is not supported; another failure would count as failed |
 | left out | the test applies and was not run, for the reason below |
 | inapplicable | not run: the test speaks of something that the method has not |
