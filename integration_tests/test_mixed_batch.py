@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_fanlora import FanLoraConfig
-from peft_fanlora.fanlora.mixed_batch import BASE_ROWS
 from peft_fanlora.fanlora.stacks import Slots, Sources
+from peft_fanlora.tenants import BASE_ROWS
 
 
 NAMES = ["two", BASE_ROWS, "default", "three", "default", "two", "default"]

@@ -18,6 +18,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 
+BASE_ROWS = "__base__"
+"""The name that PEFT gives to rows without an adapter."""
+
+
 def load_tenant(model: PeftModel, model_id: Any, adapter_name: str, **kwargs: Any) -> Any:
     """Loads an adapter like `model.load_adapter`, at a cost that does not grow with the adapters already there.
 

@@ -21,12 +21,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..tenants import adapted_modules
+from ..tenants import BASE_ROWS, adapted_modules
 from .stacks import AdapterStack, Slots, Sources, is_plain
 
-
-BASE_ROWS = "__base__"
-"""The name that PEFT gives to rows without an adapter."""
 
 _INPUTS = ("inputs", "input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")

@@ -1,7 +1,6 @@
 """FanLoraModel: LoRA that can score its modules and drop the less important ones."""
 
 import random
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from peft import PeftConfig, PeftType, TaskType
+from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
@@ -28,6 +27,7 @@ from .modules import Module, adapted_layers, candidates, lora_modules, model_typ
 from .pruning import give_back, is_running, remove_adapter, rewrite_targets
 from .scores import ImportanceScores
 from .setting import FanLoraSetting
+from .targets import leave_out_unfit, linear_layers_in
 
 
 class FanLoraModel(ServesTenants, LoraModel):
@@ -70,8 +70,8 @@ class FanLoraModel(ServesTenants, LoraModel):
             config.setting = setting
         elif str(config.target_modules).lower() == "all-linear":
             if config.layers_to_transform not in (None, []):
-                config.target_modules = _linear_layers_in(config.layers_to_transform, config.layers_pattern, model)
-            _leave_out_unfit(config, model)
+                config.target_modules = linear_layers_in(config.layers_to_transform, config.layers_pattern, model)
+            leave_out_unfit(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.mutates_base_weights:
             initial = {name: factors(layer, adapter_name) for name, layer in lora_modules(model, adapter_name).items()}
@@ -347,48 +347,6 @@ class FanLoraModel(ServesTenants, LoraModel):
                 "there, and begin the next run from what that saves."
             )
         return layers
-
-
-def _linear_layers_in(layers: int | list[int], pattern: str | list[str] | None, model: nn.Module) -> set[str]:
-    """Returns the linear layers of some blocks: what "all-linear" is to mean beside `layers_to_transform`.
-
-    Raises:
-        ValueError: the model has no linear layer in these blocks.
-    """
-    indices = {layers} if isinstance(layers, int) else set(layers)
-    stacks = {pattern} if isinstance(pattern, str) else set(pattern or ())
-    modules = map(Module.parse, candidates(model))
-    names = {
-        module.name
-        for module in modules
-        if module.layer in indices and (not stacks or module.stack.rpartition(".")[2] in stacks)
-    }
-    if not names:
-        raise ValueError(
-            f"layers_to_transform={layers!r} (layers_pattern={pattern!r}) leaves no linear layer of this model: pass "
-            "indices of its blocks, counted from 0."
-        )
-    return names
-
-
-def _leave_out_unfit(config: Any, model: nn.Module) -> None:
-    """Takes out of "all-linear" what LoRA cannot adapt.
-
-    That is a head which PEFT is going to train in full (PEFT itself thinks of sequence classification alone), and the
-    routers of experts that are linear layers by their class, but return several tensors.
-    """
-    heads = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
-    unfit = [name for name in heads.get(config.task_type, ()) if hasattr(model, name)]
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):
-            unfit.append(name)
-    if not unfit:
-        return
-    excluded = config.exclude_modules or []
-    if isinstance(excluded, str):
-        config.exclude_modules = "|".join((f"(?:{excluded})", *map(re.escape, unfit)))
-    else:
-        config.exclude_modules = [*excluded, *unfit]
 
 
 def _disagreement(tuner: FanLoraModel, config: FanLoraConfig, model: nn.Module, setting: FanLoraSetting) -> str | None:

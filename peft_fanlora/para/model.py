@@ -14,14 +14,11 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..tenants import ServesTenants, adapted_modules, changing
+from ..tenants import BASE_ROWS, ServesTenants, adapted_modules, changing
 from .hooks import CallHooks
 from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, ParaLinear, linear_shape
 from .state import ParaState
 from .targets import DEFAULT_TARGETS, scaled_outputs
-
-
-BASE_ROWS = "__base__"
 
 
 class ParaModel(ServesTenants, BaseTuner):
