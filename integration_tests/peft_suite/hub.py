@@ -77,8 +77,8 @@ def save_tokenizer(folder: Path, tokens: int) -> None:
 def _decoder(**changes: Any) -> dict[str, Any]:
     return {
         "vocab_size": VOCAB,
-        "hidden_size": 16,
-        "intermediate_size": 32,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -91,7 +91,7 @@ def _decoder(**changes: Any) -> dict[str, Any]:
 
 
 def _opt(layers: int = 5, **changes: Any) -> Model:
-    sizes = {"ffn_dim": 32, "word_embed_proj_dim": 16, "num_hidden_layers": layers, "max_position_embeddings": 256}
+    sizes = {"ffn_dim": 64, "word_embed_proj_dim": 64, "num_hidden_layers": layers, "max_position_embeddings": 256}
     return Model("OPTForCausalLM", "OPTConfig", _decoder(**sizes, **changes))
 
 
@@ -113,7 +113,7 @@ def _t5(**changes: Any) -> Model:
 
 
 def _llama() -> Model:
-    return Model("LlamaForCausalLM", "LlamaConfig", _decoder(num_key_value_heads=4, intermediate_size=64))
+    return Model("LlamaForCausalLM", "LlamaConfig", _decoder(num_key_value_heads=4))
 
 
 MODELS: dict[str, Model] = {
@@ -137,7 +137,9 @@ MODELS: dict[str, Model] = {
     "peft-internal-testing/tiny-random-BloomForCausalLM": Model(
         "BloomForCausalLM", "BloomConfig", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 5, "n_head": 4}
     ),
-    "peft-internal-testing/tiny-dummy-qwen2": Model("Qwen2ForCausalLM", "Qwen2Config", _decoder()),
+    "peft-internal-testing/tiny-dummy-qwen2": Model(
+        "Qwen2ForCausalLM", "Qwen2Config", _decoder(hidden_size=8, intermediate_size=32)
+    ),
     "Qwen/Qwen2-0.5B": Model("Qwen2ForCausalLM", "Qwen2Config", _decoder(), tokens=VOCAB - 100),
     "trl-internal-testing/tiny-Qwen3ForCausalLM": Model("Qwen3ForCausalLM", "Qwen3Config", _decoder(head_dim=4)),
     "hf-internal-testing/tiny-random-MistralForCausalLM": Model("MistralForCausalLM", "MistralConfig", _decoder()),

@@ -18,6 +18,16 @@ with FanLoRA and PARA in place of LoRA: `peft.LoraConfig` is our configuration w
 tables hold our rows. FanLoRA has every row of LoRA's. PARA has those whose options it has too, under its own names, and
 whose targets are linear layers. No file of PEFT is changed. The models of the Hub have tiny stand-ins with random weights.
 
+A few rows are changed before they run:
+
+| rows | change | why |
+|---|---|---|
+| model cards | no `lora` tag | the Hub knows PEFT's own type LORA by it |
+| FanLoRA, feature extraction, no target modules | the pooler is left out | "all-linear" has it, and feature extraction does not use it |
+| FanLoRA, aLoRA, no target modules | OPT's MLP is left out | it sees the tokens of all sequences in one row, where PEFT's aLoRA cannot find the invocation tokens |
+| PARA, causal models | `prompt_end_token_ids=[1]` | the tests train without labels, so that nothing else tells where a prompt ends |
+| PARA, the MLP without tokens | `pooling="mean"` | attention has nothing to choose in a row of one vector |
+
 | outcome | meaning |
 |---|---|
 | passed | the test made a configuration of ours and passed |

@@ -114,18 +114,18 @@ class ParaConfig(PeftConfig):
             raise ValueError(f"para_dropout={self.para_dropout!r} is not a probability below 1: pass 0 <= p < 1.")
 
     def _check_targets(self) -> None:
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"`{name}` cannot be used when `target_modules` is a str. {name}={value!r} selects among named "
+                    f"modules, but target_modules={self.target_modules!r} is a pattern: name the modules in a list, or "
+                    "put the layers into the pattern."
+                )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
                 f"layers_pattern={self.layers_pattern!r} has no effect without it: pass layers_to_transform=[…] too, or "
                 "leave layers_pattern out."
-            )
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                "`layers_to_transform` cannot be used when `target_modules` is a str. "
-                f"layers_to_transform={self.layers_to_transform!r} selects among named modules, but "
-                f"target_modules={self.target_modules!r} is a pattern: name the modules in a list, "
-                "or put the layers into the pattern."
             )
 
     def _check_prompt_end(self) -> None:
