@@ -421,7 +421,7 @@ def test_what_fails_leaves_no_hook_and_says_why() -> None:
         hooks.append(num_hooks(model))
     assert hooks == hooks[:1] * 3
     for names, message in [
-        (["thrid", "default"], r"adapter_names has \['thrid'\], but the adapters are .*'two'.*__base__"),
+        (["thrid", "default"], r"non-existing adapter\(s\): thrid. The adapters are .*'two'.*__base__"),
         (["default"] * 3, "adapter_names has 3 names, but the call has 2 rows"),
         (["default"], "adapter_names has 1 names, but the call has 2 rows"),
         ("default", "pass a list with the adapter's name for each row"),
@@ -433,7 +433,7 @@ def test_what_fails_leaves_no_hook_and_says_why() -> None:
             model.generate(input_ids=batch["input_ids"], adapter_names=names)
     with pytest.raises(IndexError):
         model(input_ids=batch["input_ids"] + 1000, adapter_names=["default", "two"])
-    with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
+    with pytest.raises(ValueError, match=r"Call model.eval\(\) first"):
         model.train()(**batch, adapter_names=["default", "two"])
     assert num_hooks(model) == hooks[0]
     model.eval()

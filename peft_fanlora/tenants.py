@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, cast
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -60,11 +60,35 @@ class ServesTenants:
 
     model: Any
     active_adapters: list[str]
+    peft_config: dict[str, PeftConfig]
+    training: bool
 
     @cached_property
     def call_gate(self) -> CallGate:
         """Keeps calls of the model and changes of its tenants apart."""
         return CallGate()
+
+    def row_names(self, adapter_names: Any) -> tuple[str, ...]:
+        """Returns the adapter of each row as the caller names it, after checking that all are there.
+
+        Raises:
+            ValueError: the model is training, there is no adapter of some name, or these are no names.
+        """
+        if self.training:
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode: rows are mixed in inference only. Call "
+                "model.eval() first."
+            )
+        if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+            raise ValueError(f"adapter_names is {adapter_names!r}: pass a list with the adapter's name for each row.")
+        unknown = sorted(set(adapter_names) - self.peft_config.keys() - {BASE_ROWS})
+        if unknown or not adapter_names:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown) or 'no name at all'}. The adapters "
+                f"are {sorted(self.peft_config)}, and {BASE_ROWS!r} for the base model: load the adapter first, or "
+                "correct the name."
+            )
+        return tuple(adapter_names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, see `peft.PeftModel.delete_adapter`.

@@ -244,25 +244,6 @@ class _NoAdapters(Sequence[str]):
         return BASE_ROWS
 
 
-def row_names(names: Any, adapters: Mapping[str, Any], training: bool) -> tuple[str, ...]:
-    """Returns the adapter of each row as the caller names it, after checking that all are there.
-
-    Raises:
-        ValueError: the model is training, there is no adapter of some name, or these are no names.
-    """
-    if training:
-        raise ValueError("adapter_names mixes adapters in inference only: call model.eval() first.")
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"adapter_names is {names!r}; pass a list with the adapter's name for each row.")
-    unknown = sorted(set(names) - adapters.keys() - {BASE_ROWS})
-    if unknown or not names:
-        raise ValueError(
-            f"adapter_names has {unknown}, but the adapters are {sorted(adapters)}, and {BASE_ROWS!r} for the base "
-            "model: load the adapter first, or correct the name."
-        )
-    return tuple(names)
-
-
 def num_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
     """Returns the rows of a call's inputs; None where there are none to see."""
     inputs = _first_input(args, kwargs, _INPUTS)

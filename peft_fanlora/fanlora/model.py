@@ -22,7 +22,7 @@ from ..tenants import ServesTenants, changing
 from .config import FanLoraConfig
 from .gates import InitialFactors, factors
 from .importance import METHODS, Method, score
-from .mixed_batch import MixedBatches, num_inputs, row_names
+from .mixed_batch import MixedBatches, num_inputs
 from .modules import Module, adapted_layers, candidates, lora_modules, model_type, num_layers
 from .pruning import give_back, is_running, remove_adapter, rewrite_targets
 from .scores import ImportanceScores
@@ -104,7 +104,7 @@ class FanLoraModel(ServesTenants, LoraModel):
             if names is None:
                 yield
                 return
-            rows = row_names(names, self.peft_config, self.training)
+            rows = self.row_names(names)
             with self._mixed_batches.running(self.model, rows, num_inputs(args, kwargs)):
                 yield
 

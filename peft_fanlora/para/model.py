@@ -169,21 +169,11 @@ class ParaModel(ServesTenants, BaseTuner):
         if names is None:
             yield
             return
-        if self.training:
-            raise ValueError(
-                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
-            )
-        unknown = sorted(name for name in set(names) - {BASE_ROWS} if not self._state.knows(name))
-        if unknown:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The adapters are "
-                f"{sorted(self._state.adapter_names())}, and {BASE_ROWS!r} for the base model: load the adapter first, "
-                "or correct the name."
-            )
+        rows = self.row_names(names)
         with ExitStack() as stack:
-            stack.enter_context(self._state.mixing(tuple(names)))
+            stack.enter_context(self._state.mixing(rows))
             for module in self._modules_saved_whole:
-                own = [name if name in module._adapters else BASE_ROWS for name in names]
+                own = [name if name in module._adapters else BASE_ROWS for name in rows]
                 hook = partial(_pass_adapter_names, adapter_names=own)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield

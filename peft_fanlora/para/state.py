@@ -185,14 +185,6 @@ class ParaState:
         generators = (block.generator(name) for block in self.blocks.values() for name in adapters)
         return {generator.prompt_end for generator in generators if generator is not None}
 
-    def adapter_names(self) -> set[str]:
-        """Returns the names of all adapters."""
-        return {name for block in self.blocks.values() for name in block.owners}
-
-    def knows(self, adapter: str) -> bool:
-        """Says whether there is an adapter of this name."""
-        return any(adapter in block.owners for block in self.blocks.values())
-
     @contextmanager
     def using(self, call: PromptPass) -> Iterator[None]:
         """Makes a call the current one of this thread, for as long as the context lasts."""
