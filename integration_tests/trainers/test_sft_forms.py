@@ -61,6 +61,18 @@ def messages(row: int) -> dict[str, Any]:
     return {"messages": user(question(row)) + assistant(answer(row)) + user(question(row + 1)) + assistant(answer(2))}
 
 
+def tool_calling(row: int) -> dict[str, Any]:
+    """The answer takes a call of a tool first, and is what the tool says."""
+    function = {"name": f"w{40 + row % 3}", "arguments": {}}
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    result = {"role": "tool", "name": function["name"], "content": question(row + 1)}
+    tool = {"name": function["name"], "parameters": {"type": "object", "properties": {}}}
+    return {
+        "messages": [*user(question(row)), call, result, *assistant(answer(row))],
+        "tools": [{"type": "function", "function": tool}],
+    }
+
+
 def sharegpt(row: int) -> dict[str, Any]:
     return {"conversations": [{"from": "user", "value": question(row)}, {"from": "assistant", "value": answer(row)}]}
 
@@ -102,6 +114,7 @@ FORMS = [
     Form("SFT, messages", messages, end=END_OF_TURN),
     Form("SFT, messages, assistant_only_loss", messages, {"assistant_only_loss": True}),
     Form("SFT, messages, assistant_only_loss, packed", messages, {"assistant_only_loss": True, **PACKED}),
+    Form("SFT, tool calling", tool_calling, {"assistant_only_loss": True}),
     Form("SFT, ShareGPT conversations", sharegpt, end=END_OF_TURN),
     Form("SFT, prompt-completion", prompt_completion),
     Form("SFT, prompt-completion, packed", prompt_completion, PACKED),

@@ -18,7 +18,9 @@ from peft_fanlora import FanLoraConfig, ParaConfig
 METHODS = ("FanLoRA", "PARA")
 ROWS = 16
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}<s> assistant {% generation %}{{ m.content }} </s>"
+    "{% if tools %}<s> tools {{ tools[0].function.name }} </s>{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<s> assistant {% generation %}"
+    "{{ m.tool_calls[0].function.name if m.tool_calls else m.content }} </s>"
     "{% endgeneration %}{% else %}<s> {{ m.role }} {{ m.content }} </s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<s> assistant {% endif %}"
 )
