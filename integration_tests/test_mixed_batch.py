@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from tiny_models import TINY, adapted, logits, randomize
@@ -83,7 +84,10 @@ class Products(TorchDispatchMode):
 
 
 def num_hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
+        for module in model.modules()
+    )
 
 
 @pytest.mark.support("mixed batches (`adapter_names`)")
@@ -452,6 +456,18 @@ def test_unloading_leaves_nothing_behind() -> None:
     check_rows(twin)
     assert num_hooks(twin) == num_hooks(model) > 0
     assert num_hooks(twin.unload()) == num_hooks(model.merge_and_unload()) == 0
+
+
+@pytest.mark.parametrize("first", ["accelerate", "mixed batch"])
+def test_a_layer_whose_forward_accelerate_has_replaced_mixes_too(first: str) -> None:
+    model = tenants()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    if first == "mixed batch":
+        check_rows(model)
+    add_hook_to_module(layer, ModelHook())
+    check_rows(model)
+    remove_hook_from_module(layer)
+    check_rows(model)
 
 
 def test_names_have_no_effect_while_adapters_are_disabled() -> None:
