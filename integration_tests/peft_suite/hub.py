@@ -170,7 +170,8 @@ MODELS: dict[str, Model] = {
     "trl-internal-testing/tiny-Llama4ForCausalLM": Model(
         "Llama4ForCausalLM",
         "Llama4TextConfig",
-        _decoder(num_local_experts=4, head_dim=8, intermediate_size_mlp=32, attention_chunk_size=64),
+        _decoder(hidden_size=16, intermediate_size=32, num_local_experts=4, head_dim=8)
+        | {"intermediate_size_mlp": 32, "attention_chunk_size": 64},
     ),
     "peft-internal-testing/tiny-random-BertModel": Model(
         "BertForPreTraining",

@@ -18,7 +18,7 @@ with FanLoRA and PARA in place of LoRA: `peft.LoraConfig` is our configuration w
 tables hold our rows. FanLoRA has every row of LoRA's. PARA has those whose options it has too, under its own names, and
 whose targets are linear layers. No file of PEFT is changed. The models of the Hub have tiny stand-ins with random weights.
 
-A few rows are changed before they run:
+Each test starts from the same random seed. A few rows are changed before they run:
 
 | rows | change | why |
 |---|---|---|
