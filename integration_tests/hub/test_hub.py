@@ -11,8 +11,8 @@ from clients import client
 from huggingface_hub import constants
 from loopback import Hub, serve
 from peft import PeftModel, get_peft_model
-from tiny_models import TINY, adapted, logits, randomize, tokenizer
-from transformers import LlamaForCausalLM
+from tiny_models import TINY, adapted, logits, randomize, sentences, tokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, load_tenant
 
@@ -116,6 +116,23 @@ def adapt_by_setting(base: Path, repo_id: str) -> list[str]:
     return sorted(model.peft_config["default"].target_modules)
 
 
+def train_and_publish(base: Path, output: Path, repo_id: str) -> None:
+    """Lets TRL's trainer upload, and the model after it."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(str(output), use_cpu=True, max_steps=1, report_to="none", hub_model_id=repo_id)
+    arguments.hub_token = "my-token"
+    trainer = SFTTrainer(
+        trained("FanLoRA", base),
+        args=arguments,
+        train_dataset=Dataset.from_dict({"text": sentences(8)}),
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    trainer.push_to_hub()
+    trainer.model.push_to_hub(repo_id, token="my-token", revision="with-our-part")
+
+
 def failure(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, str]:
     try:
         function(*args, **kwargs)
@@ -127,6 +144,7 @@ def failure(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[st
 # The tests.
 
 
+@pytest.mark.support("an adapter on the Hub")
 @both
 def test_an_adapter_goes_there_and_back(method: str, hub: Hub, run: Run, base: Path) -> None:
     expected = run(publish, method, base, "me/adapter", tags=["poems"])
@@ -205,6 +223,14 @@ def test_an_adapter_brings_its_setting(hub: Hub, run: Run, base: Path) -> None:
     card = hub.card("me/adapter")
     run(publish_setting, base, "me/adapter")
     assert hub.card("me/adapter") == card  # the adapter's card shows the setting already
+
+
+def test_trls_card_gets_a_part_when_the_model_is_pushed(hub: Hub, run: Run, base: Path, tmp_path: Path) -> None:
+    run(train_and_publish, base, tmp_path, "me/run")
+    by_trainer, by_model = hub.card("me/run"), hub.card("me/run", "with-our-part")
+    assert "# Model Card for run" in by_trainer and "peft_fanlora" not in by_trainer
+    assert "# Model Card for run" in by_model and 'PeftModel.from_pretrained(base, "me/run")' in by_model
+    assert "- trl\n" in by_model and "- fanlora\n" in by_model
 
 
 def test_a_setting_that_cannot_be_read_says_why(hub: Hub, run: Run, base: Path) -> None:

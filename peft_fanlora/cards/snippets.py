@@ -67,7 +67,7 @@ def base_model_of(model: nn.Module, config: PeftConfig) -> BaseModel:
     if not isinstance(model, PreTrainedModel):
         return BaseModel(name, None)
     own = type(model).__name__
-    loader = TASKS.get(str(config.task_type or ""), own if hasattr(transformers, own) else None)
+    loader = TASKS.get(config.task_type or "", own if hasattr(transformers, own) else None)
     has_labels = config.task_type in ("SEQ_CLS", "TOKEN_CLS")
     options = f", num_labels={model.config.num_labels}" if has_labels else ""
     if model.main_input_name != "input_ids" or name is None or loader is None:
