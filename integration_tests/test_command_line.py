@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import TINY, adapted, logits, sentences, tokenizer
 from transformers import PreTrainedModel
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
@@ -279,6 +281,14 @@ def test_a_choice_that_is_none_is_said_in_one_line(base_folder: Path, rows: Path
     options = ("--steps", 1, "--calibration-rows", 2, "--method", "weight_norm", "-o", tmp_path / "found")
     assert "keeps nothing or drops nothing" in refusal("find", base_folder, rows, *options, "--keep", 7)
     assert not (tmp_path / "found").exists()
+
+
+def test_the_page_names_the_commands() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text()
+    commands = get_command(app).commands
+    assert set(re.findall(r"^\| `peft-fanlora (\w+)", page, re.MULTILINE)) == commands.keys()
+    options = {option for command in commands.values() for made in command.params for option in made.opts}
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= options | {"--help"}
 
 
 def test_help_has_examples() -> None:

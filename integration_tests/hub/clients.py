@@ -12,7 +12,7 @@ from unittest import mock
 
 @contextmanager
 def client(url: str, home: Path, *, offline: bool = False) -> Iterator[Callable[..., Any]]:
-    """Runs functions in a process of its own, whose Hub is at `url` and whose cache is in `home`.
+    """Runs functions in a process of its own, whose Hub is at `url`, where "me" is signed in.
 
     Args:
         url: the address of the hub.
@@ -26,7 +26,7 @@ def client(url: str, home: Path, *, offline: bool = False) -> Iterator[Callable[
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_TOKEN": "my-token",
     }
     with mock.patch.dict(os.environ, environment):
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))

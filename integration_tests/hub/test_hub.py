@@ -80,7 +80,7 @@ def answer(model: PeftModel) -> list[Any]:
 
 def publish(method: str, base: Path, repo_id: str, seed: int = 0, **options: Any) -> list[Any]:
     model = trained(method, base, seed)
-    model.push_to_hub(repo_id, **{"token": "my-token", **options})
+    model.push_to_hub(repo_id, **options)
     return answer(model)
 
 
@@ -107,7 +107,7 @@ def made_setting(base: Path) -> FanLoraSetting:
 
 def publish_setting(base: Path, repo_id: str, **options: Any) -> FanLoraSetting:
     setting = made_setting(base)
-    setting.push_to_hub(repo_id, **{"token": "my-token", **options})
+    setting.push_to_hub(repo_id, **options)
     return setting
 
 
@@ -116,13 +116,23 @@ def adapt_by_setting(base: Path, repo_id: str) -> list[str]:
     return sorted(model.peft_config["default"].target_modules)
 
 
+def run_code(base: Path, code: str) -> None:
+    """Runs the code of a page, which begins where there are a model, its base model and a setting."""
+    import peft
+
+    import peft_fanlora
+
+    model = trained("FanLoRA", base)
+    names = {"model": model, "base": LlamaForCausalLM.from_pretrained(base), "setting": made_setting(base)}
+    exec(code, {**vars(peft), **vars(peft_fanlora), **names})
+
+
 def train_and_publish(base: Path, output: Path, repo_id: str) -> None:
     """Lets TRL's trainer upload, and the model after it."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     arguments = SFTConfig(str(output), use_cpu=True, max_steps=1, report_to="none", hub_model_id=repo_id)
-    arguments.hub_token = "my-token"
     trainer = SFTTrainer(
         trained("FanLoRA", base),
         args=arguments,
@@ -130,7 +140,7 @@ def train_and_publish(base: Path, output: Path, repo_id: str) -> None:
         processing_class=AutoTokenizer.from_pretrained(base),
     )
     trainer.push_to_hub()
-    trainer.model.push_to_hub(repo_id, token="my-token", revision="with-our-part")
+    trainer.model.push_to_hub(repo_id, revision="with-our-part")
 
 
 def failure(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, str]:
@@ -196,11 +206,11 @@ def test_revisions(method: str, hub: Hub, run: Run, base: Path) -> None:
 def test_a_private_repository_needs_its_token(method: str, hub: Hub, run: Run, base: Path) -> None:
     expected = run(publish, method, base, "me/secret", private=True)
     assert hub.repositories["me/secret"].private
-    for token in (None, "your-token", "no-token"):
+    for token in (False, "your-token", "no-token"):
         kind, message = run(failure, read, base, "me/secret", token=token)
         assert kind == "ValueError" and "Can't find 'adapter_config.json' at 'me/secret'" in message
-    assert run(read, base, "me/secret", token="my-token") == expected
-    for token, status in ((None, "401"), ("your-token", "403")):
+    assert run(read, base, "me/secret") == run(read, base, "me/secret", token="my-token") == expected
+    for token, status in ((False, "401"), ("your-token", "403")):
         kind, message = run(failure, publish, method, base, "me/secret", token=token)
         assert kind == "HfHubHTTPError" and status in message
 
@@ -225,6 +235,15 @@ def test_an_adapter_brings_its_setting(hub: Hub, run: Run, base: Path) -> None:
     assert hub.card("me/adapter") == card  # the adapter's card shows the setting already
 
 
+def test_the_code_about_sharing_runs(hub: Hub, run: Run, base: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "sharing.md").read_text()
+    code = "\n".join(part.partition("```")[0] for part in text.split("```python\n")[1:])
+    for repo_id in ("me/another-adapter", "me/my-adapter"):
+        run(publish, "FanLoRA", base, repo_id)
+    run(run_code, base, code.replace("hf_...", "my-token"))
+    assert hub.repositories.keys() == {"me/another-adapter", "me/my-adapter", "me/my-setting"}
+
+
 def test_trls_card_gets_a_part_when_the_model_is_pushed(hub: Hub, run: Run, base: Path, tmp_path: Path) -> None:
     run(train_and_publish, base, tmp_path, "me/run")
     by_trainer, by_model = hub.card("me/run"), hub.card("me/run", "with-our-part")
@@ -238,7 +257,7 @@ def test_a_setting_that_cannot_be_read_says_why(hub: Hub, run: Run, base: Path) 
     run(publish, "PARA", base, "me/para")
     cases = [
         ("me/nothing", {}, "RepositoryNotFoundError"),
-        ("me/secret", {}, "RepositoryNotFoundError"),
+        ("me/secret", {"token": False}, "RepositoryNotFoundError"),
         ("me/secret", {"token": "your-token"}, "RepositoryNotFoundError"),
         ("me/secret", {"token": "no-token"}, "HfHubHTTPError"),
         ("me/secret", {"token": "my-token", "revision": "v9"}, "RevisionNotFoundError"),

@@ -40,7 +40,7 @@ class Part:
 
 def tags_in(folder: Path) -> list[str]:
     """Returns the tags of a folder's card, none where it has no card."""
-    return list(_read(folder).data.tags or ())
+    return list(_read(folder).data.get("tags") or ())
 
 
 def has_part(folder: Path, subject: str) -> bool:
@@ -51,7 +51,7 @@ def has_part(folder: Path, subject: str) -> bool:
 def add_tags(folder: Path, tags: Iterable[str]) -> None:
     """Adds tags to a folder's card."""
     card = _read(folder)
-    card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
+    card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *tags]))
     card.save(folder / CARD_NAME)
 
 
@@ -68,7 +68,7 @@ def write(folder: Path, part: Part, *, is_new: bool, tags: Iterable[str] = ()) -
     for key, value in part.metadata:
         if value and not card.data.get(key):
             card.data[key] = value
-    card.data.tags = list(dict.fromkeys([*tags, *(card.data.tags or ()), *part.tags]))
+    card.data["tags"] = list(dict.fromkeys([*tags, *(card.data.get("tags") or ()), *part.tags]))
     _forget_local_base_model(card)
     mine = f"{_begin(part.subject)}\n\n{part.text.strip()}\n\n{_END}"
     parts = list(_ANY_PART.finditer(card.text))
@@ -103,7 +103,7 @@ def _read(folder: Path) -> ModelCard:
 
 def _forget_local_base_model(card: ModelCard) -> None:
     """Takes a base model that is a folder, or nameless, out of the metadata: the Hub accepts ids alone there."""
-    base = card.data.base_model
+    base = card.data.get("base_model")
     if isinstance(base, str) and (not base or Path(base).is_dir()):
-        card.data.base_model = None
-        card.data.tags = [tag for tag in card.data.tags or () if tag != f"base_model:adapter:{base}"]
+        card.data["base_model"] = None
+        card.data["tags"] = [tag for tag in card.data.get("tags") or () if tag != f"base_model:adapter:{base}"]

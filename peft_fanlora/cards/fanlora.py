@@ -23,7 +23,7 @@ _FACTS = {
     "num_tokens": "label tokens it was averaged over",
     "num_points": "points of the path",
     "num_batches": "calibration batches",
-    "strategy": "chosen by",
+    "strategy": "strategy",
     "modules_per_layer": "modules kept a layer",
     "keep": "kept",
     "groups": "packed groups kept together",

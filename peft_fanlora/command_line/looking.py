@@ -81,7 +81,7 @@ def compare(first: str, second: str, as_json: bool) -> None:
         "shared": f"{len(both)}, {content['overlap']:.0%} of those that either keeps",
         "rank correlation of the scores": "no scores" if correlation is None else f"{correlation:.2f}",
     }
-    show_facts("", facts)
+    show_facts("two settings", facts)
     with_stack = len(one.num_layers) > 1
     grouped = [layers_by_role(modules, with_stack=with_stack) for modules in (one.kept, other.kept)]
     roles = list(dict.fromkeys(role for layers in grouped for role in layers))

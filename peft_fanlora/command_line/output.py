@@ -48,23 +48,25 @@ def show_json(content: Mapping[str, Any]) -> None:
 
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:
     """Prints names and values."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(show_header=False)
     for name, value in facts.items():
         is_count = isinstance(value, int) and not isinstance(value, bool)
         table.add_row(name, f"{value:,}" if is_count else str(value))
-    _print(table)
+    _print(title, table)
 
 
 def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Prints rows; all columns but the first and the last are numbers."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     columns = list(columns)
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position in (0, len(columns) - 1) else "right")
     for row in rows:
         table.add_row(*map(str, row))
-    _print(table)
+    _print(title, table)
 
 
-def _print(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else 110, highlight=False).print(table)
+def _print(title: str, table: Table) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console.print(title, style="bold", markup=False)
+    console.print(table)
