@@ -24,9 +24,10 @@ from .saved import SavedAdapter
 
 def write_cards() -> None:
     """Lets `PeftModel` save and upload our adapters with a card; to do so again does nothing."""
-    if not hasattr(PeftModel.save_pretrained, "writes_cards"):
-        PeftModel.save_pretrained = _saving(PeftModel.save_pretrained)
-        PeftModel.push_to_hub = _pushing(PeftModel.push_to_hub)
+    wrapped: Any = PeftModel
+    if not hasattr(wrapped.save_pretrained, "writes_cards"):
+        wrapped.save_pretrained = _saving(wrapped.save_pretrained)
+        wrapped.push_to_hub = _pushing(wrapped.push_to_hub)
 
 
 def _saving(save_pretrained: Callable[..., None]) -> Callable[..., None]:
@@ -78,7 +79,7 @@ def _ours(model: PeftModel, selected: Iterable[str] | None) -> list[str]:
 
 
 def _part(model: PeftModel, name: str, folder: Path, location: str) -> card.Part:
-    config = model.peft_config[name]
+    config: Any = model.peft_config[name]
     own_folder = folder if name == "default" else folder / name
     base = snippets.base_model_of(model.get_base_model(), config)
     if isinstance(config, FanLoraConfig):

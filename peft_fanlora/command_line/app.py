@@ -14,6 +14,7 @@ from .output import answers_in_one_line, quiet_stdout, show_json
 app = typer.Typer(
     help="Finds, shows, compares and exports FanLoRA settings, and times FanLoRA and PARA on your own model.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -53,7 +54,9 @@ def find(
     keep: Annotated[
         int, typer.Option(min=1, help='How many stay: modules of each layer, roles ("role"), modules ("global").')
     ] = 2,
-    groups: Annotated[bool, typer.Option(help="Keep Q, K, V (and gate, up) together or not at all.")] = False,
+    groups: Annotated[
+        bool, typer.Option("--groups", help="Keep Q, K, V (and gate, up) together or not at all.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the data and the start of LoRA.")] = 0,
     json: Json = False,
 ) -> None:

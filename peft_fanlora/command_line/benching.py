@@ -94,7 +94,7 @@ def bench(
         found = sources.setting(setting) if setting else _two_a_layer(base)
         contestants, missing = _contestants(base, found, tenants, rows, r)
         _time(contestants, rounds, base.config.get_text_config().vocab_size, (rows, prompt_length))
-    content = {
+    content: dict[str, Any] = {
         "model": model,
         "tenants": tenants,
         "batch_size": rows,

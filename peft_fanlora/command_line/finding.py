@@ -38,7 +38,7 @@ class Plan:
     def select(self, scores: ImportanceScores) -> FanLoraSetting:
         """Chooses the modules that stay."""
         how_many = {"modules_per_layer" if self.strategy == "layer" else "keep": self.keep}
-        return scores.select(strategy=self.strategy, groups=self.groups, **how_many)  # type: ignore[arg-type]
+        return scores.select(strategy=self.strategy, groups=self.groups, **how_many)
 
 
 def run(
