@@ -1,5 +1,6 @@
 """Model cards: their code runs as it stands, and what a user has written in them stays."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -54,20 +55,26 @@ def code_of(folder: Path) -> str:
 
 
 def run(code: str, folder: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-@both
-def test_the_code_runs_in_a_new_process(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    made(method, saved_base(tmp_path)).save_pretrained(tmp_path / "adapter")
-    code = code_of(tmp_path / "adapter")
-    assert f"import peft_fanlora  # makes {method} known to PEFT" in code
-    assert run(code, tmp_path).strip()
-    with pytest.raises(AssertionError, match=f"KeyError: .*{method.upper()}"):
-        run(code.replace("import peft_fanlora", "import peft"), tmp_path)
+def test_the_code_runs_in_a_new_process(tmp_path: Path) -> None:
+    for method in ("FanLoRA", "PARA"):
+        made(method, saved_base(tmp_path)).save_pretrained(tmp_path / method)
+        assert f"import peft_fanlora  # makes {method} known to PEFT" in code_of(tmp_path / method)
+    assert len(run(f"{code_of(tmp_path / 'FanLoRA')}\n{code_of(tmp_path / 'PARA')}", tmp_path).splitlines()) == 2
+
+
+def test_the_error_without_the_import_is_the_one_that_the_card_names(tmp_path: Path) -> None:
+    code = "from peft import PeftConfig"
+    for method in ("FanLoRA", "PARA"):
+        made(method, saved_base(tmp_path)).save_pretrained(tmp_path / method)
+        assert f"stops with `KeyError: '{method.upper()}'`" in text_of(tmp_path / method)
+        code += f"\ntry: PeftConfig.from_pretrained({method!r})\nexcept Exception as error: print(repr(error))"
+    assert run(code, tmp_path) == "KeyError('FANLORA')\nKeyError('PARA')\n"
 
 
 @both

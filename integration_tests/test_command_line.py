@@ -1,9 +1,7 @@
 """The command line, on tiny models in folders."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +16,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
+from peft_fanlora.command_line import main
 from peft_fanlora.command_line.app import app
 
 
@@ -299,11 +298,16 @@ def test_help_has_examples() -> None:
     assert invoke("show").exit_code == invoke("find", "a", "b", "--steps", "0").exit_code == 2
 
 
-def test_without_its_packages_the_command_says_what_to_install(tmp_path: Path) -> None:
-    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('No module named typer', name='typer')")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])}
-    code = "from peft_fanlora.command_line import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == "The command line needs typer: pip install 'peft-fanlora[cli]'"
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("package", ["rich", "typer"])
+def test_without_its_packages_the_command_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("peft_fanlora.command_line.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=f"^The command line needs {package}: pip install 'peft-fanlora\\[cli\\]'$"):
+        main()
+
+
+def test_find_says_that_it_needs_trl(base_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert "find trains with TRL: pip install 'peft-fanlora[cli,trl]'" in refusal("find", base_folder, rows)

@@ -301,18 +301,22 @@ def test_a_setting_that_cannot_be_read_says_why(hub: Hub, run: Run, base: Path) 
     assert kind == "FileNotFoundError"
 
 
-@both
-def test_offline_from_the_cache(method: str, hub: Hub, run: Run, base: Path, home: Path) -> None:
-    expected = run(publish, method, base, "me/cached")
-    assert run(read, base, "me/cached") == expected
+def test_offline_from_the_cache(hub: Hub, run: Run, base: Path, home: Path) -> None:
+    expected = {}
+    for method in ("FanLoRA", "PARA"):
+        expected[method] = run(publish, method, base, f"me/{method}")
+        assert run(read, base, f"me/{method}") == expected[method]
+    run(FanLoraSetting.from_pretrained, "me/FanLoRA")
     hub.requests.clear()
     with client(hub.url, home, offline=True) as offline:
-        assert offline(read, base, "me/cached") == expected
+        for method in expected:
+            assert offline(read, base, f"me/{method}") == expected[method]
+        assert offline(FanLoraSetting.from_pretrained, "me/FanLoRA").names == made_setting(base).names
         kind, message = offline(failure, read, base, "me/not-cached")
         assert kind == "ValueError" and "me/not-cached" in message
         kind, message = offline(failure, FanLoraSetting.from_pretrained, "me/not-cached")
         assert kind == "FileNotFoundError" and "LocalEntryNotFoundError" in message
-        kind, message = offline(failure, publish, method, base, "me/new")
+        kind, message = offline(failure, publish, "PARA", base, "me/new")
         assert kind == "OfflineModeIsEnabled"
     assert hub.requests == []
 

@@ -31,6 +31,11 @@ _FACTS = {
     "peft_version": "PEFT",
     "transformers_version": "transformers",
 }
+_PROVENANCE = (
+    "That LoRA goes on all linear layers, is scored module by module and keeps only the most critical modules of each "
+    "layer is FanLoRA's ([Tian et al., EMNLP 2024](https://doi.org/10.18653/v1/2024.emnlp-industry.38)); the formula "
+    "of the score is that of `peft_fanlora`, since the paper's could not be read."
+)
 
 
 def adapter_part(saved: SavedAdapter[FanLoraConfig], base: snippets.BaseModel, location: str) -> Part:
@@ -111,13 +116,6 @@ def _of_setting(setting: FanLoraSetting | None, folder: Path, subfolder: str | N
         return image
     rows = [f"| {name} | {_cell(value)} |" for name, value in facts_of(setting.calibration).items()]
     return [*image, "### Calibration", "\n".join(["| | |", "|---|---|", *rows])]
-
-
-_PROVENANCE = (
-    "That LoRA goes on all linear layers, is scored module by module and keeps only the most critical modules of each "
-    "layer is FanLoRA's ([Tian et al., EMNLP 2024](https://doi.org/10.18653/v1/2024.emnlp-industry.38)); the formula "
-    "of the score is that of `peft_fanlora`, since the paper's could not be read."
-)
 
 
 def _cell(value: Any) -> str:

@@ -8,7 +8,8 @@ def main() -> None:
     try:
         from .app import app
     except ModuleNotFoundError as error:
-        if error.name not in ("rich", "typer"):
+        package = (error.name or "").partition(".")[0]
+        if package not in ("rich", "typer"):
             raise
-        sys.exit(f"The command line needs {error.name}: pip install 'peft-fanlora[cli]'")
+        sys.exit(f"The command line needs {package}: pip install 'peft-fanlora[cli]'")
     app()
