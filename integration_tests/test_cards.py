@@ -132,6 +132,16 @@ def test_what_a_fanlora_card_says(tmp_path: Path) -> None:
     assert "license" not in data  # the user's to choose
 
 
+def test_a_converted_adapter_is_shown_as_it_was_saved(tmp_path: Path) -> None:
+    """PEFT converts a PiSSA adapter to one of twice the rank, and its model keeps the old one."""
+    initial = made("FanLoRA", saved_base(tmp_path), init_lora_weights="pissa")
+    initial.peft_config["default"].init_lora_weights = True
+    initial.save_pretrained(tmp_path / "initial")
+    model = made("FanLoRA", saved_base(tmp_path), init_lora_weights="pissa")
+    model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    assert "r = 8 and α = 16" in text_of(tmp_path / "adapter")
+
+
 def test_what_a_para_card_says(tmp_path: Path) -> None:
     made("PARA", saved_base(tmp_path), prompt_end_token_ids=[5, 6]).save_pretrained(tmp_path / "adapter")
     text = text_of(tmp_path / "adapter")

@@ -74,13 +74,17 @@ def _pushing(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
 def _ours(model: PeftModel, selected: Iterable[str] | None) -> list[str]:
     """Returns the names of those adapters that are to be saved and are FanLoRA's or PARA's, "default" first."""
     configs = model.peft_config
-    names = [name for name in selected or configs if isinstance(configs.get(name), FanLoraConfig | ParaConfig)]
+    names = [
+        name
+        for name in (configs if selected is None else selected)
+        if isinstance(configs.get(name), FanLoraConfig | ParaConfig)
+    ]
     return sorted(names, key=lambda name: name != "default")
 
 
 def _part(model: PeftModel, name: str, folder: Path, location: str) -> card.Part:
-    config: Any = model.peft_config[name]
     own_folder = folder if name == "default" else folder / name
+    config: Any = type(model.peft_config[name]).from_pretrained(str(own_folder))  # PEFT may have saved it converted
     base = snippets.base_model_of(model.get_base_model(), config)
     if isinstance(config, FanLoraConfig):
         return fanlora.adapter_part(SavedAdapter(config, own_folder, name), base, location)

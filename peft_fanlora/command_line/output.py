@@ -17,10 +17,7 @@ _FOR_USERS = (ValueError, OSError, NotImplementedError, ModuleNotFoundError)
 
 
 def answers_in_one_line(command: Command) -> Command:
-    """Lets a command print errors that a user can put right as one line, with the exit code 1.
-
-    What libraries print on the way goes to stderr, so that stdout has the answer alone.
-    """
+    """Lets a command print errors that a user can put right as one line, with the exit code 1."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -37,7 +34,7 @@ def answers_in_one_line(command: Command) -> Command:
 
 
 def quiet_stdout() -> redirect_stdout:
-    """Sends what is printed in the context to stderr."""
+    """Sends what libraries print in the context to stderr, so that stdout has the answer alone."""
     return redirect_stdout(sys.stderr)
 
 
