@@ -171,22 +171,3 @@ def test_the_budget_of_llama_2_7b() -> None:
         base = LlamaForCausalLM(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32))
     names = [f"model.layers.{layer}.{role}" for layer in range(32) for role in ("self_attn.v_proj", "mlp.up_proj")]
     assert FanLoraSetting.from_modules(base, names).rank_for_budget(base, num_parameters=20_000_000) == 27
-
-
-@pytest.mark.support("a setting on the Hub")
-def test_push_to_hub_uploads_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import HfApi
-
-    calls: list[tuple[str, Any]] = []
-
-    def upload(self: HfApi, *, repo_id: str, folder_path: str, commit_message: str) -> str:
-        calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
-        return "commit"
-
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: calls.append((repo_id, kwargs)))
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    assert scored().push_to_hub("me/my-setting", private=True) == "commit"
-    assert calls == [
-        ("me/my-setting", {"private": True, "exist_ok": True}),
-        ("me/my-setting", ["fanlora_setting.json"]),
-    ]

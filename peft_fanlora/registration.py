@@ -2,7 +2,8 @@
 
 PEFT looks a method up by its `PeftType`, an enumeration that it closes at import. `aenum.extend_enum` adds the members
 (so they are listed, compared, hashed and pickled like the built-in ones), and PEFT's own `register_peft_method` fills
-its tables. No file of PEFT is changed, and no function of it replaced.
+its tables. No file of PEFT is changed, and no function of it replaced here; `sharing` wraps two methods for the
+model cards.
 """
 
 from aenum import extend_enum

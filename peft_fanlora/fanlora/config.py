@@ -92,7 +92,7 @@ class FanLoraConfig(LoraConfig):
         """
         super().save_pretrained(save_directory, **kwargs)
         if isinstance(self.setting, FanLoraSetting):
-            self.setting.save_pretrained(save_directory)
+            self.setting.write(Path(save_directory))
         else:
             Path(save_directory, SETTING_NAME).unlink(missing_ok=True)
 

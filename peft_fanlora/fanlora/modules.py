@@ -116,6 +116,31 @@ def num_layers(model: nn.Module, modules: Iterable[Module]) -> dict[str, int]:
     return {stack: len(list(model.get_submodule(stack).children())) if stack else 1 for stack in stacks}
 
 
+def layers_by_role(modules: Iterable[Module], *, with_stack: bool) -> dict[str, list[int]]:
+    """Returns the layers of each role, the most frequent role first.
+
+    Args:
+        modules: the modules to group.
+        with_stack: whether to tell the stacks of a model apart, as in `encoder.block.*.layer.0.SelfAttention.q`.
+    """
+    layers: dict[str, list[int]] = {}
+    for module in modules:
+        role = f"{module.stack}.*.{module.role}" if with_stack else module.role
+        layers.setdefault(role, []).append(module.layer)
+    return dict(sorted(layers.items(), key=lambda item: -len(item[1])))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Writes 0, 1, 2, 5 as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
 def num_parameters_per_rank(module: Any) -> int:
     """Returns what one rank of LoRA costs on a linear layer: its number of input features plus that of its outputs."""
     if hasattr(module, "in_features"):

@@ -2,18 +2,21 @@
 
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft.utils import CONFIG_NAME
 from torch import nn
 
-from .modules import Module, candidates, model_type, num_layers, num_parameters_per_rank
+from ..cards import card
+from ..cards.fanlora import setting_part
+from ..hub import push
+from .modules import Module, candidates, layers_by_role, model_type, num_layers, num_parameters_per_rank, ranges
 
 
 SETTING_NAME = "fanlora_setting.json"
@@ -126,6 +129,32 @@ class FanLoraSetting:
         depths = {target: depths[target] for target in stacks.values()}
         return replace(self, kept=kept, dropped=dropped, num_layers=depths, model_type=model_type(model))
 
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the scores that the setting was chosen by, with a dot on each module that stays. Needs matplotlib.
+
+        Args:
+            path: the image file; its suffix says the format, as for `matplotlib.figure.Figure.savefig`.
+
+        Raises:
+            ValueError: the setting has no scores, as one that was written by hand.
+        """
+        if not self.is_scored:
+            raise ValueError(
+                "This FanLoRA setting has no scores to draw: it was made by hand or from a pruned adapter's weights. "
+                "What `scores.select(...)` returns has them."
+            )
+        from .plots import plot_modules
+
+        scores = {module: score for module, score in {**self.kept, **self.dropped}.items() if score is not None}
+        in_order = dict(sorted(scores.items(), key=lambda item: item[0].role))
+        how = f" by {self.calibration['method']}" if "method" in self.calibration else ""
+        plot_modules(in_order, path=path, title=f"Importance{how}; dots: the modules that stay", kept=self.kept)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the setting knows scores."""
+        return any(score is not None for score in (*self.kept.values(), *self.dropped.values()))
+
     def rank_for_budget(self, base: nn.Module, num_parameters: int) -> int:
         """Returns the rank at which LoRA on this setting's modules comes closest to a number of parameters.
 
@@ -194,9 +223,23 @@ class FanLoraSetting:
             dict(content.get("calibration", {})),
         )
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes `fanlora_setting.json`, which people can read and edit, into a folder that is made if needed."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *, shared_as: str | None = None) -> None:
+        """Writes `fanlora_setting.json`, which people can read and edit, into a folder that is made if needed.
+
+        A card goes beside it, except in the folder of an adapter: the adapter's card shows the setting.
+
+        Args:
+            save_directory: the folder.
+            shared_as: what the code in the card calls it; the folder's name unless given.
+        """
         folder = Path(save_directory)
+        self.write(folder)
+        if not (folder / CONFIG_NAME).exists() and not card.has_part(folder, "adapter "):
+            part = setting_part(self, folder, shared_as or folder.resolve().name)
+            card.write(folder, part, is_new=not (folder / card.CARD_NAME).exists())
+
+    def write(self, folder: Path) -> None:
+        """Writes `fanlora_setting.json` alone."""
         if folder.is_file():
             raise NotADirectoryError(f"{folder} is a file; pass the folder that the setting shall be saved in.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -236,17 +279,13 @@ class FanLoraSetting:
 
         Args:
             repo_id: such as `me/my-setting`; an adapter's repository can hold its setting as well.
-            kwargs: `token`, `private`; all others go to `huggingface_hub.HfApi.upload_folder`.
+            kwargs: `token`, `private`, `revision`; all others go to `huggingface_hub.HfApi.upload_folder`.
 
         Returns:
             What `huggingface_hub` says of the commit.
         """
-        api = HfApi(token=kwargs.pop("token", None))
-        api.create_repo(repo_id, private=kwargs.pop("private", None), exist_ok=True)
         kwargs.setdefault("commit_message", "Upload FanLoRA setting")
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
+        return push(lambda folder, full_id: self.save_pretrained(folder, shared_as=full_id), repo_id, **kwargs)
 
     def __repr__(self) -> str:
         return f"FanLoraSetting({len(self.kept)} modules kept, model_type={self.model_type!r})"
@@ -255,13 +294,9 @@ class FanLoraSetting:
         """A small table: for each role the layers that keep it, the most frequent role first."""
         of_all = f" of {len(self.kept) + len(self.dropped)}" if self.dropped else ""
         how = f", by {self.calibration['method']}" if "method" in self.calibration else ""
-        layers: dict[str, list[int]] = {}
-        for module in self.kept:
-            role = module.role if len(self.num_layers) == 1 else f"{module.stack}.*.{module.role}"
-            layers.setdefault(role, []).append(module.layer)
+        layers = layers_by_role(self.kept, with_stack=len(self.num_layers) > 1)
         width = max(map(len, layers))
-        by_count = sorted(layers.items(), key=lambda item: -len(item[1]))
-        rows = [f"{role:<{width}}  {len(found):>5}  {_ranges(found)}" for role, found in by_count]
+        rows = [f"{role:<{width}}  {len(found):>5}  {ranges(found)}" for role, found in layers.items()]
         title = f"FanLoRA setting: {len(self.kept)}{of_all} modules{how}"
         return "\n".join([title, f"{'role':<{width}}  count  layers", *rows])
 
@@ -300,7 +335,8 @@ def _download(repo_id: str, subfolder: str | None, download_kwargs: dict[str, An
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"There is no {SETTING_NAME} in {repo_id!r}: it is neither a folder with a saved setting nor a Hub "
-            f"repository that could be read ({type(error).__name__}). An adapter that was never pruned has no setting."
+            f"repository that could be read ({type(error).__name__}). An adapter that was never pruned has no setting; a "
+            "private repository needs a `token`."
         ) from error
 
 
@@ -309,14 +345,3 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if repeated:
         raise ValueError(f"{repeated[0]!r} stands twice in the FanLoRA setting; remove one of the two entries.")
     return dict(pairs)
-
-
-def _ranges(numbers: list[int]) -> str:
-    """Writes 0, 1, 2, 5 as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,0 +1,1 @@
+"""Model cards: what a shared adapter or setting says about itself."""

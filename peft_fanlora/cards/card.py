@@ -1,0 +1,109 @@
+"""A card's file: its parts by this package are written anew at each save, all else in it is the user's."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+
+CARD_NAME = "README.md"
+_END = "<!-- peft_fanlora: end -->"
+_ANY_PART = re.compile("<!-- peft_fanlora: (?!end).*?" + re.escape(_END), re.DOTALL)
+_INVITATION = (
+    "## About\n\n"
+    "*Say here what this is for, which data it was trained on and how good it is; the licence goes into the metadata. "
+    "This text is yours and stays as you write it.*"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a card says of one thing.
+
+    Attributes:
+        subject: which thing, such as "adapter default"; a later save finds its part by this.
+        title: the heading of a card that this is the first part of.
+        text: the Markdown.
+        tags: what the Hub lists it under.
+        metadata: what the card's metadata says where it does not say so already.
+    """
+
+    subject: str
+    title: str
+    text: str
+    tags: tuple[str, ...]
+    metadata: tuple[tuple[str, Any], ...] = ()
+
+
+def tags_in(folder: Path) -> list[str]:
+    """Returns the tags of a folder's card, none where it has no card."""
+    return list(_read(folder).data.get("tags") or ())
+
+
+def has_part(folder: Path, subject: str) -> bool:
+    """Whether a folder's card has a part whose subject begins so."""
+    return _begin(subject, closed=False) in _read(folder).text
+
+
+def add_tags(folder: Path, tags: Iterable[str]) -> None:
+    """Adds tags to a folder's card."""
+    card = _read(folder)
+    card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *tags]))
+    card.save(folder / CARD_NAME)
+
+
+def write(folder: Path, part: Part, *, is_new: bool, tags: Iterable[str] = ()) -> None:
+    """Writes a part into a folder's card, in the place of its last version if there is one.
+
+    Args:
+        folder: where the card is; PEFT may have written one there in the same save.
+        part: what to write.
+        is_new: there was no card before this save. PEFT's template then gives way, all but the versions.
+        tags: tags that the card has to have beside the part's: PEFT drops those that a user has added.
+    """
+    card = _read(folder)
+    for key, value in part.metadata:
+        if value and not card.data.get(key):
+            card.data[key] = value
+    card.data["tags"] = list(dict.fromkeys([*tags, *(card.data.get("tags") or ()), *part.tags]))
+    _forget_local_base_model(card)
+    mine = f"{_begin(part.subject)}\n\n{part.text.strip()}\n\n{_END}"
+    parts = list(_ANY_PART.finditer(card.text))
+    earlier = next((found for found in parts if found.group().startswith(_begin(part.subject))), None)
+    if is_new:
+        _, heading, versions = card.text.partition("### Framework versions")
+        pieces = [f"# {part.title}", mine, _INVITATION, heading + versions]
+        card.text = "\n" + "\n\n".join(piece.strip() for piece in pieces if piece)
+    elif earlier is not None:
+        card.text = card.text[: earlier.start()] + mine + card.text[earlier.end() :]
+    elif parts:
+        card.text = f"{card.text[: parts[-1].end()]}\n\n{mine}{card.text[parts[-1].end() :]}"
+    else:
+        card.text = f"{card.text.rstrip()}\n\n{mine}"
+    card.text = card.text.rstrip() + "\n"  # which PEFT takes off each time
+    card.save(folder / CARD_NAME)
+
+
+def _begin(subject: str, closed: bool = True) -> str:
+    start = f"<!-- peft_fanlora: {subject}"
+    return (
+        f"{start}. Each save writes this anew, down to the next such line; your own text goes outside. -->"
+        if closed
+        else start
+    )
+
+
+def _read(folder: Path) -> ModelCard:
+    file = folder / CARD_NAME
+    return ModelCard(file.read_text(encoding="utf-8") if file.exists() else "---\n{}\n---\n")
+
+
+def _forget_local_base_model(card: ModelCard) -> None:
+    """Takes a base model that is a folder, or nameless, out of the metadata: the Hub accepts ids alone there."""
+    base = card.data.get("base_model")
+    if isinstance(base, str) and (not base or Path(base).is_dir()):
+        card.data["base_model"] = None
+        card.data["tags"] = [tag for tag in card.data.get("tags") or () if tag != f"base_model:adapter:{base}"]

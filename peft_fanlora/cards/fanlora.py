@@ -1,0 +1,126 @@
+"""What a card says of a FanLoRA adapter and of a FanLoRA setting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..fanlora.modules import Module, layers_by_role, ranges
+from . import snippets
+from .card import Part
+
+
+if TYPE_CHECKING:
+    from ..fanlora.config import FanLoraConfig
+    from ..fanlora.setting import FanLoraSetting
+    from ..saved import SavedAdapter
+
+HEAT_MAP = "fanlora_importance.png"
+_FACTS = {
+    "method": "score",
+    "num_tokens": "label tokens it was averaged over",
+    "num_points": "points of the path",
+    "num_batches": "calibration batches",
+    "strategy": "strategy",
+    "modules_per_layer": "modules kept a layer",
+    "keep": "kept",
+    "groups": "packed groups kept together",
+    "base_model_name_or_path": "scored on",
+    "peft_version": "PEFT",
+    "transformers_version": "transformers",
+}
+_PROVENANCE = (
+    "That LoRA goes on all linear layers, is scored module by module and keeps only the most critical modules of each "
+    "layer is FanLoRA's ([Tian et al., EMNLP 2024](https://doi.org/10.18653/v1/2024.emnlp-industry.38)); the formula "
+    "of the score is that of `peft_fanlora`, since the paper's could not be read."
+)
+
+
+def adapter_part(saved: SavedAdapter[FanLoraConfig], base: snippets.BaseModel, location: str) -> Part:
+    """Returns what a card says of an adapter, and draws the heat map beside it.
+
+    Args:
+        saved: the adapter as it was written.
+        base: its base model.
+        location: its folder or id, as the code names it.
+    """
+    config = saved.config
+    setting: Any = config.setting  # read and made a FanLoraSetting by the configuration itself
+    modules = saved.modules
+    of_all = f" of {len(setting.kept) + len(setting.dropped)}" if setting is not None and setting.dropped else ""
+    how = "; it was not pruned" if setting is None else ", chosen by a score [1]" if setting.is_scored else ""
+    size = f" It has {saved.num_parameters:,} parameters." if saved.num_parameters else ""
+    pieces = [
+        f"FanLoRA: LoRA with r = {config.r} and α = {config.lora_alpha:g} on {len(modules)}{of_all} linear layers{how}."
+        + size,
+        _code(snippets.use_adapter("FanLoRA", base, location, saved.subfolder)),
+        "It needs `pip install peft-fanlora`; without the import PEFT stops with `KeyError: 'FANLORA'`.",
+        "### Modules",
+        module_table(modules, len({module.stack for module in modules}) > 1),
+        *_of_setting(setting, saved.folder, saved.subfolder),
+        "### Without this package",
+        'As an ordinary LoRA adapter, written by `peft_fanlora.export_lora(model, "plain-lora")`, it loads in PEFT '
+        "without `peft_fanlora` and in engines that serve LoRA, such as vLLM, with the same output. What plain LoRA "
+        "can't say, such as DoRA, is refused there.",
+    ]
+    if setting is not None and setting.is_scored:
+        pieces.append("[1] " + _PROVENANCE)
+    return Part(f"adapter {saved.name}", "FanLoRA adapter", "\n\n".join(pieces), ("fanlora", "peft-fanlora"))
+
+
+def setting_part(setting: FanLoraSetting, folder: Path, location: str) -> Part:
+    """Returns what a card says of a setting that is shared by itself, and draws the heat map beside it."""
+    base = snippets.base_model_of_setting(setting.calibration.get("base_model_name_or_path"), setting.model_type)
+    of_all = f" of {len(setting.kept) + len(setting.dropped)}" if setting.dropped else ""
+    pieces = [
+        f"A FanLoRA setting: which {len(setting.kept)}{of_all} linear layers of a model of type "
+        f"`{setting.model_type}` LoRA goes on. It serves new tasks on models of that family, other depths included.",
+        _code(snippets.use_setting(base, location)),
+        "It needs `pip install peft-fanlora`.",
+        "### Modules",
+        module_table(setting.kept, len(setting.num_layers) > 1),
+        *_of_setting(setting, folder, None),
+        _PROVENANCE,
+    ]
+    metadata = (("library_name", "peft"), ("base_model", base.name))
+    tags = ("fanlora", "fanlora-setting", "peft-fanlora")
+    return Part("setting", "FanLoRA setting", "\n\n".join(pieces), tags, metadata)
+
+
+def module_table(modules: Iterable[Module], with_stack: bool) -> str:
+    """Returns the modules as a Markdown table: role, how many layers have it, which."""
+    roles = layers_by_role(modules, with_stack=with_stack)
+    rows = [f"| `{role}` | {len(layers)} | {ranges(layers)} |" for role, layers in roles.items()]
+    return "\n".join(["| role | layers | which |", "|---|---:|---|", *rows])
+
+
+def facts_of(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the calibration facts under names for people."""
+    named = {label: calibration[key] for key, label in _FACTS.items() if calibration.get(key) not in (None, False)}
+    others = {key: value for key, value in calibration.items() if key not in _FACTS}
+    return {**named, **others}
+
+
+def _of_setting(setting: FanLoraSetting | None, folder: Path, subfolder: str | None) -> list[str]:
+    picture = folder / HEAT_MAP
+    if setting is None or not setting.is_scored or find_spec("matplotlib") is None:
+        picture.unlink(missing_ok=True)
+        image = []
+    else:
+        setting.plot(picture)
+        link = f"{subfolder}/{HEAT_MAP}" if subfolder else HEAT_MAP
+        image = [f"![Importance of each module; a dot marks those that stay]({link})"]
+    if setting is None or not setting.calibration:
+        return image
+    rows = [f"| {name} | {_cell(value)} |" for name, value in facts_of(setting.calibration).items()]
+    return [*image, "### Calibration", "\n".join(["| | |", "|---|---|", *rows])]
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"

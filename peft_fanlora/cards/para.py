@@ -1,0 +1,65 @@
+"""What a card says of a PARA adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import snippets
+from .card import Part
+
+
+if TYPE_CHECKING:
+    from ..para.config import ParaConfig
+    from ..saved import SavedAdapter
+
+
+def adapter_part(saved: SavedAdapter[ParaConfig], base: snippets.BaseModel, location: str) -> Part:
+    """Returns what a card says of an adapter.
+
+    Args:
+        saved: the adapter as it was written.
+        base: its base model.
+        location: its folder or id, as the code names it.
+    """
+    config = saved.config
+    size = f" It has {saved.num_parameters:,} parameters." if saved.num_parameters else ""
+    targets = config.target_modules
+    named = f"`{targets}`" if isinstance(targets, str) else ", ".join(f"`{name}`" for name in sorted(targets or ()))
+    pieces = [
+        "PARA: one small generator in each Transformer block reads the prompt once and makes vectors that scale the "
+        f"outputs of {named or 'the target modules'}, in every token that follows.{size}",
+        f"```python\n{snippets.use_adapter('PARA', base, location, saved.subfolder)}\n```",
+        "It needs `pip install peft-fanlora`; without the import PEFT stops with `KeyError: 'PARA'`. Since the vectors "
+        "depend on the prompt, it cannot be merged into the weights.",
+        "### Generator",
+        "\n".join(
+            [
+                "| width r | pooling | activation | layers |",
+                "|---:|---|---|---|",
+                f"| {config.r} | {config.pooling} | {config.activation} | "
+                f"{'all' if config.layers_to_transform is None else config.layers_to_transform} |",
+            ]
+        ),
+        "### How the prompt is found",
+        _prompt_end(config),
+        "The vector generator in each layer that responds to the prompt is PARA's "
+        "([Liu et al., EMNLP 2024](https://arxiv.org/abs/2502.01033)); the rules about where a prompt ends are those "
+        "of `peft_fanlora`.",
+    ]
+    return Part(f"adapter {saved.name}", "PARA adapter", "\n\n".join(pieces), ("para", "peft-fanlora"))
+
+
+def _prompt_end(config: ParaConfig) -> str:
+    if config.task_type == "SEQ_2_SEQ_LM":
+        return "The prompt is the encoder's whole input."
+    if config.task_type not in (None, "CAUSAL_LM"):
+        return "The prompt is the whole input."
+    rules = ["where the call passes a `prompt_mask`, what that marks;"]
+    if config.prompt_end_token_ids:
+        rules.append(
+            f"else everything up to and including the first match of the token ids `{list(config.prompt_end_token_ids)}`"
+            " (`prompt_end_token_ids`);"
+        )
+    rules.append("else, with labels, the leading run of tokens whose label is -100;")
+    rules.append("else, in inference, what is passed to `generate`, or to the call that fills the KV cache.")
+    return "\n".join(f"{number}. {rule}" for number, rule in enumerate(rules, 1))

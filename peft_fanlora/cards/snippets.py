@@ -1,0 +1,139 @@
+"""The code in a card, which runs as it stands."""
+
+from dataclasses import dataclass
+
+import transformers
+from peft import PeftConfig
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+
+TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_GENERATE = """\
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+output = model.generate(**inputs, max_new_tokens=20)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+_CALL = """\
+inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
+print(model(**inputs))"""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """How a card's code loads the base model.
+
+    Attributes:
+        name: the folder or the id; None where the model has none.
+        loader: the class of transformers; None for a model of another library.
+        options: further arguments, such as the number of labels.
+        use: the lines that use the model; none where its input is no text.
+    """
+
+    name: str | None
+    loader: str | None
+    options: str = ""
+    use: str = ""
+
+    @property
+    def lines(self) -> str:
+        """The line that makes `base`."""
+        if self.name is None or self.loader is None:
+            return "base = ...  # the model that the adapter was trained on"
+        return f'base = {self.loader}.from_pretrained("{self.name}"{self.options})'
+
+    @property
+    def imports(self) -> str:
+        """What has to be imported from transformers."""
+        names = [name for name in (self.loader, "AutoTokenizer" if self.use else None) if name]
+        return f"from transformers import {', '.join(names)}" if names and self.name else ""
+
+
+def base_model_of(model: nn.Module, config: PeftConfig) -> BaseModel:
+    """Returns how to load the base model of an adapter.
+
+    Args:
+        model: the base model.
+        config: the adapter's configuration.
+    """
+    name = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    if not isinstance(model, PreTrainedModel):
+        return BaseModel(name, None)
+    own = type(model).__name__
+    loader = TASKS.get(config.task_type or "", own if hasattr(transformers, own) else None)
+    has_labels = config.task_type in ("SEQ_CLS", "TOKEN_CLS")
+    options = f", num_labels={model.config.num_labels}" if has_labels else ""
+    if model.main_input_name != "input_ids" or name is None or loader is None:
+        return BaseModel(name, loader, options)
+    return BaseModel(name, loader, options, _GENERATE if model.can_generate() else _CALL)
+
+
+def base_model_of_setting(name: str | None, model_type: str | None) -> BaseModel:
+    """Returns how to load a model that a setting fits.
+
+    Args:
+        name: the folder or the id of the model that was scored.
+        model_type: its family.
+    """
+    generative = (
+        ("AutoModelForSeq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("AutoModel", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    )
+    return BaseModel(name, next((loader for loader, family in generative if model_type in family), "AutoModel"))
+
+
+def use_adapter(method: str, base: BaseModel, location: str, subfolder: str | None) -> str:
+    """Returns code that loads an adapter and uses it.
+
+    Args:
+        method: what PEFT calls the method.
+        base: the base model.
+        location: the adapter's folder or id.
+        subfolder: where in it, if not at its top.
+    """
+    where = f', subfolder="{subfolder}"' if subfolder else ""
+    lines = [
+        f"import peft_fanlora  # makes {method} known to PEFT",
+        "from peft import PeftModel",
+        base.imports,
+        "",
+        base.lines,
+        f'model = PeftModel.from_pretrained(base, "{location}"{where})',
+    ]
+    if base.use:
+        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{base.name}")', base.use]
+    return _without_gaps(lines)
+
+
+def use_setting(base: BaseModel, location: str) -> str:
+    """Returns code that makes a fresh adapter on a setting.
+
+    Args:
+        base: a model that the setting fits.
+        location: the setting's folder or id.
+    """
+    task = next((task for task, loader in TASKS.items() if loader == base.loader and loader != "AutoModel"), None)
+    task_type = f', task_type="{task}"' if task else ""
+    lines = [
+        "from peft import get_peft_model",
+        "from peft_fanlora import FanLoraConfig",
+        base.imports,
+        "",
+        base.lines,
+        f'model = get_peft_model(base, FanLoraConfig(setting="{location}", r=8{task_type}))',
+        "model.print_trainable_parameters()",
+    ]
+    return _without_gaps(lines)
+
+
+def _without_gaps(lines: list[str]) -> str:
+    code = "\n".join(line for line in lines if line or lines)
+    return code.replace("\n\n\n", "\n\n")

@@ -1,0 +1,15 @@
+"""`peft-fanlora`, the command line."""
+
+import sys
+
+
+def main() -> None:
+    """Runs the command line, or says what is missing for it."""
+    try:
+        from .app import app
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in ("rich", "typer"):
+            raise
+        sys.exit(f"The command line needs {package}: pip install 'peft-fanlora[cli]'")
+    app()

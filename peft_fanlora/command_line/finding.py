@@ -1,0 +1,136 @@
+"""`find`: steps (a) to (c) of FanLoRA on a model and a data set."""
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import set_seed
+
+from ..fanlora.config import FanLoraConfig
+from ..fanlora.importance import Method
+from ..fanlora.scores import ImportanceScores, Strategy
+from ..fanlora.setting import FanLoraSetting
+from . import sources
+from .output import show_facts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options of `find`; see the command's help."""
+
+    model: str
+    output: Path
+    steps: int
+    batch_size: int
+    learning_rate: float
+    max_length: int
+    r: int
+    method: Method
+    strategy: Strategy
+    keep: int
+    groups: bool
+    seed: int
+
+    def select(self, scores: ImportanceScores) -> FanLoraSetting:
+        """Chooses the modules that stay."""
+        how_many = {"modules_per_layer" if self.strategy == "layer" else "keep": self.keep}
+        return scores.select(strategy=self.strategy, groups=self.groups, **how_many)
+
+
+def run(
+    plan: Plan, dataset: str, split: str, name: str | None, rows: int | None, calibration_rows: int
+) -> tuple[dict[str, Any], FanLoraSetting]:
+    """Finds a setting and writes it; returns the report as well.
+
+    Raises:
+        ValueError: the model or the data cannot be read, or the data has too few rows.
+        ModuleNotFoundError: TRL is missing.
+    """
+    try:
+        from trl import SFTConfig, SFTTrainer
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("find trains with TRL: pip install 'peft-fanlora[cli,trl]'") from error
+    tokenizer, base, data = _read(plan, dataset, split, name, rows, calibration_rows)
+    set_seed(plan.seed)
+    model = get_peft_model(base, FanLoraConfig(r=plan.r, lora_alpha=2 * plan.r, task_type="CAUSAL_LM"))
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = SFTConfig(
+            scratch,
+            max_steps=plan.steps,
+            per_device_train_batch_size=plan.batch_size,
+            per_device_eval_batch_size=plan.batch_size,
+            learning_rate=plan.learning_rate,
+            warmup_steps=max(1, round(0.06 * plan.steps)),
+            max_length=plan.max_length,
+            bf16=torch.cuda.is_available(),  # emulated on most CPUs
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=10,
+            save_strategy="no",
+            report_to="none",
+            seed=plan.seed,
+        )
+        trainer = SFTTrainer(
+            model,
+            args=arguments,
+            processing_class=tokenizer,
+            train_dataset=data.select(range(calibration_rows, len(data))),
+            eval_dataset=data.select(range(calibration_rows)),
+        )
+        with model.disable_adapter():
+            before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        trained = trainer.evaluate()["eval_loss"]
+        scores = model.score_modules(trainer.get_eval_dataloader(), method=plan.method)
+        setting = model.prune_modules(plan.select(scores))
+        pruned = trainer.evaluate()["eval_loss"]
+    report = {
+        "model": plan.model,
+        "dataset": dataset,
+        "rows_trained_on": len(data) - calibration_rows,
+        "calibration_rows": calibration_rows,
+        "steps": plan.steps,
+        "seed": plan.seed,
+        "modules_scored": len(scores),
+        "modules_kept": len(setting.kept),
+        "calibration_loss": {"base model": before, "all modules": trained, "kept modules": pruned},
+        "output": str(plan.output),
+    }
+    _write(plan.output, model, setting, scores, report)
+    return report, setting
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints what the choice costs."""
+    show_facts(
+        f"loss on the {report['calibration_rows']} calibration rows, nats a token; nothing was retrained after pruning",
+        {name: f"{loss:.3f}" for name, loss in report["calibration_loss"].items()},
+    )
+    print(f"Wrote the setting to {report['output']}, its adapter to {Path(report['output'], 'adapter')}")
+
+
+def _read(
+    plan: Plan, dataset: str, split: str, name: str | None, rows: int | None, calibration_rows: int
+) -> tuple[Any, Any, Any]:
+    if plan.output.is_file():
+        raise ValueError(f"{plan.output} is a file; pass the folder to write with --output.")
+    sources.model_config(plan.model)
+    data = sources.dataset(dataset, split, name, rows)
+    if len(data) <= calibration_rows:
+        raise ValueError(
+            f"The data set has {len(data)} rows, and {calibration_rows} of them are for scoring: pass more rows or a "
+            "smaller --calibration-rows."
+        )
+    return sources.tokenizer(plan.model), sources.causal_model(plan.model), data.shuffle(seed=plan.seed)
+
+
+def _write(
+    folder: Path, model: PeftModel, setting: FanLoraSetting, scores: ImportanceScores, report: dict[str, Any]
+) -> None:
+    setting.save_pretrained(folder)
+    model.save_pretrained(str(folder / "adapter"))
+    content = {**report, "scores": dict(scores)}
+    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

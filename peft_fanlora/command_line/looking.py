@@ -1,0 +1,147 @@
+"""`show`, `plot` and `compare`: what there is, without a model."""
+
+from pathlib import Path
+from typing import Any
+
+from ..cards.fanlora import facts_of
+from ..fanlora.config import FanLoraConfig
+from ..fanlora.modules import layers_by_role, ranges
+from ..fanlora.setting import FanLoraSetting
+from ..saved import SavedAdapter
+from . import sources
+from .output import show_facts, show_json, show_table
+
+
+def show(where: str, as_json: bool) -> None:
+    """Shows the adapter or the setting that is there."""
+    found = sources.adapter_or_setting(where)
+    if as_json:
+        show_json(_setting_content(found) if isinstance(found, FanLoraSetting) else _adapter_content(found))
+    elif isinstance(found, FanLoraSetting):
+        show_setting(found, where)
+    else:
+        content = _adapter_content(found)
+        modules, calibration = content.pop("modules", None), content.pop("calibration", {})
+        show_facts(where, content)
+        if modules:
+            _show_modules(found.modules)
+        if calibration:
+            show_facts("calibration", facts_of(calibration))
+
+
+def show_setting(setting: FanLoraSetting, where: str) -> None:
+    """Prints a setting."""
+    of_all = f" of {len(setting.kept) + len(setting.dropped)}" if setting.dropped else ""
+    facts = {"modules": f"{len(setting.kept)}{of_all}", "layers": sum(setting.num_layers.values())}
+    show_facts(where, {"type": "FanLoRA setting", "model type": setting.model_type, **facts})
+    _show_modules(setting.kept)
+    if setting.calibration:
+        show_facts("calibration", facts_of(setting.calibration))
+
+
+def plot(where: str, image: Path) -> None:
+    """Draws a setting's heat map."""
+    setting = sources.setting(where)
+    image.parent.mkdir(parents=True, exist_ok=True)
+    setting.plot(image)
+    print(f"Wrote {image}")
+
+
+def compare(first: str, second: str, as_json: bool) -> None:
+    """Compares two settings.
+
+    Raises:
+        ValueError: they are of models of different families or depths.
+    """
+    one, other = sources.setting(first), sources.setting(second)
+    if (one.model_type, one.num_layers) != (other.model_type, other.num_layers):
+        raise ValueError(
+            f"{first} is of a {one.model_type!r} model with {one.num_layers} layers, {second} of a "
+            f"{other.model_type!r} model with {other.num_layers}: only settings of one family and depth can be compared "
+            "module by module."
+        )
+    both = one.kept.keys() & other.kept.keys()
+    either = one.kept.keys() | other.kept.keys()
+    content = {
+        "first": {"where": first, "modules": len(one.kept)},
+        "second": {"where": second, "modules": len(other.kept)},
+        "shared": len(both),
+        "overlap": round(len(both) / len(either), 4),
+        "rank_correlation": _rank_correlation(one, other),
+        "only_first": [module.name for module in one.kept if module not in both],
+        "only_second": [module.name for module in other.kept if module not in both],
+    }
+    if as_json:
+        show_json(content)
+        return
+    correlation = content["rank_correlation"]
+    facts = {
+        f"modules of {first}": len(one.kept),
+        f"modules of {second}": len(other.kept),
+        "shared": f"{len(both)}, {content['overlap']:.0%} of those that either keeps",
+        "rank correlation of the scores": "no scores" if correlation is None else f"{correlation:.2f}",
+    }
+    show_facts("two settings", facts)
+    with_stack = len(one.num_layers) > 1
+    grouped = [layers_by_role(modules, with_stack=with_stack) for modules in (one.kept, other.kept)]
+    roles = list(dict.fromkeys(role for layers in grouped for role in layers))
+    rows = [(role, *(len(layers.get(role, ())) for layers in grouped), _both(role, grouped)) for role in roles]
+    show_table("layers that keep each role", ["role", "first", "second", "both"], rows)
+
+
+def _both(role: str, grouped: list[dict[str, list[int]]]) -> str:
+    shared = set(grouped[0].get(role, ())) & set(grouped[1].get(role, ()))
+    return f"{len(shared)}: {ranges(shared)}" if shared else "0"
+
+
+def _rank_correlation(one: FanLoraSetting, other: FanLoraSetting) -> float | None:
+    scores = [{**setting.kept, **setting.dropped} for setting in (one, other)]
+    shared = [module for module in scores[0] if None not in (scores[0][module], scores[1].get(module))]
+    if len(shared) < 3:
+        return None
+    import pandas
+
+    ranks = [pandas.Series([found[module] for module in shared]).rank() for found in scores]
+    return round(float(ranks[0].corr(ranks[1])), 4)
+
+
+def _show_modules(modules: Any) -> None:
+    modules = list(modules)
+    roles = layers_by_role(modules, with_stack=len({module.stack for module in modules}) > 1)
+    show_table(
+        "modules", ["role", "layers", "which"], ((role, len(found), ranges(found)) for role, found in roles.items())
+    )
+
+
+def _adapter_content(adapter: SavedAdapter[Any]) -> dict[str, Any]:
+    config = adapter.config
+    content: dict[str, Any] = {
+        "type": f"{'FanLoRA' if isinstance(config, FanLoraConfig) else 'PARA'} adapter",
+        "base model": config.base_model_name_or_path,
+        "task": getattr(config.task_type, "value", config.task_type),
+        "r": config.r,
+        "parameters": adapter.num_parameters,
+        "bytes": adapter.num_bytes,
+    }
+    if isinstance(config, FanLoraConfig):
+        setting: Any = config.setting
+        of_all = len(setting.kept) + len(setting.dropped) if setting is not None and setting.dropped else None
+        content |= {"alpha": config.lora_alpha, "modules kept": len(adapter.modules), "of": of_all}
+        content["modules"] = [module.name for module in adapter.modules]
+        content["calibration"] = dict(setting.calibration) if setting is not None else {}
+    else:
+        content |= {"pooling": config.pooling, "activation": config.activation}
+        content["prompt ends with"] = config.prompt_end_token_ids
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _setting_content(setting: FanLoraSetting) -> dict[str, Any]:
+    names = {"kept": setting.kept, "dropped": setting.dropped}
+    scores = {key: {module.name: score for module, score in modules.items()} for key, modules in names.items()}
+    return {
+        "type": "FanLoRA setting",
+        "model_type": setting.model_type,
+        "num_layers": dict(setting.num_layers),
+        "calibration": dict(setting.calibration),
+        **scores,
+    }

@@ -1,0 +1,69 @@
+"""How the commands answer: tables for people, JSON for programs, and one line for what a user can put right."""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import redirect_stdout
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+Command = TypeVar("Command", bound=Callable[..., None])
+_FOR_USERS = (ValueError, OSError, NotImplementedError, ModuleNotFoundError)
+
+
+def answers_in_one_line(command: Command) -> Command:
+    """Lets a command print errors that a user can put right as one line, with the exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except _FOR_USERS as error:
+            if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("peft_fanlora"):
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            typer.echo(f"Error: {message}", err=True)
+            raise typer.Exit(1) from error
+
+    return run  # type: ignore[return-value]
+
+
+def quiet_stdout() -> redirect_stdout:
+    """Sends what libraries print in the context to stderr, so that stdout has the answer alone."""
+    return redirect_stdout(sys.stderr)
+
+
+def show_json(content: Mapping[str, Any]) -> None:
+    """Prints an answer for programs."""
+    typer.echo(json.dumps(content, indent=2))
+
+
+def show_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Prints names and values."""
+    table = Table(show_header=False)
+    for name, value in facts.items():
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        table.add_row(name, f"{value:,}" if is_count else str(value))
+    _print(title, table)
+
+
+def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Prints rows; all columns but the first and the last are numbers."""
+    table = Table()
+    columns = list(columns)
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position in (0, len(columns) - 1) else "right")
+    for row in rows:
+        table.add_row(*map(str, row))
+    _print(title, table)
+
+
+def _print(title: str, table: Table) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    console.print(title, style="bold", markup=False)
+    console.print(table)

@@ -1,0 +1,131 @@
+"""What the commands read: adapters and settings, models, data sets; each a path or an id of the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..fanlora.config import FanLoraConfig
+from ..fanlora.setting import FanLoraSetting
+from ..para.config import ParaConfig
+from ..saved import SavedAdapter
+
+
+FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def adapter_or_setting(where: str) -> SavedAdapter[Any] | FanLoraSetting:
+    """Returns the adapter that is there, else the setting.
+
+    Raises:
+        ValueError: there is neither, or an adapter of another method.
+    """
+    folder = Path(where)
+    if not folder.is_dir():
+        try:
+            file = hf_hub_download(where, CONFIG_NAME)
+            hf_hub_download(where, SAFETENSORS_WEIGHTS_NAME)
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+            return _setting(where)
+        folder = Path(file).parent
+    elif not (folder / CONFIG_NAME).exists():
+        return _setting(where)
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, FanLoraConfig | ParaConfig):
+        raise ValueError(f"{where} is an adapter of type {config.peft_type}; this is for FanLoRA and PARA.")
+    return SavedAdapter(config, folder)
+
+
+def setting(where: str) -> FanLoraSetting:
+    """Returns the setting that is there, by itself or in an adapter.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = adapter_or_setting(where)
+    if isinstance(found, FanLoraSetting):
+        return found
+    if getattr(found.config, "setting", None) is None:
+        raise ValueError(f"{where} is an adapter without a FanLoRA setting: it was never pruned.")
+    return found.config.setting
+
+
+def _setting(where: str) -> FanLoraSetting:
+    try:
+        return FanLoraSetting.from_pretrained(where)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"There is no FanLoRA or PARA adapter and no FanLoRA setting at {where!r}: it is neither a folder with one "
+            "nor the id of a Hub repository that could be read. For a private repository, log in with `hf auth login`."
+        ) from error
+
+
+def model_config(where: str) -> Any:
+    """Returns a model's configuration.
+
+    Raises:
+        ValueError: there is no model.
+    """
+    try:
+        return AutoConfig.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no model at {where!r}: it is neither a folder with a config.json that transformers knows nor "
+            "the id of a Hub repository that could be read. For a private repository, log in with `hf auth login`."
+        ) from error
+
+
+def causal_model(where: str) -> Any:
+    """Returns a language model with its weights.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    model_config(where)
+    return AutoModelForCausalLM.from_pretrained(where)
+
+
+def tokenizer(where: str) -> Any:
+    """Returns a model's tokenizer.
+
+    Raises:
+        ValueError: it has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The model {where!r} has no tokenizer; save one into its folder.") from error
+
+
+def dataset(where: str, split: str, name: str | None, rows: int | None) -> Any:
+    """Returns a data set.
+
+    Args:
+        where: a file (.jsonl, .json, .csv, .parquet, .txt with an example a line), a folder, or an id of the Hub.
+        split: which split.
+        name: the configuration of a data set that has several.
+        rows: how many rows to take, from the beginning; None for all.
+
+    Raises:
+        ValueError: there is no such data set.
+    """
+    import datasets
+
+    file = Path(where)
+    try:
+        if file.is_file():
+            if file.suffix not in FILE_KINDS:
+                raise ValueError(f"files end in {', '.join(FILE_KINDS)}")
+            data = datasets.load_dataset(FILE_KINDS[file.suffix], data_files=where, split="train")
+        elif (file / "state.json").exists():  # of `Dataset.save_to_disk`
+            data = datasets.load_from_disk(where)
+        else:
+            data = datasets.load_dataset(where, name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"There is no data set that can be read at {where!r}: {reason}") from error
+    return data if rows is None else data.select(range(min(rows, len(data))))
