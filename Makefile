@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 VLLM := .venv-vllm
 OLDEST := .venv-oldest
 
-.PHONY: quickstart test test-oldest test-peft test-vllm support quality style
+.PHONY: quickstart test test-oldest test-peft test-vllm support docs build quality style
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -31,6 +31,16 @@ test-oldest: $(OLDEST)/ready
 support: $(READY)
 	$(BIN)/python -m pytest -m support --support-results=benchmarks/results/support.json
 	$(BIN)/python benchmarks/support.py
+
+# The documentation, in site/; a warning is an error. `.venv/bin/mkdocs serve` shows it while writing.
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
+# The wheel and the source distribution, in dist/, checked as an index would and installed in an environment of their own.
+build: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 quality: $(READY)
 	$(BIN)/ruff check
