@@ -34,7 +34,7 @@ support: $(READY)
 
 # The documentation, in site/; a warning is an error. `.venv/bin/mkdocs serve` shows it while writing.
 docs: $(READY)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The wheel and the source distribution, in dist/, checked as an index would and installed in an environment of their own.
 build: $(READY)
