@@ -17,14 +17,15 @@ from datasets import Dataset
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
-from training import BATCH_SIZE, run_arguments
+from training import run_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer
 
 from peft_fanlora import ParaConfig
 
 
-NUM_HELD_OUT = 48
+NUM_HELD_OUT = 32
+BATCH_SIZE = 4
 
 console = Console()
 
@@ -55,7 +56,7 @@ def main(
     rows = preferences(NUM_HELD_OUT + steps * BATCH_SIZE)
     trainer = DPOTrainer(
         adapted,
-        args=DPOConfig(**run_arguments(output, steps, learning_rate, seed)),
+        args=DPOConfig(**run_arguments(output, steps, learning_rate, seed, BATCH_SIZE)),
         processing_class=AutoTokenizer.from_pretrained(base_model),
         train_dataset=rows.select(range(NUM_HELD_OUT, len(rows))),
         eval_dataset=rows.select(range(NUM_HELD_OUT)),

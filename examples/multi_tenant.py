@@ -22,7 +22,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from training import BATCH_SIZE, sft_arguments
+from training import sft_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from trl import SFTTrainer
 
@@ -30,6 +30,7 @@ from peft_fanlora import FanLoraConfig, ParaConfig, load_tenant
 
 
 SETTING = Path(__file__).parent / "smollm2-setting"
+BATCH_SIZE = 4
 LEARNING_RATES = {"fanlora": 2e-3, "para": 5e-3}
 
 console = Console()
@@ -66,7 +67,8 @@ def entries() -> list[Entry]:
 
 
 def question(word: str) -> list[assets.Message]:
-    return [{"role": "user", "content": word}]
+    # Without a system message of ours the chat template puts in a longer one.
+    return [{"role": "system", "content": "A word."}, {"role": "user", "content": word}]
 
 
 def train_tenant(
@@ -77,7 +79,7 @@ def train_tenant(
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32), config)
     SFTTrainer(
         model,
-        args=sft_arguments(folder, steps, learning_rate),
+        args=sft_arguments(folder, steps, learning_rate, batch_size=BATCH_SIZE),
         processing_class=AutoTokenizer.from_pretrained(base_model),
         train_dataset=Dataset.from_list(rows),
     ).train()
@@ -105,7 +107,7 @@ def main(
     setting: Annotated[str, typer.Option(help="Folder or Hub id of the setting, for FanLoRA")] = str(SETTING),
     word: Annotated[str, typer.Option(help="What all tenants are asked")] = "lantern",
     output: Annotated[Path, typer.Option(help="Where the adapters go")] = Path("tenants-output"),
-    steps: Annotated[int, typer.Option(help="Training steps of each tenant")] = 15,
+    steps: Annotated[int, typer.Option(help="Training steps of each tenant")] = 20,
     new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens")] = 24,
 ) -> None:
     """Trains eight tenants, and lets them answer in one batch."""

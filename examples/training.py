@@ -10,7 +10,9 @@ from trl import SFTConfig, SFTTrainer
 BATCH_SIZE = 8
 
 
-def run_arguments(output: Path, steps: int, learning_rate: float, seed: int = 42) -> dict[str, Any]:
+def run_arguments(
+    output: Path, steps: int, learning_rate: float, seed: int = 42, batch_size: int = BATCH_SIZE
+) -> dict[str, Any]:
     """Returns the arguments of a short run of any of TRL's trainers that writes no checkpoints.
 
     Args:
@@ -18,12 +20,13 @@ def run_arguments(output: Path, steps: int, learning_rate: float, seed: int = 42
         steps: the number of training steps; the first 6% warm the learning rate up.
         learning_rate: its peak.
         seed: of the order of the data.
+        batch_size: the rows of a step.
     """
     return {
         "output_dir": str(output / "trainer"),
         "max_steps": steps,
-        "per_device_train_batch_size": BATCH_SIZE,
-        "per_device_eval_batch_size": BATCH_SIZE,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "linear",
         "warmup_steps": max(1, round(0.06 * steps)),
@@ -38,9 +41,11 @@ def run_arguments(output: Path, steps: int, learning_rate: float, seed: int = 42
     }
 
 
-def sft_arguments(output: Path, steps: int, learning_rate: float, seed: int = 42) -> SFTConfig:
+def sft_arguments(
+    output: Path, steps: int, learning_rate: float, seed: int = 42, batch_size: int = BATCH_SIZE
+) -> SFTConfig:
     """Returns `run_arguments` for `SFTTrainer`."""
-    return SFTConfig(**run_arguments(output, steps, learning_rate, seed))
+    return SFTConfig(**run_arguments(output, steps, learning_rate, seed, batch_size))
 
 
 @torch.no_grad()

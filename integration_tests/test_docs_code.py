@@ -11,13 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import assets
 import pytest
 import torch
 import typer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_scores import loss_of
+from tiny_chat import save_tiny_chat_model
 from tiny_models import TINY, adapted, logits, randomize
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -43,11 +43,7 @@ def blocks(page: str, language: str) -> list[tuple[int, str]]:
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny chat model and a small data set under their names on the Hub."""
     folder = tmp_path_factory.mktemp("hub")
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder())
-    config = {**TINY["llama"].config, "vocab_size": len(tokenizer), "num_hidden_layers": 10}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**config, "max_position_embeddings": 256})).save_pretrained(folder / NAME)
-    tokenizer.save_pretrained(folder / NAME)
+    save_tiny_chat_model(folder / NAME, num_hidden_layers=10)
     (folder / "trl-lib/tldr").mkdir(parents=True)
     prompts_and_completions(104).to_json(folder / "trl-lib/tldr/train.jsonl")
     return folder
