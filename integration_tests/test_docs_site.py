@@ -71,10 +71,12 @@ def test_files_of_the_repository_are_copied(site: Path) -> None:
 
 def test_the_pictures_are_what_the_code_draws(tmp_path: Path) -> None:
     runpy.run_path(str(ROOT / "docs/diagrams/draw.py"))["draw"](tmp_path)
-    for drawn in tmp_path.iterdir():
-        kept = (ROOT / "docs/images" / drawn.name).read_text()
-        creator = re.search(r"<dc:title>.*?</dc:title>", kept)
-        assert drawn.read_text().count("<path") == kept.count("<path")
-        if creator and creator[0] in drawn.read_text():  # the same version of matplotlib
-            assert drawn.read_text() == kept
-    assert {path.name for path in tmp_path.iterdir()} == {"fanlora.svg", "para.svg"}
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert set(drawn) == {"fanlora.svg", "para.svg"}
+    for name, picture in drawn.items():
+        kept = (ROOT / "docs/images" / name).read_text()
+        version = re.search(r"Matplotlib v[\d.]+", kept)
+        if version and version[0] in picture:  # another version draws the same with other digits
+            assert picture == kept
+        else:
+            assert re.search('viewBox="[^"]+"', picture)[0] in kept
