@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 VLLM := .venv-vllm
 OLDEST := .venv-oldest
 
-.PHONY: quickstart test test-oldest test-peft test-vllm support quality style
+.PHONY: quickstart test test-oldest test-peft test-vllm support docs build quality style
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -32,6 +32,16 @@ support: $(READY)
 	$(BIN)/python -m pytest -m support --support-results=benchmarks/results/support.json
 	$(BIN)/python benchmarks/support.py
 
+# The documentation, in site/; a warning is an error. `.venv/bin/mkdocs serve` shows it while writing.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The wheel and the source distribution, in dist/, checked as an index would and installed in an environment of their own.
+build: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 quality: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -45,13 +55,15 @@ $(READY): pyproject.toml constraints-dev.txt
 $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 
 $(READY): CONSTRAINTS := constraints-dev.txt
+$(READY): EXTRAS := dev,docs,peft-tests
 $(OLDEST)/ready: CONSTRAINTS := constraints-oldest.txt
+$(OLDEST)/ready: EXTRAS := dev
 
 $(READY) $(OLDEST)/ready:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --upgrade pip
 	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
-	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
 	touch $@
 
 $(VLLM)/ready: pyproject.toml requirements-vllm.txt

@@ -21,7 +21,7 @@ from datasets import Dataset, load_dataset
 from peft import AutoPeftModelForCausalLM, IA3Config, PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from training import BATCH_SIZE, sft_arguments
+from training import BATCH_SIZE, held_out_loss, sft_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTTrainer
 
@@ -70,18 +70,6 @@ def train(
         f"{result.method}: held-out loss {result.loss_before:.3f} -> {result.loss_after:.3f}", highlight=False
     )
     return model, result
-
-
-@torch.no_grad()
-def held_out_loss(trainer: SFTTrainer) -> float:
-    """Returns the loss in nats a label token."""
-    trainer.model.eval()
-    total, count = 0.0, 0
-    for batch in trainer.get_eval_dataloader():
-        labels = int((batch["labels"][:, 1:] != -100).sum())
-        total += trainer.model(**batch).loss.item() * labels
-        count += labels
-    return total / count
 
 
 def answer(folder: Path, messages: list[assets.Message]) -> str:

@@ -1,37 +1,60 @@
-"""The training arguments that the examples share."""
+"""What the examples' training runs share: their arguments, and the loss on held-out rows."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 
 BATCH_SIZE = 8
 
 
-def sft_arguments(output: Path, steps: int, learning_rate: float, seed: int = 42) -> SFTConfig:
-    """Returns the arguments of a short run of `SFTTrainer` that writes no checkpoints.
+def run_arguments(
+    output: Path, steps: int, learning_rate: float, seed: int = 42, batch_size: int = BATCH_SIZE
+) -> dict[str, Any]:
+    """Returns the arguments of a short run of any of TRL's trainers that writes no checkpoints.
 
     Args:
         output: the folder of the example's results.
         steps: the number of training steps; the first 6% warm the learning rate up.
         learning_rate: its peak.
         seed: of the order of the data.
+        batch_size: the rows of a step.
     """
-    return SFTConfig(
-        output_dir=str(output / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH_SIZE,
-        per_device_eval_batch_size=BATCH_SIZE,
-        learning_rate=learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, round(0.06 * steps)),
-        max_length=128,
-        gradient_checkpointing=False,  # would save memory that a small model does not need, for a third more time
-        bf16=torch.cuda.is_available(),  # emulated, and so slow, on most CPUs
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        seed=seed,
-    )
+    return {
+        "output_dir": str(output / "trainer"),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": max(1, round(0.06 * steps)),
+        "max_length": 128,
+        "gradient_checkpointing": False,  # would save memory that a small model does not need, for a third more time
+        "bf16": torch.cuda.is_available(),  # emulated, and so slow, on most CPUs
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": seed,
+    }
+
+
+def sft_arguments(
+    output: Path, steps: int, learning_rate: float, seed: int = 42, batch_size: int = BATCH_SIZE
+) -> SFTConfig:
+    """Returns `run_arguments` for `SFTTrainer`."""
+    return SFTConfig(**run_arguments(output, steps, learning_rate, seed, batch_size))
+
+
+@torch.no_grad()
+def held_out_loss(trainer: SFTTrainer) -> float:
+    """Returns the loss of a trainer's model on its evaluation data, in nats a label token."""
+    trainer.model.eval()
+    total, count = 0.0, 0
+    for batch in trainer.get_eval_dataloader():
+        labels = int((batch["labels"][:, 1:] != -100).sum())
+        total += trainer.model(**batch).loss.item() * labels
+        count += labels
+    return total / count

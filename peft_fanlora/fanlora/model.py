@@ -36,7 +36,7 @@ class FanLoraModel(ServesTenants, LoraModel):
     Every module computes y = W_m x + (α/r) B_m A_m x with LoRA's own layers; what is added here is the choice of the
     modules. `get_peft_model` makes it for a `FanLoraConfig`, and a `PeftModel` passes the methods below on.
 
-    Example:
+    Examples:
         >>> model = get_peft_model(base, FanLoraConfig(r=8, task_type="CAUSAL_LM"))
         >>> ...  # (a) train on instructions
         >>> scores = model.score_modules(dataloader)  # (b)
@@ -167,7 +167,7 @@ class FanLoraModel(ServesTenants, LoraModel):
                 are active and none is named; its weights are sharded by FSDP; the data has no labels; the loss is not
                 finite.
 
-        Example:
+        Examples:
             >>> scores = model.score_modules(dataloader, num_batches=4)
             >>> scores.plot("importance.png")
         """

@@ -34,7 +34,7 @@ class ParaModel(ServesTenants, BaseTuner):
         adapter_name: the name of the adapter.
         low_cpu_mem_usage: whether to leave the new parameters empty, to be loaded.
 
-    Example:
+    Examples:
         >>> import peft_fanlora
         >>> model = get_peft_model(base, ParaConfig(r=12, task_type="CAUSAL_LM"))
     """
