@@ -1,7 +1,7 @@
 """A setting that was found on one model serves another depth of its family.
 
-`smollm2-setting/` was found on SmolLM2-135M-Instruct, 30 blocks. The target is the same model with every third block
-taken out, 20 blocks, which an adapter has to make good for; on a machine that reaches the Hub it can be any other Llama.
+`smollm2-setting/` was found on SmolLM2-135M-Instruct, 30 blocks. The target is the same model without four of its later
+blocks, which an adapter has to make good for; on a machine that reaches the Hub it can be any other Llama.
 A fresh adapter on the transferred setting is trained beside LoRA on Q and V with as many parameters.
 
     python examples/transfer_setting.py
@@ -33,9 +33,11 @@ console = Console()
 
 
 def shallower(base_model: str, folder: Path) -> str:
-    """Writes a Llama without every third of its blocks, and returns the folder."""
+    """Writes a Llama without a seventh of its blocks, from two thirds of its depth on, and returns the folder."""
     model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
-    kept = [block for index, block in enumerate(model.model.layers) if index % 3 != 2]
+    blocks = list(model.model.layers)
+    first, number = 2 * len(blocks) // 3, max(1, len(blocks) // 7)
+    kept = blocks[:first] + blocks[first + number :]
     for index, block in enumerate(kept):
         block.self_attn.layer_idx = index  # its place in the KV cache
     model.model.layers = nn.ModuleList(kept)
@@ -52,7 +54,7 @@ def main(
     ] = "",
     setting: Annotated[str, typer.Option(help="Folder or Hub id of a setting")] = str(SETTING),
     output: Annotated[Path, typer.Option(help="Where the results go")] = Path("transfer-output"),
-    steps: Annotated[int, typer.Option(help="Training steps of each adapter")] = 40,
+    steps: Annotated[int, typer.Option(help="Training steps of each adapter")] = 25,
     rank: Annotated[int, typer.Option(help="Rank of the adapter on the setting")] = 12,
     seed: Annotated[int, typer.Option(help="Seed")] = 0,
 ) -> None:
