@@ -21,7 +21,7 @@ test-peft: $(READY)
 
 # Needs Python 3.11+ and 4 GB: vLLM's CPU build has an environment of its own.
 test-vllm: $(VLLM)/ready
-	$(VLLM)/bin/python -m pytest -m vllm
+	$(VLLM)/bin/python -m pytest -m vllm integration_tests/vllm_engine
 
 # The same tests with the oldest versions of everything, in an environment of their own.
 test-oldest: $(OLDEST)/ready
