@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,41 @@ def change_costs(model: PeftModel, folder: Path, load_one: Callable[..., Any]) -
     return loading, deleting
 
 
+def costs(method: str, shape: Shape, model: str, counts: list[int]) -> list[dict[str, Any]]:
+    """Adds tenants of a method one after the other and returns what the last ones of each count cost."""
+    set_seed(0)
+    base = load(shape, model, "cpu", torch.float32)
+    one: Any = contestants.make(method, base, 1, 8).model
+    size = sum(tensor.nbytes for tensor in get_peft_model_state_dict(one, adapter_name="tenant0").values())
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
+        one.save_pretrained(name, selected_adapters=["tenant0"])
+        folder = Path(name) / "tenant0"
+        before, loaded = resident_megabytes("VmRSS"), 1
+        for count in counts:
+            for tenant in track(range(loaded, count), description=f"{method}, {count}", transient=True):
+                load_tenant(one, folder, f"tenant{tenant}")
+            loaded = count
+            memory = (resident_megabytes("VmRSS") - before) * 2**20 / (count - 1)
+            loading, deleting = change_costs(one, folder, partial(load_tenant, one))
+            generation = Generation(contestants.Contestant(method, one, [f"tenant{row % count}" for row in range(8)]))
+            with torch.inference_mode():
+                generation.prefill(torch.randint(10, base.config.vocab_size, (8, 16)))
+                step = milliseconds(generation.step, 9)
+            results.append(
+                {
+                    "method": method,
+                    "tenants": count,
+                    "load_tenant_ms": loading,
+                    "load_adapter_ms": change_costs(one, folder, one.load_adapter)[0],
+                    "delete_adapter_ms": deleting,
+                    "step_ms": step,
+                    "resident_of_adapter_size": round(memory / size, 3),
+                }
+            )
+    return results
+
+
 def main(
     shape: Annotated[Shape, typer.Option(help="The model")] = Shape.m135,
     model: Annotated[str, typer.Option(help="Folder or Hub id, in place of a shape")] = "",
@@ -54,39 +90,12 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
 ) -> None:
     """Adds tenants one after the other and prints what the last ones cost."""
-    set_seed(0)
-    base = load(shape, model, "cpu", torch.float32)
-    results: list[dict[str, Any]] = []
-    for name in method or ["FanLoRA, 2 a layer", "PARA"]:
-        one: Any = contestants.make(name, base, 1, 8).model
-        size = sum(tensor.nbytes for tensor in get_peft_model_state_dict(one, adapter_name="tenant0").values())
-        with tempfile.TemporaryDirectory() as folder:
-            one.save_pretrained(folder, selected_adapters=["tenant0"])
-            folder = Path(folder) / "tenant0"
-            before, loaded = resident_megabytes("VmRSS"), 1
-            for count in counts or [10, 100, 1000]:
-                for tenant in track(range(loaded, count), description=f"{name}, {count}", transient=True):
-                    load_tenant(one, folder, f"tenant{tenant}")
-                loaded = count
-                memory = (resident_megabytes("VmRSS") - before) * 2**20 / (count - 1)
-                loading, deleting = change_costs(one, folder, partial(load_tenant, one))
-                generation = Generation(
-                    contestants.Contestant(name, one, [f"tenant{row % count}" for row in range(8)])
-                )
-                with torch.inference_mode():
-                    generation.prefill(torch.randint(10, base.config.vocab_size, (8, 16)))
-                    step = milliseconds(generation.step, 9)
-                results.append(
-                    {
-                        "method": name,
-                        "tenants": count,
-                        "load_tenant_ms": loading,
-                        "load_adapter_ms": change_costs(one, folder, one.load_adapter)[0],
-                        "delete_adapter_ms": deleting,
-                        "step_ms": step,
-                        "resident_of_adapter_size": round(memory / size, 3),
-                    }
-                )
+    # Each method has a process of its own: memory that another has freed would look as if it cost nothing.
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
+        arguments = [
+            (name, shape, model, counts or [10, 100, 1000]) for name in method or ["FanLoRA, 2 a layer", "PARA"]
+        ]
+        results = [result for found in processes.starmap(costs, arguments, chunksize=1) for result in found]
     table = Table(*results[0])
     for result in results:
         table.add_row(*(str(value) for value in result.values()))
