@@ -1,0 +1,70 @@
+"""Runs experiments, each run once; what is finished stays, and a run that was killed starts again.
+
+    python benchmarks/quality/run.py                                  # all that is not finished, in order
+    python benchmarks/quality/run.py benchmarks/quality/experiments/3-main.yaml --device cuda
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm.auto import tqdm
+
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from quality.experiments import Run, Search, Store, pending, read
+
+
+RESULTS = HERE.parent / "results" / "quality"
+
+
+def unfinished(files: list[Path], store: Store) -> list[Run | Search]:
+    """Returns the runs that can go on now, in the order of the files.
+
+    A file whose learning rates wait for a search that is not finished is left for later, and so are those after it.
+    """
+    found: list[Run | Search] = []
+    for file in files:
+        try:
+            found += read(file, store)
+        except LookupError:
+            if not pending(found, store):
+                raise
+            break
+    return pending(found, store)
+
+
+def main(
+    experiments: Annotated[list[Path] | None, typer.Argument(help="Experiment files [default: all]")] = None,
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a chat model [default: SmolLM2-135M-Instruct]")] = "",
+    results: Annotated[Path, typer.Option(help="Folder of the results, one for each base model")] = RESULTS,
+    device: Annotated[str, typer.Option(help="Where to train: cpu or cuda")] = "cpu",
+    at_most: Annotated[int | None, typer.Option(help="Stop after so many runs")] = None,
+) -> None:
+    """Runs what is not finished; the progress bar counts runs."""
+    files = experiments or sorted((HERE / "experiments").glob("*.yaml"))
+    store = Store(results)
+    done = 0
+    bench = None
+    with tqdm(desc="Runs", unit="run", smoothing=0.1) as progress:
+        while (todo := unfinished(files, store)) and done != at_most:
+            progress.total = done + len(todo)
+            progress.set_postfix_str(todo[0].label)
+            if bench is None:  # what needs torch is only loaded when there is something to do
+                import assets
+                from quality.search import search
+                from quality.training import Bench, run_once
+
+                bench = Bench(model or str(assets.model_folder()), device, store)
+            run = todo[0]
+            store.save(run, search(bench, run) if isinstance(run, Search) else run_once(bench, run))
+            done += 1
+            progress.update()
+    print(f"{done} runs done, {len(unfinished(files, store))} to go")
+
+
+if __name__ == "__main__":
+    typer.run(main)
