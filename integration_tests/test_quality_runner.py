@@ -120,8 +120,9 @@ def test_a_run_gives_the_same_figures_again(tiny: dict[str, Any]) -> None:
 
 def test_a_constant_makes_the_same_vectors_for_every_prompt(tiny: dict[str, Any]) -> None:
     """Otherwise the comparison would not say what reading the prompt is worth."""
-    from peft_fanlora.para.generator import VectorGenerator
     from quality.methods import adapted
+
+    from peft_fanlora.para.generator import VectorGenerator
 
     bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
     made: dict[str, list[Any]] = {"prompt": [], "constant": []}

@@ -60,7 +60,8 @@ class Run:
         options = [
             str(getattr(self, field.name))
             for field in fields(self)
-            if field.name not in ("task", "method", "seed", "learning_rate") and getattr(self, field.name) != field.default
+            if field.name not in ("task", "method", "seed", "learning_rate")
+            and getattr(self, field.name) != field.default
         ]
         return "-".join([self.task, self.method, *options, f"{self.learning_rate:g}", f"seed{self.seed}"])
 
@@ -137,7 +138,9 @@ def read(path: Path, store: "Store") -> Iterator[Run | Search]:
 def _product(entry: dict[str, Any], kind: type, path: Path) -> Iterator[dict[str, Any]]:
     unknown = sorted(set(entry) - {field.name for field in fields(kind)})
     if unknown:
-        raise ValueError(f"{path.name}: a {kind.__name__} has no {unknown[0]!r}; it has {', '.join(kind.__annotations__)}.")
+        raise ValueError(
+            f"{path.name}: a {kind.__name__} has no {unknown[0]!r}; it has {', '.join(kind.__annotations__)}."
+        )
     lists = [value if isinstance(value, list) else [value] for value in entry.values()]
     for values in itertools.product(*lists):
         yield dict(zip(entry, values, strict=True))

@@ -1,7 +1,7 @@
 """Runs experiments, each run once; what is finished stays, and a run that was killed starts again.
 
-    python benchmarks/quality/run.py                                  # all that is not finished, in order
-    python benchmarks/quality/run.py benchmarks/quality/experiments/3-main.yaml --device cuda
+python benchmarks/quality/run.py  # all that is not finished, in order
+python benchmarks/quality/run.py benchmarks/quality/experiments/3-choice.yaml --device cuda
 """
 
 import sys
@@ -55,6 +55,7 @@ def main(
             progress.set_postfix_str(todo[0].label)
             if bench is None:  # what needs torch is only loaded when there is something to do
                 import assets
+
                 from quality.search import search
                 from quality.training import Bench, run_once
 

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting
-from peft_fanlora.fanlora.modules import candidates
+from peft_fanlora.fanlora.modules import Module, candidates
 
 from .experiments import Scoring, Search
 from .methods import importance, random_setting, select
@@ -17,13 +17,6 @@ from .tasks import BATCH_SIZE, Split, evaluate
 from .training import Bench
 
 
-CHOICES = {
-    "1 a layer": ("layer", 1),
-    "2 a layer": ("layer", 2),
-    "3 a layer": ("layer", 3),
-    "2 roles": ("role", 2),
-    "60 anywhere": ("global", 60),
-}
 RANDOM_DRAWS = 3
 
 
@@ -50,17 +43,25 @@ def _score(bench: Bench, model: PeftModel, split: Split, scoring: Scoring) -> di
     return {"scoring": vars(scoring), "cpu_seconds": seconds, "num_tokens": scores.num_tokens, "values": values}
 
 
+def choices(num_layers: int) -> dict[str, tuple[str, int]]:
+    """Returns ways of choosing: one, two or three modules a layer, and two other ways to keep as many as two a layer."""
+    per_layer = {f"{keep} a layer": ("layer", keep) for keep in (1, 2, 3)}
+    return {**per_layer, "2 roles": ("role", 2), f"{2 * num_layers} anywhere": ("global", 2 * num_layers)}
+
+
 def _prune(bench: Bench, model: PeftModel, split: Split, scored: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the dev loss with all modules, with none, and with those of each choice only."""
     base = model.get_base_model()
     everything = list(candidates(base))
     kept: list[tuple[str, str, Iterable[str]]] = [("all", "all", everything), ("none", "none", ())]
-    for name, (strategy, keep) in CHOICES.items():
+    for name, (strategy, keep) in choices(len({Module.parse(name).block for name in everything})).items():
         for entry in scored:
             method = entry["scoring"]["method"]
             setting: FanLoraSetting = select(importance(base, entry["values"], method), strategy, keep)
             kept.append((name, method, setting.names))
-        kept += [(name, f"random {draw}", random_setting(base, draw, strategy, keep).names) for draw in range(RANDOM_DRAWS)]
+        kept += [
+            (name, f"random {draw}", random_setting(base, draw, strategy, keep).names) for draw in range(RANDOM_DRAWS)
+        ]
     losses = []
     for choice, method, names in tqdm(kept, desc="Pruning"):
         switch(model, names)

@@ -134,7 +134,7 @@ class Tokens:
     def batch(self, rows: Rows) -> Batch:
         """Returns the arguments of a causal model's forward pass, padded on the right."""
         prompts = [self.prompt(row) for row in rows]
-        answers = [self.answer(row["completion"][-1]["content"]) + [self.tokenizer.eos_token_id] for row in rows]
+        answers = [[*self.answer(row["completion"][-1]["content"]), self.tokenizer.eos_token_id] for row in rows]
         length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True))
         input_ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         labels = torch.full((len(rows), length), -100)

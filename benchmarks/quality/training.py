@@ -10,7 +10,13 @@ import torch
 from peft import PeftModel
 from torch.optim import AdamW
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, get_linear_schedule_with_warmup, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    get_linear_schedule_with_warmup,
+    set_seed,
+)
 
 from .experiments import Run, Store
 from .methods import adapted
