@@ -7,7 +7,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, ge
 from transformers import PreTrainedModel
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ImportanceScores, ParaConfig
-from peft_fanlora.fanlora.modules import Module, candidates, num_layers
+from peft_fanlora.fanlora.modules import Module, candidates
 
 from .constant import feed_constant
 from .experiments import Run, Store
@@ -79,8 +79,10 @@ def scored_setting(base: PreTrainedModel, run: Run, store: Store) -> FanLoraSett
 
 
 def importance(base: PreTrainedModel, values: Mapping[str, float], method: str) -> ImportanceScores:
-    """Makes plain numbers into what `peft_fanlora` selects modules from."""
-    depths = num_layers(base, map(Module.parse, values))
+    """Makes numbers into what `peft_fanlora` selects modules from; they may come from a model of another depth."""
+    depths: dict[str, int] = {}
+    for module in map(Module.parse, values):
+        depths[module.stack] = max(depths.get(module.stack, 0), module.layer + 1)
     facts = {"num_tokens": 0, "num_layers": depths, "model_type": base.config.model_type, "calibration": {}}
     return ImportanceScores(values, method=method, **facts)
 
@@ -101,11 +103,11 @@ def random_setting(base: PreTrainedModel, seed: int, strategy: str, keep: int) -
 
 def para(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
     """PARA with the default targets."""
-    rank = run.rank or _para_rank(base, run)
+    rank = run.rank or para_rank(base, run)
     return ParaConfig(r=rank, pooling=run.pooling, activation=run.activation, task_type="CAUSAL_LM")
 
 
-def _para_rank(base: PreTrainedModel, run: Run) -> int:
+def para_rank(base: PreTrainedModel, run: Run) -> int:
     """Returns the width of the generators whose parameters come nearest to the budget."""
     width, modules = base.config.hidden_size, candidates(base)
     outputs = [module.out_features for name, module in modules.items() if name.endswith(tuple(SCALED))]
