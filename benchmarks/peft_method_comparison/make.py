@@ -12,8 +12,7 @@ from peft import PeftConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quality.experiments import Run, Store
 from quality.methods import para_rank, scored_setting
@@ -21,6 +20,7 @@ from quality.methods import para_rank, scored_setting
 from peft_fanlora import FanLoraConfig, ParaConfig
 
 
+HERE = Path(__file__).parent
 PARAMETERS = 9_175_040
 """Of PEFT's `lora/llama-3.2-3B-rank32`, on the query and value projections."""
 PROMPT_END = [627, 16533]
@@ -56,9 +56,7 @@ def configs() -> dict[str, PeftConfig]:
         f"fanlora/llama-3.2-3B-rank{rank}-2-a-layer": FanLoraConfig(
             setting=setting, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"
         ),
-        f"para/llama-3.2-3B-rank{width}": ParaConfig(
-            r=width, prompt_end_token_ids=PROMPT_END, task_type="CAUSAL_LM"
-        ),
+        f"para/llama-3.2-3B-rank{width}": ParaConfig(r=width, prompt_end_token_ids=PROMPT_END, task_type="CAUSAL_LM"),
     }
 
 

@@ -75,15 +75,15 @@ def fanlora(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
 def scored_setting(base: PreTrainedModel, run: Run, store: Store) -> FanLoraSetting:
     """Returns what the run's score keeps."""
     values = store.scores(run.source, run.score)["values"]
-    return select(importance(base, values, run.score), run.strategy, run.keep)
+    return select(importance(values, run.score, base.config.model_type), run.strategy, run.keep)
 
 
-def importance(base: PreTrainedModel, values: Mapping[str, float], method: str) -> ImportanceScores:
+def importance(values: Mapping[str, float], method: str, model_type: str | None = None) -> ImportanceScores:
     """Makes numbers into what `peft_fanlora` selects modules from; they may come from a model of another depth."""
     depths: dict[str, int] = {}
     for module in map(Module.parse, values):
         depths[module.stack] = max(depths.get(module.stack, 0), module.layer + 1)
-    facts = {"num_tokens": 0, "num_layers": depths, "model_type": base.config.model_type, "calibration": {}}
+    facts = {"num_tokens": 0, "num_layers": depths, "model_type": model_type, "calibration": {}}
     return ImportanceScores(values, method=method, **facts)
 
 
@@ -98,7 +98,7 @@ def random_setting(base: PreTrainedModel, seed: int, strategy: str, keep: int) -
     """Returns a setting chosen as by a score, with random numbers for scores."""
     draw = random.Random(seed)
     values = {name: draw.random() for name in candidates(base)}
-    return select(importance(base, values, "random"), strategy, keep)
+    return select(importance(values, "random", base.config.model_type), strategy, keep)
 
 
 def para(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:

@@ -12,12 +12,12 @@ import typer
 from tqdm.auto import tqdm
 
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quality.experiments import Run, Search, Store, pending, read
 
 
+HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "quality"
 
 

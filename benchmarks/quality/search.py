@@ -57,7 +57,7 @@ def _prune(bench: Bench, model: PeftModel, split: Split, scored: list[dict[str, 
     for name, (strategy, keep) in choices(len({Module.parse(name).block for name in everything})).items():
         for entry in scored:
             method = entry["scoring"]["method"]
-            setting: FanLoraSetting = select(importance(base, entry["values"], method), strategy, keep)
+            setting: FanLoraSetting = select(importance(entry["values"], method), strategy, keep)
             kept.append((name, method, setting.names))
         kept += [
             (name, f"random {draw}", random_setting(base, draw, strategy, keep).names) for draw in range(RANDOM_DRAWS)
