@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 VLLM := .venv-vllm
 OLDEST := .venv-oldest
 
-.PHONY: quickstart test test-oldest test-peft test-vllm support quality style
+.PHONY: quickstart test test-oldest test-peft test-vllm support results quality style
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -31,6 +31,10 @@ test-oldest: $(OLDEST)/ready
 support: $(READY)
 	$(BIN)/python -m pytest -m support --support-results=benchmarks/results/support.json
 	$(BIN)/python benchmarks/support.py
+
+# The page of the quality experiments from the finished runs; `python benchmarks/quality/run.py` goes on with the others.
+results: $(READY)
+	$(BIN)/python benchmarks/quality/results.py
 
 quality: $(READY)
 	$(BIN)/ruff check
