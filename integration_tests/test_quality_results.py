@@ -97,8 +97,8 @@ def test_the_page_says_what_is_missing(store: Store, tmp_path: Path) -> None:
     assert "| 3-some.yaml | 3 of 4 | category-fanlora-0.003-seed3 |" in page
     assert "| FanLoRA, path less FanLoRA, random | mean over these tasks | -0.100 ± 0.025 |" in page
     assert "| fanlora | 0.001: 0.500, 0.003: **0.400**, 0.01: 0.600 | no |" in page
-    file.write_text("runs: [{task: category, method: lora}]")
-    assert "not begun: no learning rate of 'lora' has been tried" in results.page(store, [file])
+    file.write_text("runs: [{task: category, method: [fanlora, lora]}]")
+    assert "| 3-some.yaml | 1 of 1 or more |" in results.page(store, [file])
 
 
 def test_variants_have_different_names() -> None:

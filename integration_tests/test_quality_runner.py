@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import transformers as tf
+import typer
 from quality import run as runner
 from quality import tasks, training
 from quality.experiments import Run, Search, Store, read
@@ -67,7 +68,7 @@ def test_experiments_run_once_and_resume(
 
     runner.main(files, at_most=2, **tiny)
     assert len(contents(results)) == 2
-    assert "2 runs done, 5 to go" in capsys.readouterr().out  # what needs a learning rate is not counted yet
+    assert "2 runs done, 5 and more to go" in capsys.readouterr().out  # some wait for a learning rate
 
     real, calls = training.run_once, []
 
@@ -175,6 +176,8 @@ def test_unknown_fields_and_missing_searches_are_refused(tmp_path: Path) -> None
     path.write_text("runs: [{task: gloss, method: lora}]")
     with pytest.raises(LookupError, match="no learning rate of 'lora' has been tried"):
         list(read(path, Store(tmp_path)))
+    with pytest.raises(typer.BadParameter, match="the next run has no learning rate"):
+        runner.main([path], results=tmp_path)
     with pytest.raises(LookupError, match="no finished search on 'gloss' has the score 'path'"):
         Store(tmp_path).scores("gloss", "path")
 

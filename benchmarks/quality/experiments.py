@@ -195,7 +195,7 @@ class Store:
         """
         grid = self.learning_rates(method)
         if not grid:
-            raise LookupError(f"no learning rate of {method!r} has been tried: run 2-learning-rates.yaml first")
+            raise LookupError(f"no learning rate of {method!r} has been tried: run its grid first (`evaluate: dev`)")
         return min(grid, key=grid.__getitem__)
 
     def learning_rates(self, method: str) -> dict[float, float]:
@@ -203,6 +203,18 @@ class Store:
         grid = (content for content in self.load("run") if content["run"]["evaluate"] == "dev")
         own = [content for content in grid if content["run"]["method"] == method]
         return {content["run"]["learning_rate"]: content["dev"]["loss"] for content in own}
+
+
+def known(files: Iterable[Path], store: Store) -> tuple[list[Run | Search], bool]:
+    """Returns the runs of the files up to the first whose learning rate is not found yet, and whether there is such one."""
+    runs: list[Run | Search] = []
+    try:
+        for file in files:
+            for run in read(file, store):
+                runs.append(run)  # noqa: PERF402 - what comes before the error counts
+    except LookupError:
+        return runs, True
+    return runs, False
 
 
 def pending(runs: Iterable[Run | Search], store: Store) -> list[Run | Search]:

@@ -14,7 +14,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quality import plots
-from quality.experiments import LORA_RANK_2, Store, pending, read
+from quality.experiments import LORA_RANK_2, Store, known, pending
 from quality.figures import (
     ADALORA,
     CONSTANT,
@@ -279,13 +279,10 @@ def missing_section(files: list[Path], store: Store) -> str:
     """Returns how much of each experiment is finished, and what no experiment tries."""
     rows = []
     for file in files:
-        try:
-            runs = list(read(file, store))
-        except LookupError as error:
-            rows.append([file.name, "none", f"not begun: {error}"])
-            continue
+        runs, waiting = known([file], store)
         left = pending(runs, store)
-        rows.append([file.name, f"{len(runs) - len(left)} of {len(runs)}", left[0].label if left else ""])
+        finished = f"{len(runs) - len(left)} of {len(runs)}{' or more' if waiting else ''}"
+        rows.append([file.name, finished, left[0].label if left else ""])
     return f"""\
 ## What is missing, and what was not tried
 

@@ -1,7 +1,7 @@
 """Runs experiments, each run once; what is finished stays, and a run that was killed starts again.
 
 python benchmarks/quality/run.py  # all that is not finished, in order
-python benchmarks/quality/run.py benchmarks/quality/experiments/3-category.yaml --device cuda
+python benchmarks/quality/run.py benchmarks/quality/experiments/5-sentiment.yaml --device cuda
 """
 
 import sys
@@ -14,27 +14,11 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from quality.experiments import Run, Search, Store, pending, read
+from quality.experiments import Search, Store, known, pending
 
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "results" / "quality"
-
-
-def unfinished(files: list[Path], store: Store) -> list[Run | Search]:
-    """Returns the runs that can go on now, in the order of the files.
-
-    A file whose learning rates wait for a search that is not finished is left for later, and so are those after it.
-    """
-    found: list[Run | Search] = []
-    for file in files:
-        try:
-            found += read(file, store)
-        except LookupError:
-            if not pending(found, store):
-                raise
-            break
-    return pending(found, store)
 
 
 def main(
@@ -50,7 +34,7 @@ def main(
     done = 0
     bench = None
     with tqdm(desc="Runs", unit="run", smoothing=0.1) as progress:
-        while (todo := unfinished(files, store)) and done != at_most:
+        while (todo := pending(known(files, store)[0], store)) and done != at_most:
             progress.total = done + len(todo)
             progress.set_postfix_str(todo[0].label)
             if bench is None:  # what needs torch is only loaded when there is something to do
@@ -64,7 +48,13 @@ def main(
             store.save(run, search(bench, run) if isinstance(run, Search) else run_once(bench, run))
             done += 1
             progress.update()
-    print(f"{done} runs done, {len(unfinished(files, store))} to go")
+    runs, waiting = known(files, store)
+    left = pending(runs, store)
+    if waiting and not left:
+        raise typer.BadParameter(
+            "the next run has no learning rate, and no grid of its method is among the experiments"
+        )
+    print(f"{done} runs done, {len(left)}{' and more' if waiting else ''} to go")
 
 
 if __name__ == "__main__":
