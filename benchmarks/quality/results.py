@@ -60,7 +60,8 @@ benchmarks/quality/run.py` goes on with the runs that are missing.
   order, and a random choice of modules.
 - **Budgets:** {budget:,} parameters (LoRA, r = 2, on all 210 linear layers) unless a table says otherwise. The rank comes
   as near as whole ranks allow; the tables show the number trained. IA3 has a size of its own, on PARA's three
-  projections.
+  projections. AdaLoRA starts with half as many ranks again as the budget has, which is the number shown, and ends with
+  those of the budget.
 - **Loss:** nats a label token on the test rows, the end of the answer included. **Accuracy:** the likeliest of the labels'
   first tokens. **ROUGE-L:** of 24 greedy answers, so it is coarse.
 - **± and verdicts:** 95% t intervals over seeds, and paired over seeds where two are compared. "Better" and "worse" are
@@ -288,7 +289,7 @@ def missing_section(files: list[Path], store: Store) -> str:
 
 {markdown(["experiment", "finished", "next"], rows)}
 Not tried here: models above 135M parameters, more than 60 steps, more than three seeds, a learning rate for each task and budget, LoRA's
-alpha (always 2r), dropout, a setting from a large instruction set such as the paper's. How far any of this holds at the papers'
+alpha (always 2r), dropout, generators of PARA that read elsewhere than at the start of their block, a setting from a large instruction set such as the paper's. How far any of this holds at the papers'
 scale (7B) is open; [benchmarks/peft_method_comparison](../benchmarks/peft_method_comparison) has the runs for who has a GPU.
 """
 
