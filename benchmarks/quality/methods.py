@@ -1,0 +1,126 @@
+"""The methods, each at the rank that comes nearest to a run's number of parameters."""
+
+import random
+from collections.abc import Callable, Mapping
+
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from peft_fanlora import FanLoraConfig, FanLoraSetting, ImportanceScores, ParaConfig
+from peft_fanlora.fanlora.modules import Module, candidates
+
+from .constant import feed_constant
+from .experiments import Run, Store
+
+
+SCALED = ["q_proj", "v_proj", "up_proj"]
+"""PARA's targets, on which IA3 is trained too."""
+
+
+def adapted(base: PreTrainedModel, run: Run, store: Store) -> PeftModel:
+    """Returns the base model with the run's adapter, untrained."""
+    model = get_peft_model(base, METHODS[run.method](base, run, store))
+    if run.method == "para" and run.reads == "constant":
+        feed_constant(model)
+    return model
+
+
+def lora(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
+    """LoRA on all linear layers."""
+    return _lora(base, run, list(candidates(base)))
+
+
+def lora_qv(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
+    """LoRA on the query and value projections, PEFT's default for Llama."""
+    return _lora(base, run, [name for name in candidates(base) if name.endswith(("q_proj", "v_proj"))])
+
+
+def _lora(base: PreTrainedModel, run: Run, names: list[str]) -> LoraConfig:
+    rank = FanLoraSetting.from_modules(base, names).rank_for_budget(base, run.parameters)
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
+
+
+def adalora(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
+    """AdaLoRA on all linear layers: it starts with half as many ranks again as it ends with."""
+    names = list(candidates(base))
+    rank = FanLoraSetting.from_modules(base, names).rank_for_budget(base, run.parameters)
+    return AdaLoraConfig(
+        init_r=rank + max(1, rank // 2),
+        target_r=rank,
+        lora_alpha=2 * rank,
+        tinit=run.steps // 10,
+        tfinal=run.steps // 2,
+        deltaT=1,
+        total_step=run.steps,
+        target_modules=names,
+        task_type="CAUSAL_LM",
+    )
+
+
+def ia3(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
+    """IA3 on PARA's targets. All of its vectors scale outputs, as PARA's do."""
+    return IA3Config(target_modules=SCALED, feedforward_modules=[], task_type="CAUSAL_LM")
+
+
+def fanlora(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
+    """FanLoRA with a setting of the search on the run's source, or with a random one of the same shape."""
+    if run.score == "random":
+        setting = random_setting(base, run.seed, run.strategy, run.keep)
+    else:
+        setting = scored_setting(base, run, store)
+    rank = setting.rank_for_budget(base, run.parameters)
+    return FanLoraConfig(setting=setting, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM")
+
+
+def scored_setting(base: PreTrainedModel, run: Run, store: Store) -> FanLoraSetting:
+    """Returns what the run's score keeps."""
+    values = store.scores(run.source, run.score)["values"]
+    return select(importance(values, run.score, base.config.model_type), run.strategy, run.keep)
+
+
+def importance(values: Mapping[str, float], method: str, model_type: str | None = None) -> ImportanceScores:
+    """Makes numbers into what `peft_fanlora` selects modules from; they may come from a model of another depth."""
+    depths: dict[str, int] = {}
+    for module in map(Module.parse, values):
+        depths[module.stack] = max(depths.get(module.stack, 0), module.layer + 1)
+    facts = {"num_tokens": 0, "num_layers": depths, "model_type": model_type, "calibration": {}}
+    return ImportanceScores(values, method=method, **facts)
+
+
+def select(scores: ImportanceScores, strategy: str, keep: int) -> FanLoraSetting:
+    """Calls `ImportanceScores.select` with the argument that goes with the strategy."""
+    if strategy == "layer":
+        return scores.select(modules_per_layer=keep)
+    return scores.select(strategy=strategy, keep=keep)  # type: ignore[arg-type]
+
+
+def random_setting(base: PreTrainedModel, seed: int, strategy: str, keep: int) -> FanLoraSetting:
+    """Returns a setting chosen as by a score, with random numbers for scores."""
+    draw = random.Random(seed)
+    values = {name: draw.random() for name in candidates(base)}
+    return select(importance(values, "random", base.config.model_type), strategy, keep)
+
+
+def para(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
+    """PARA with the default targets."""
+    rank = run.rank or para_rank(base, run)
+    return ParaConfig(r=rank, pooling=run.pooling, activation=run.activation, task_type="CAUSAL_LM")
+
+
+def para_rank(base: PreTrainedModel, run: Run) -> int:
+    """Returns the width of the generators whose parameters come nearest to the budget."""
+    width, modules = base.config.hidden_size, candidates(base)
+    outputs = [module.out_features for name, module in modules.items() if name.endswith(tuple(SCALED))]
+    layers = len(outputs) // len(SCALED)
+    query = width * layers if run.pooling == "attention" else 0
+    return max(1, round((run.parameters - query) / (layers * width + sum(outputs))))
+
+
+METHODS: dict[str, Callable[[PreTrainedModel, Run, Store], PeftConfig]] = {
+    "lora": lora,
+    "lora-qv": lora_qv,
+    "adalora": adalora,
+    "ia3": ia3,
+    "fanlora": fanlora,
+    "para": para,
+}

@@ -1,0 +1,92 @@
+"""The pictures of docs/results.md, one for each question that has runs."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib import pyplot as plt
+
+from .experiments import Store
+from .figures import LORA, METHODS, PARA, PATH, RANDOM, pruned, smaller_budget, stability, table
+
+
+mpl.use("Agg")
+
+
+def draw(store: Store, folder: Path) -> None:
+    """Draws all pictures into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    frame = smaller_budget(table(store))
+    para = [PARA, *(name for name in sorted(frame["variant"].unique()) if name.startswith("PARA, "))]
+    settings = [PATH, f"{PATH}, own setting", RANDOM, LORA]
+    seeds(frame, METHODS, "loss", "test loss, nats a token", folder / "results-methods.png")
+    seeds(frame, settings, "loss", "test loss, nats a token", folder / "results-transfer.png")
+    seeds(frame, para, "loss", "test loss, nats a token", folder / "results-para.png")
+    seeds(frame, METHODS, "cpu_seconds", "CPU seconds of training", folder / "results-cost.png")
+    by_score(pruned(store), folder / "results-pruned.png")
+    overlaps(stability(store), folder / "results-stability.png")
+
+
+def seeds(frame: pd.DataFrame, names: list[str], column: str, label: str, path: Path) -> None:
+    """Draws a point a seed and a line at the mean, a row a variant and a panel a task; joins what shares a seed."""
+    own = frame[frame["variant"].isin(names)]
+    tasks = list(dict.fromkeys(own["task"]))
+    if not tasks:
+        return
+    figure, panels = plt.subplots(
+        1,
+        len(tasks),
+        figsize=(2 + 3 * len(tasks), 1 + 0.35 * len(names)),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    rows = [name for name in names if name in set(own["variant"])]
+    for axes, task in zip(panels[0], tasks, strict=True):
+        for row, name in enumerate(rows):
+            values = own[(own["task"] == task) & (own["variant"] == name)]
+            axes.scatter(values[column], [row] * len(values), s=18, alpha=0.7)
+            if len(values):
+                axes.plot([values[column].mean()] * 2, [row - 0.3, row + 0.3], color="black")
+        axes.set_title(task)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.3)
+    panels[0][0].set_yticks(range(len(rows)), rows)
+    panels[0][0].invert_yaxis()
+    _save(figure, path)
+
+
+def by_score(lost: pd.DataFrame, path: Path) -> None:
+    """Draws the loss without retraining against the modules a layer, a line a score."""
+    own = lost[(lost["task"] == "gloss") & lost["choice"].str.endswith("a layer")]
+    means = own.pivot_table(index="choice", columns="score", values="loss", aggfunc="mean")
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for score in means.loc["2 a layer"].sort_values(ascending=False).index:
+        axes.plot(means.index, means[score], marker="o", label=score, color="grey" if score == "random" else None)
+    everything = lost[(lost["task"] == "gloss") & (lost["choice"] == "all")]["loss"].mean()
+    axes.axhline(everything, color="black", linewidth=1, linestyle="--", label="all modules")
+    axes.set_xlabel("modules kept")
+    axes.set_ylabel("loss on dev rows, nats a token")
+    axes.set_title("Definitions, nothing retrained")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def overlaps(found: pd.DataFrame, path: Path) -> None:
+    """Draws how far choices agree."""
+    if found.empty:
+        return
+    figure, axes = plt.subplots(figsize=(6, 1 + 0.3 * len(found)), layout="constrained")
+    axes.barh(found["what"], found["share"])
+    axes.axvline(2 / 7, color="black", linewidth=1, linestyle="--", label="two random choices")
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("modules in common")
+    axes.invert_yaxis()
+    axes.legend()
+    _save(figure, path)
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,345 @@
+"""Makes docs/results.md and its pictures from the finished runs; run it again as more arrive.
+
+python benchmarks/quality/results.py
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import pandas as pd
+import typer
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from quality import plots
+from quality.experiments import LORA_RANK_2, Store, known, pending
+from quality.figures import (
+    ADALORA,
+    CONSTANT,
+    IA3,
+    LORA,
+    LORA_QV,
+    METHODS,
+    PARA,
+    PATH,
+    RANDOM,
+    Difference,
+    difference,
+    mean_and_half_width,
+    pruned,
+    smaller_budget,
+    stability,
+    table,
+)
+from quality.tasks import TASKS, Split
+
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+INTRODUCTION = """\
+# Results
+
+Both papers claim better quality than PEFT's baselines at comparable numbers of parameters. This page says what came out
+when that was tried on a small model. `make results` writes it from the finished runs in
+[benchmarks/results/quality](../benchmarks/results/quality), every figure and every verdict included; `python
+benchmarks/quality/run.py` goes on with the runs that are missing.
+
+## How it was measured
+
+- **Model:** {models}, float32. **Machine:** {machines}.
+- **Tasks:** definitions of words (WordNet), the sign of movie reviews (VADER), the kind of a noun (eight of WordNet's
+  kinds, as many of each), BoolQ (questions whose passage has at most 70 words). Near-duplicates, rows with the same set
+  of words, are removed; of what is left {test} rows are for the test, {dev} for choosing learning rates and for pruning
+  without retraining, {calibration} for scoring. The split is the same for every run, and nothing is trained or scored on
+  test rows.
+- **Training:** {steps} steps of 8 rows, each row once, AdamW without weight decay, 6% warm-up, linear decay, gradient norm
+  at most 1. Rows of similar length share a batch. The seed decides the adapter's start, the training rows and their
+  order, and a random choice of modules.
+- **Budgets:** {budget:,} parameters (LoRA, r = 2, on all 210 linear layers) unless a table says otherwise. The rank comes
+  as near as whole ranks allow; the tables show the number trained. IA3 has a size of its own, on PARA's three
+  projections. AdaLoRA starts with half as many ranks again as the budget has, which is the number shown, and ends with
+  those of the budget.
+- **Loss:** nats a label token on the test rows, the end of the answer included. **Accuracy:** the likeliest of the labels'
+  first tokens. **ROUGE-L:** of 24 greedy answers, so it is coarse.
+- **± and verdicts:** 95% t intervals over seeds, and paired over seeds where two are compared. "Better" and "worse" are
+  said where the interval leaves out zero, without a correction for the number of comparisons: with three seeds such an
+  interval is wide, and "no difference shown" is not "equal".
+- **FanLoRA's setting** comes from one search: LoRA, r = 8, on all modules, 60 steps on definitions, scored on 16
+  calibration rows; the best two modules of each layer stay. "Random" draws two modules of each layer anew for each seed.
+"""
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """Returns a table, numbers to the right."""
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def spread(values: pd.Series, digits: int = 3) -> str:
+    """Writes a mean and its interval."""
+    values = values.dropna()
+    if values.empty:
+        return ""
+    mean, half_width = mean_and_half_width(values)
+    return f"{mean:.{digits}f}" + ("" if half_width is None else f" ± {half_width:.{digits}f}")
+
+
+def methods_table(frame: pd.DataFrame, names: list[str]) -> str:
+    """Returns what each variant reached."""
+    rows = []
+    for name in names:
+        own = frame[frame["variant"] == name]
+        if not own.empty:
+            parameters = f"{round(own['parameters'].mean()):,}"
+            rate = " ".join(f"{rate:g}" for rate in sorted(own["learning_rate"].unique()))
+            figures = [spread(own[column]) for column in ("loss", "accuracy", "rouge_l")]
+            rows.append([name, parameters, rate, str(len(own)), *figures])
+    columns = ["", "parameters", "lr", "seeds", "loss", "accuracy", "ROUGE-L"]
+    kept = [index for index, column in enumerate(columns) if not column or any(row[index] for row in rows)]
+    return markdown([columns[index] for index in kept], [[row[index] for index in kept] for row in rows])
+
+
+def comparison(frame: pd.DataFrame, pairs: list[tuple[str, str]]) -> str:
+    """Returns how variants differ in loss, for each task and over the tasks."""
+    rows = []
+    for first, second in pairs:
+        tasks = [task for task in TASKS if difference(frame[frame["task"] == task], first, second)]
+        for task in [*tasks, *(["mean over these tasks"] if len(tasks) > 1 else [])]:
+            own = frame[frame["task"] == task] if task in TASKS else frame[frame["task"].isin(tasks)]
+            found = difference(own, first, second)
+            if found:
+                rows.append([f"{first} less {second}", task, *_columns(found)])
+    if not rows:
+        return "*No runs yet.*\n"
+    return markdown(["loss of", "task", "difference", "p", "pairs", "verdict"], rows)
+
+
+def _columns(found: Difference) -> list[str]:
+    interval = "" if found.half_width is None else f" ± {found.half_width:.3f}"
+    p = "" if found.p is None else f"{found.p:.2g}"
+    return [f"{found.mean:+.3f}{interval}", p, str(found.pairs), found.verdict]
+
+
+def methods_section(frame: pd.DataFrame) -> str:
+    """Returns the tables of all methods, by task and budget."""
+    parts = ["## The methods side by side\n"]
+    for budget in sorted(frame["budget"].unique()):
+        for task in TASKS:
+            own = frame[(frame["task"] == task) & (frame["budget"] == budget)]
+            if not own.empty:
+                parts.append(f"**{task}**, {budget:,} parameters\n\n{methods_table(own, METHODS)}")
+    parts.append("![Test loss of each method](images/results-methods.png)\n")
+    parts.append("The claims, as differences in test loss at the smaller budget:\n")
+    pairs = [(PATH, LORA), (PATH, LORA_QV), (PATH, ADALORA), (PATH, RANDOM), (PARA, IA3), (PARA, LORA)]
+    parts.append(comparison(smaller_budget(frame), pairs))
+    larger = frame[frame["budget"] != LORA_RANK_2]
+    if not larger.empty:
+        parts += ["At the larger budget:\n", comparison(larger, pairs[:4])]
+    return "\n".join(parts)
+
+
+def learning_rates_section(store: Store) -> str:
+    """Returns the grid that learning rates were chosen from."""
+    rows = []
+    for method in ("fanlora", "lora", "lora-qv", "adalora", "para", "ia3"):
+        grid = store.learning_rates(method)
+        if grid:
+            best = min(grid, key=grid.__getitem__)
+            cells = [f"{rate:g}: {'**' if rate == best else ''}{loss:.3f}{'**' if rate == best else ''}"
+                     for rate, loss in sorted(grid.items())]  # fmt: skip
+            edge = "yes" if best in (min(grid), max(grid)) else "no"
+            rows.append([method, ", ".join(cells), edge])
+    text = """\
+## Learning rates
+
+One seed of the noun task, dev rows; the best serves all tasks, seeds and budgets. All kinds of FanLoRA share one rate, and so do
+all kinds of PARA. Where the best lies at the edge of what was tried, a rate beyond might be better still.
+"""
+    return text + "\n" + markdown(["", "rate: dev loss", "best at the edge"], rows)
+
+
+def choice_section(frame: pd.DataFrame, store: Store) -> str:
+    """Question 1: which score picks the best modules."""
+    lost = pruned(store)
+    before = lost[lost["choice"].str.endswith("a layer") & (lost["task"] == "gloss")]
+    means = before.pivot_table(index="score", columns="choice", values="loss", aggfunc="mean").sort_values("2 a layer")
+    rows = [
+        [str(score), *(f"{value:.3f}" if pd.notna(value) else "" for value in row)]
+        for score, *row in means.itertuples()
+    ]
+    limits = lost[(lost["task"] == "gloss") & lost["choice"].isin(["all", "none"])].groupby("choice")["loss"].mean()
+    scores = ["ablation", "output_norm", "sensitivity", "weight_norm"]
+    pairs = [(PATH, RANDOM), *((PATH, f"FanLoRA, {score}") for score in scores)]
+    one = [(f"{PATH}, 1 a layer", other) for other in (f"{RANDOM}, 1 a layer", "FanLoRA, ablation, 1 a layer", PATH)]
+    return f"""\
+## 1. Which score picks the best modules?
+
+*Before retraining.* The modules that a score does not keep are switched off in the trained LoRA of the search; loss on
+dev rows of the definitions. With all 210 modules it is {limits["all"]:.3f}, with none {limits["none"]:.3f}. One search, so this is one
+seed of training; "random" is the mean of three draws.
+
+{markdown(["kept", *means.columns], rows)}
+![Loss without retraining, by score](images/results-pruned.png)
+
+*After retraining.* Fresh adapters on the kept modules, two of each layer, at equal parameters:
+
+{comparison(smaller_budget(frame), pairs)}
+One of each layer:
+
+{comparison(smaller_budget(frame), one)}"""
+
+
+def transfer_section(frame: pd.DataFrame) -> str:
+    """Question 2: does a setting transfer."""
+    own = f"{PATH}, own setting"
+    return f"""\
+## 2. Does a setting found on definitions serve other tasks?
+
+Against the setting that a search on the task itself finds, with the same score:
+
+{comparison(smaller_budget(frame), [(PATH, own), (own, RANDOM), (own, LORA)])}
+![Settings, by task](images/results-transfer.png)
+"""
+
+
+def strategy_section(frame: pd.DataFrame, store: Store) -> str:
+    """Question 3: per layer, by role, or global."""
+    lost = pruned(store)
+    ways = ["2 a layer", "2 roles", "60 anywhere"]
+    before = lost[(lost["task"] == "gloss") & lost["choice"].isin(ways)]
+    means = before.pivot_table(index="score", columns="choice", values="loss")[ways]
+    rows = [[str(score), *(f"{value:.3f}" for value in row)] for score, *row in means.itertuples()]
+    return f"""\
+## 3. Two of each layer, two roles, or the best 60 anywhere?
+
+*Before retraining*, as in 1; each keeps 60 of 210 modules:
+
+{markdown(["kept", *ways], rows)}
+*After retraining*, by `path`:
+
+{comparison(smaller_budget(frame), [(PATH, f"{PATH}, 2 roles"), (PATH, f"{PATH}, 60 anywhere")])}"""
+
+
+def stability_section(store: Store) -> str:
+    """Question 4: calibration data, points, and the stability of the choice."""
+    found = stability(store)
+    rows = [[what, f"{share:.0%}", f"{cpu:.0f}"] for what, share, cpu in found.itertuples(index=False)]
+    return f"""\
+## 4. How little calibration is enough, and how stable is the choice?
+
+The share of the 60 modules (two a layer) that a choice has in common with the one used here (definitions, 16 rows, 8 points, seed 0);
+two random choices share 29%, two of seven, on average.
+
+{markdown(["path, with", "in common", "CPU seconds"], rows) if rows else "*No runs yet.*"}
+{"![Overlap of choices](images/results-stability.png)" if rows else ""}
+"""
+
+
+def para_section(frame: pd.DataFrame) -> str:
+    """Question 5: PARA's parts."""
+    others = [name for name in sorted(frame["variant"].unique()) if name.startswith("PARA, ")]
+    return f"""\
+## 5. Which parts of PARA matter, and is it worth reading the prompt?
+
+"Fed a constant" has the same generators with the same parameters, but they see ones in place of the prompt: what is left is one
+learned vector a module. The default is attention pooling with GELU.
+
+{comparison(smaller_budget(frame), [(PARA, name) for name in [CONSTANT, *(name for name in others if name != CONSTANT)]])}
+![PARA's variants](images/results-para.png)
+"""
+
+
+def cost_section(frame: pd.DataFrame) -> str:
+    """Question 6: what training costs."""
+    rows = []
+    own = smaller_budget(frame)
+    for task in TASKS:
+        lora = own[(own["task"] == task) & (own["variant"] == LORA)]
+        for name in METHODS:
+            runs = own[(own["task"] == task) & (own["variant"] == name)]
+            if not runs.empty:
+                ratio = "" if lora.empty else f"{runs['cpu_seconds'].median() / lora['cpu_seconds'].median():.2f}"
+                low, high = runs["cpu_seconds"].min(), runs["cpu_seconds"].max()
+                memory = f"{runs['memory'].median() / 2**30:.2f}"
+                rows.append([name, task, f"{runs['cpu_seconds'].median():.0f} ({low:.0f}-{high:.0f})", ratio, memory])
+    return f"""\
+## 6. What does training cost?
+
+CPU seconds of the training steps on one core, median and range over seeds, and the most memory that the process held. The machine
+had other work, which makes CPU time vary by tens of percent: read differences smaller than the ranges as nothing.
+
+{markdown(["", "task", "CPU seconds", "of LoRA's", "GiB"], rows)}
+![CPU time of training](images/results-cost.png)
+"""
+
+
+def missing_section(files: list[Path], store: Store) -> str:
+    """Returns how much of each experiment is finished, and what no experiment tries."""
+    rows = []
+    for file in files:
+        runs, waiting = known([file], store)
+        left = pending(runs, store)
+        finished = f"{len(runs) - len(left)} of {len(runs)}{' or more' if waiting else ''}"
+        rows.append([file.name, finished, left[0].label if left else ""])
+    return f"""\
+## What is missing, and what was not tried
+
+{markdown(["experiment", "finished", "next"], rows)}
+Not tried here: models above 135M parameters, more than 60 steps, more than three seeds, a learning rate for each task and budget, LoRA's
+alpha (always 2r), dropout, generators of PARA that read elsewhere than at the start of their block, a setting from a large instruction set such as the paper's. How far any of this holds at the papers'
+scale (7B) is open; [benchmarks/peft_method_comparison](../benchmarks/peft_method_comparison) has the runs for who has a GPU.
+"""
+
+
+def page(store: Store, files: list[Path]) -> str:
+    """Returns docs/results.md."""
+    frame = table(store)
+    contents = store.load("run") + store.load("search")
+    split = Split("", next(iter(TASKS.values())))
+    introduction = INTRODUCTION.format(
+        models=", ".join(sorted({content["base_model"] for content in contents})),
+        machines="; ".join(sorted({_machine(content["machine"]) for content in contents})),
+        steps=" or ".join(sorted({str(content["run"]["steps"]) for content in store.load("run")})),
+        budget=LORA_RANK_2,
+        test=split.test_size,
+        dev=split.dev_size,
+        calibration=split.calibration_size,
+    )
+    sections = [
+        introduction,
+        methods_section(frame),
+        learning_rates_section(store),
+        choice_section(frame, store),
+        transfer_section(frame),
+        strategy_section(frame, store),
+        stability_section(store),
+        para_section(frame),
+        cost_section(frame),
+        missing_section(files, store),
+    ]
+    return "\n".join(sections)
+
+
+def _machine(facts: dict[str, str | int]) -> str:
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("torch", "transformers", "peft"))
+    where = (
+        facts["accelerator"] if facts["accelerator"] != "none" else f"{facts['processor']}, {facts['threads']} thread"
+    )
+    return f"{where}, {versions}"
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Folder of the finished runs")] = ROOT / "benchmarks/results/quality",
+    docs: Annotated[Path, typer.Option(help="Folder of the page")] = ROOT / "docs",
+) -> None:
+    """Writes the page and the pictures."""
+    store = Store(results)
+    plots.draw(store, docs / "images")
+    (docs / "results.md").write_text(page(store, sorted((HERE / "experiments").glob("*.yaml"))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,126 @@
+"""The page of results is what the script makes of the committed runs, and its verdicts are those of the statistics."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from quality import results
+from quality.experiments import Run, Scoring, Search, Store
+from quality.figures import PARA, PATH, RANDOM, difference, mean_and_half_width, overlap, stability, table, variant
+
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted((ROOT / "benchmarks" / "quality" / "experiments").glob("*.yaml"))
+COMMITTED = Store(ROOT / "benchmarks" / "results" / "quality")
+FACTS = {"processor": "a", "threads": 1, "accelerator": "none", "torch": "2", "transformers": "5", "peft": "0"}
+
+
+def save(store: Store, run: Run, loss: float) -> None:
+    training = {"curve": [1.0], "cpu_seconds": 10.0 * loss, "wall_seconds": 10.0, "peak_memory": 2**30}
+    content = {"base_model": "tiny", "machine": FACTS, "parameters": 600_000, "training": training}
+    store.save(run, {**content, run.evaluate: {"loss": loss, "accuracy": 0.5}})
+
+
+def save_search(store: Store, search: Search, *, best: str) -> None:
+    roles = ("mlp.up_proj", "mlp.down_proj", "self_attn.v_proj", "self_attn.q_proj")
+    values = {f"model.layers.{layer}.{role}": float(role.endswith(best)) for layer in range(2) for role in roles}
+    scored = [
+        {"scoring": vars(scoring), "cpu_seconds": 3.0, "num_tokens": 9, "values": values}
+        for scoring in search.scorings
+    ]
+    pruned = [
+        {"choice": choice, "method": "path", "loss": 3.0}
+        for choice in ("1 a layer", "2 a layer", "2 roles", "60 anywhere")
+    ]
+    limits = [{"choice": name, "method": name, "loss": loss} for name, loss in (("all", 2.5), ("none", 4.5))]
+    store.save(search, {"base_model": "tiny", "machine": FACTS, "scored": scored, "pruned": [*limits, *pruned]})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Three seeds, in which `path` beats random by about 0.1 and PARA differs from IA3 by chance alone."""
+    store = Store(tmp_path)
+    save_search(store, Search("gloss", (Scoring("path"),)), best="_proj")
+    save_search(store, Search("gloss", (Scoring("path"),), seed=1), best="up_proj")
+    for rate, loss in ((1e-3, 0.5), (3e-3, 0.4), (1e-2, 0.6)):
+        save(store, Run("category", "fanlora", learning_rate=rate, evaluate="dev"), loss)
+    for seed, (chosen, drawn, para, ia3) in enumerate(
+        [(0.30, 0.40, 0.5, 0.6), (0.32, 0.43, 0.6, 0.5), (0.31, 0.40, 0.55, 0.55)]
+    ):
+        for task in ("category", "sentiment"):
+            save(store, Run(task, "fanlora", seed, 3e-3), chosen)
+            save(store, Run(task, "fanlora", seed, 3e-3, score="random"), drawn)
+        save(store, Run("category", "para", seed, 3e-3), para)
+        save(store, Run("category", "ia3", seed, 3e-3), ia3)
+    return store
+
+
+def test_the_page_is_made_of_the_committed_runs() -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert page == results.page(COMMITTED, EXPERIMENTS), "run `make results` and commit what it changes"
+    for picture in page.split("](images/")[1:]:
+        assert (ROOT / "docs" / "images" / picture.partition(")")[0]).exists()
+
+
+def test_every_committed_run_still_has_its_name() -> None:
+    """A field that is renamed, or a default that changes, would make all finished runs be repeated."""
+    for content in COMMITTED.load("run"):
+        assert COMMITTED.finished(Run(**content["run"]))
+    for content in COMMITTED.load("search"):
+        scorings = tuple(Scoring(**scoring) for scoring in content["search"].pop("scorings"))
+        assert COMMITTED.finished(Search(scorings=scorings, **content["search"]))
+
+
+def test_differences_are_paired_over_seeds(store: Store) -> None:
+    frame = table(store)
+    found = difference(frame[frame["task"] == "category"], PATH, RANDOM)
+    assert found is not None and found.pairs == 3 and found.verdict == "better"
+    assert found.mean == pytest.approx(-0.1) and found.half_width == pytest.approx(
+        0.0248, abs=1e-4
+    )  # t = 4.303, s = 0.01
+    other = difference(frame, PARA, "IA3")
+    assert other is not None and other.verdict == "no difference shown" and other.p == pytest.approx(1)
+    both = difference(frame, PATH, RANDOM)
+    assert both is not None and both.pairs == 3  # the mean over the tasks for each seed
+    assert difference(frame, PATH, "AdaLoRA") is None
+
+    one_seed = frame[frame["seed"] == 0]
+    single = difference(one_seed, PATH, RANDOM)
+    assert single is not None and single.half_width is None and single.verdict == "one pair: nothing to say"
+    assert mean_and_half_width(pd.Series([2.0])) == (2.0, None)
+
+
+def test_the_page_says_what_is_missing(store: Store, tmp_path: Path) -> None:
+    file = tmp_path / "3-some.yaml"
+    file.write_text("runs: [{seed: [0, 1, 2, 3], task: category, method: fanlora}]")
+    page = results.page(store, [file])
+    assert "| 3-some.yaml | 3 of 4 | category-fanlora-0.003-seed3 |" in page
+    assert "| FanLoRA, path less FanLoRA, random | mean over these tasks | -0.100 ± 0.025 |" in page
+    assert "| fanlora | 0.001: 0.500, 0.003: **0.400**, 0.01: 0.600 | no |" in page
+    file.write_text("runs: [{task: category, method: [fanlora, lora]}]")
+    assert "| 3-some.yaml | 1 of 1 or more |" in results.page(store, [file])
+
+
+def test_variants_have_different_names() -> None:
+    runs = [
+        Run("category", "fanlora"),
+        Run("category", "fanlora", score="random"),
+        Run("category", "fanlora", keep=1),
+        Run("category", "fanlora", strategy="role"),
+        Run("category", "fanlora", source="category"),
+        Run("category", "lora"),
+        Run("category", "lora-qv"),
+        Run("category", "para"),
+        Run("category", "para", reads="constant"),
+        Run("category", "para", pooling="mean"),
+        Run("category", "para", activation="rational"),
+        Run("category", "para", rank=3),
+    ]
+    assert len({variant(vars(run)) for run in runs}) == len(runs)
+    assert variant(vars(runs[0])) == PATH and variant(vars(runs[1])) == RANDOM and variant(vars(runs[7])) == PARA
+
+
+def test_overlap_with_the_choice_that_is_used(store: Store) -> None:
+    assert overlap(["a", "b"], ["b", "c"]) == 0.5
+    (row,) = stability(store).itertuples(index=False)
+    assert row.what == "seed 1" and row.share in (0.5, 1.0)

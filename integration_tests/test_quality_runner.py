@@ -1,0 +1,192 @@
+"""The quality experiments from end to end on a tiny model: run, stopped, resumed, never repeated."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as tf
+import typer
+from quality import run as runner
+from quality import tasks, training
+from quality.experiments import Run, Search, Store, read
+from tiny_models import TINY
+from trainers.trainer_models import tokenizer
+
+
+EXPERIMENTS = """
+searches:
+  - task: gloss
+    scorings: [{method: path, rows: 8, points: 2}, {method: ablation, rows: 8}, {method: weight_norm}]
+    steps: 3
+    rank: 2
+runs:
+  - {task: category, method: [lora, fanlora, para], learning_rate: [1.e-2, 1.e-3], evaluate: dev, parameters: 3000, steps: 3}
+"""
+MORE = """
+runs:
+  - {task: [category, gloss], method: fanlora, score: [path, random], parameters: 3000, steps: 3}
+  - {task: category, method: fanlora, strategy: role, keep: 2, parameters: 3000, steps: 3}
+  - {task: category, method: para, reads: constant, rank: 2, steps: 3}
+  - {task: category, method: [adalora, lora-qv, ia3], learning_rate: 1.e-2, parameters: 5000, steps: 10}
+"""
+
+
+def rows(answer: Any) -> list[dict[str, Any]]:
+    made = []
+    for number in range(640):
+        words = f"w{number % 40} w{number // 40 % 40} w{(number * 7 + 1) % 41}"
+        prompt = [{"role": "user", "content": words}]
+        made.append({"prompt": prompt, "completion": [{"role": "assistant", "content": answer(number, words)}]})
+    return made
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The arguments of the runner: a tiny model, two tasks, and a folder for the results."""
+    monkeypatch.setitem(tasks.TASKS, "gloss", tasks.Task(lambda: rows(lambda number, words: f"{words} w42")))
+    labels = ("w45", "w46", "w47")
+    category = tasks.Task(lambda: rows(lambda number, words: labels[number % 3]), labels)
+    monkeypatch.setitem(tasks.TASKS, "category", category)
+    config = {**TINY["llama"].config, "num_hidden_layers": 2, "eos_token_id": 2, "bos_token_id": 3}
+    tf.LlamaForCausalLM(tf.LlamaConfig(**config)).save_pretrained(tmp_path / "tiny")
+    tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "1-first.yaml").write_text(EXPERIMENTS)
+    (tmp_path / "2-more.yaml").write_text(MORE)
+    return {"model": str(tmp_path / "tiny"), "results": tmp_path / "results"}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_experiments_run_once_and_resume(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "1-first.yaml", tmp_path / "2-more.yaml"]
+    results = tiny["results"]
+
+    runner.main(files, at_most=2, **tiny)
+    assert len(contents(results)) == 2
+    assert "2 runs done, 5 and more to go" in capsys.readouterr().out  # some wait for a learning rate
+
+    real, calls = training.run_once, []
+
+    def killed(bench: training.Bench, run: Run) -> dict[str, Any]:
+        calls.append(run)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(bench, run)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "run_once", killed)
+        runner.main(files, **tiny)
+    before = contents(results)
+    assert len(before) == 4 and not any("partial" in name for name in before)
+
+    runner.main(files, **tiny)
+    after = contents(results)
+    assert before.items() <= after.items()
+    assert len(after) == 7 + 4 + 1 + 1 + 3
+
+    runner.main(files, **tiny)
+    assert contents(results) == after
+    assert "0 runs done, 0 to go" in capsys.readouterr().out
+
+    store = Store(results)
+    grid = store.learning_rates("fanlora")
+    best = min(grid, key=lambda rate: grid[rate])
+    used = {content["run"]["learning_rate"] for content in store.load("run") if content["run"]["evaluate"] == "test"}
+    assert sorted(grid) == [1e-3, 1e-2] and best in used
+
+    (search,) = store.load("search")
+    assert [len(scored["values"]) for scored in search["scored"]] == [14, 14, 14]
+    losses = {(entry["choice"], entry["method"]): entry["loss"] for entry in search["pruned"]}
+    assert losses["all", "all"] != losses["none", "none"] != losses["2 a layer", "path"]
+    for content in store.load("run"):
+        assert content["parameters"] > 0 and len(content["training"]["curve"]) == content["run"]["steps"]
+        measured = content[content["run"]["evaluate"]]
+        assert measured["loss"] > 0
+        assert ("rouge_l" in measured) == (content["run"]["task"] == "gloss")
+
+
+def test_a_run_gives_the_same_figures_again(tiny: dict[str, Any]) -> None:
+    bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
+    run = Run("category", "para", seed=1, learning_rate=1e-2, steps=3, rank=2)
+    first, again = (training.run_once(bench, run) for _ in range(2))
+    assert first["test"] == again["test"] and first["training"]["curve"] == again["training"]["curve"]
+    other = training.run_once(bench, Run("category", "para", seed=2, learning_rate=1e-2, steps=3, rank=2))
+    assert other["training"]["curve"] != first["training"]["curve"]
+
+
+def test_a_constant_makes_the_same_vectors_for_every_prompt(tiny: dict[str, Any]) -> None:
+    """Otherwise the comparison would not say what reading the prompt is worth."""
+    from quality.methods import adapted
+
+    from peft_fanlora.para.generator import VectorGenerator
+
+    bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
+    made: dict[str, list[Any]] = {"prompt": [], "constant": []}
+    for reads, vectors in made.items():
+        model = adapted(bench.base(0), Run("category", "para", reads=reads, rank=2), bench.store)
+        for module in model.modules():
+            if isinstance(module, VectorGenerator):
+                for name in module.targets:
+                    getattr(module, f"up_{name}").data.normal_()
+                module.register_forward_hook(lambda module, inputs, output, to=vectors: to.extend(output.values()))
+        model(**next(iter(bench.tokens.loader(bench.split("category").test))))
+        assert len(vectors) == 6
+    assert all((vector == vector[:1]).all() and not (vector == 1).all() for vector in made["constant"])
+    assert not any((vector == vector[:1]).all() for vector in made["prompt"])
+
+
+def test_splits_have_no_row_in_common(tiny: dict[str, Any]) -> None:
+    """The same words in another order are the same row."""
+    doubled = [
+        *rows(lambda number, words: "w45"),
+        *({**row, "prompt": [{"role": "user", "content": " ".join(reversed(row["prompt"][0]["content"].split()))}]}
+          for row in rows(lambda number, words: "w45")),
+    ]  # fmt: skip
+    split = tasks.Split("category", tasks.Task(lambda: doubled, ("w45",)))
+    parts = [split.test, split.dev, split.calibration, split.training(80, 0)]
+    words = [{frozenset(row["prompt"][0]["content"].split()) for row in part} for part in parts]
+    assert [len(part) for part in parts] == [256, 128, 128, 80]
+    assert len(set.union(*words)) == sum(map(len, words)) == 592
+    assert split.training(80, 0) != split.training(80, 1)
+    with pytest.raises(ValueError, match="rows to train on, 800 are asked for"):
+        split.training(800, 0)
+
+
+def test_logits_are_computed_only_where_a_label_is_predicted(tiny: dict[str, Any]) -> None:
+    """And the loss is the one that all logits would give."""
+    bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
+    batch = next(iter(bench.tokens.loader(bench.split("gloss").test)))
+    model = bench.base(0)
+    few = model(**batch)
+    full = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")})
+    assert few.logits.shape[1] < full.logits.shape[1]
+    assert few.loss.item() == pytest.approx(full.loss.item(), rel=1e-6)
+
+
+def test_unknown_fields_and_missing_searches_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text("runs: [{task: gloss, method: lora, learning_rat: 1.e-3}]")
+    with pytest.raises(ValueError, match="a Run has no 'learning_rat'"):
+        list(read(path, Store(tmp_path)))
+    path.write_text("runs: [{task: gloss, method: lora}]")
+    with pytest.raises(LookupError, match="no learning rate of 'lora' has been tried"):
+        list(read(path, Store(tmp_path)))
+    with pytest.raises(typer.BadParameter, match="the next run has no learning rate"):
+        runner.main([path], results=tmp_path)
+    with pytest.raises(LookupError, match="no finished search on 'gloss' has the score 'path'"):
+        Store(tmp_path).scores("gloss", "path")
+
+
+def test_runs_that_differ_have_different_files(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    runs = [Run("gloss", "para", learning_rate=1e-3), Run("gloss", "para", learning_rate=1e-3, pooling="mean")]
+    searches = [Search("gloss", ()), Search("gloss", (), prune=False)]
+    assert len({store.path(run) for run in [*runs, *searches]}) == 4
+    store.save(runs[0], {"parameters": 3})
+    assert store.finished(runs[0]) and not store.finished(runs[1])
+    assert json.loads(store.path(runs[0]).read_text())["run"]["task"] == "gloss"
