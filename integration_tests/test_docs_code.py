@@ -125,7 +125,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/serving.md": about_serving,
     "docs/vllm.md": about_vllm,
 }
-RUN_ELSEWHERE: dict[str, str] = {}
+RUN_ELSEWHERE: dict[str, str] = {"docs/sharing.md": "integration_tests/hub/test_hub.py"}
 """Pages whose code another test runs, and its file."""
 
 
