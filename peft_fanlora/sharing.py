@@ -18,7 +18,6 @@ from peft import PeftModel
 from . import hub
 from .cards import card, fanlora, para, snippets
 from .fanlora.config import FanLoraConfig
-from .para.config import ParaConfig
 from .saved import SavedAdapter
 
 
@@ -74,12 +73,9 @@ def _pushing(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
 def _ours(model: PeftModel, selected: Iterable[str] | None) -> list[str]:
     """Returns the names of those adapters that are to be saved and are FanLoRA's or PARA's, "default" first."""
     configs = model.peft_config
-    names = [
-        name
-        for name in (configs if selected is None else selected)
-        if isinstance(configs.get(name), FanLoraConfig | ParaConfig)
-    ]
-    return sorted(names, key=lambda name: name != "default")
+    names = configs if selected is None else selected
+    ours = [name for name in names if name in configs and configs[name].peft_type in ("FANLORA", "PARA")]
+    return sorted(ours, key=lambda name: name != "default")
 
 
 def _part(model: PeftModel, name: str, folder: Path, location: str) -> card.Part:
