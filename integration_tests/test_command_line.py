@@ -247,6 +247,12 @@ def test_bench_leaves_out_what_a_model_cannot_have(tmp_path: Path) -> None:
     assert "keeps no KV cache" in refusal("bench", tmp_path / "mamba", "--rounds", 2)
 
 
+def one_row(folder: Path) -> Path:
+    file = folder / "row.jsonl"
+    file.write_text('{"text": "A row."}\n')
+    return file
+
+
 WRONG: list[tuple[Callable[[dict[str, Path], Path], tuple[Any, ...]], str]] = [
     (lambda places, tmp: ("show", "/no/such/folder"), "no FanLoRA or PARA adapter and no FanLoRA setting"),
     (lambda places, tmp: ("show", "me/not-cached"), "no FanLoRA or PARA adapter and no FanLoRA setting"),
@@ -259,7 +265,7 @@ WRONG: list[tuple[Callable[[dict[str, Path], Path], tuple[Any, ...]], str]] = [
     (lambda places, tmp: ("bench", places["base"], "--tenants", 9, "--batch-size", 2), "pass at least 9"),
     (lambda places, tmp: ("find", "me/nothing", "rows.jsonl"), "There is no model at 'me/nothing'"),
     (lambda places, tmp: ("find", places["base"], "me/no-rows"), "There is no data set"),
-    (lambda places, tmp: ("find", places["base"], places["base"] / "config.json", "--split", "x"), "has 1 rows"),
+    (lambda places, tmp: ("find", places["base"], one_row(tmp), "--split", "x"), "has 1 rows"),
     (lambda places, tmp: ("find", places["base"], places["base"] / "README.md"), "There is no data set"),
 ]
 
