@@ -90,6 +90,15 @@ def test_differences_are_paired_over_seeds(store: Store) -> None:
     assert mean_and_half_width(pd.Series([2.0])) == (2.0, None)
 
 
+def test_runs_made_before_a_grid_grew_are_left_out(store: Store) -> None:
+    """Their mean with the others would be of no method at all."""
+    before = table(store)
+    save(store, Run("category", "fanlora", 0, 2e-2), 9.0)
+    pd.testing.assert_frame_equal(table(store), before)
+    save(store, Run("category", "fanlora", learning_rate=2e-2, evaluate="dev"), 0.1)
+    assert set(table(store).query("variant == @PATH")["loss"]) == {9.0}
+
+
 def test_the_page_says_what_is_missing(store: Store, tmp_path: Path) -> None:
     file = tmp_path / "3-some.yaml"
     file.write_text("runs: [{seed: [0, 1, 2, 3], task: category, method: fanlora}]")

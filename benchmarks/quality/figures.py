@@ -53,11 +53,17 @@ def _para_options(run: dict[str, Any]) -> list[str]:
 
 
 def table(store: Store) -> pd.DataFrame:
-    """Returns a row a finished run on test rows."""
+    """Returns a row a finished run on test rows.
+
+    Runs with another learning rate than the best of their method are left out: they were made before its grid grew.
+    """
+    contents = store.load("run")
+    grids = {content["run"]["method"]: store.learning_rates(content["run"]["method"]) for content in contents}
+    best = {method: min(grid, key=grid.__getitem__) for method, grid in grids.items() if grid}
     rows = []
-    for content in store.load("run"):
+    for content in contents:
         run = content["run"]
-        if run["evaluate"] == "test":
+        if run["evaluate"] == "test" and run["learning_rate"] == best.get(run["method"], run["learning_rate"]):
             training = content["training"]
             rows.append(
                 {

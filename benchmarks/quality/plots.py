@@ -17,11 +17,13 @@ def draw(store: Store, folder: Path) -> None:
     """Draws all pictures into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     frame = smaller_budget(table(store))
-    para = [PARA, *(name for name in sorted(frame["variant"].unique()) if name.startswith("PARA, "))]
-    settings = [PATH, f"{PATH}, own setting", RANDOM, LORA]
+    para = [name for name in sorted(frame["variant"].unique()) if name.startswith("PARA, ")]
+    own = f"{PATH}, own setting"
     seeds(frame, METHODS, "loss", "test loss, nats a token", folder / "results-methods.png")
-    seeds(frame, settings, "loss", "test loss, nats a token", folder / "results-transfer.png")
-    seeds(frame, para, "loss", "test loss, nats a token", folder / "results-para.png")
+    if own in set(frame["variant"]):
+        seeds(frame, [PATH, own, RANDOM, LORA], "loss", "test loss, nats a token", folder / "results-transfer.png")
+    if para:
+        seeds(frame, [PARA, *para], "loss", "test loss, nats a token", folder / "results-para.png")
     seeds(frame, METHODS, "cpu_seconds", "CPU seconds of training", folder / "results-cost.png")
     by_score(pruned(store), folder / "results-pruned.png")
     overlaps(stability(store), folder / "results-stability.png")

@@ -87,6 +87,11 @@ def spread(values: pd.Series, digits: int = 3) -> str:
     return f"{mean:.{digits}f}" + ("" if half_width is None else f" ± {half_width:.{digits}f}")
 
 
+def picture(frame: pd.DataFrame, names: list[str], alt: str, name: str) -> str:
+    """Returns the link to a picture of these variants, if any of them has runs."""
+    return f"![{alt}](images/{name})\n" if smaller_budget(frame)["variant"].isin(names).any() else ""
+
+
 def methods_table(frame: pd.DataFrame, names: list[str]) -> str:
     """Returns what each variant reached."""
     rows = []
@@ -131,7 +136,7 @@ def methods_section(frame: pd.DataFrame) -> str:
             own = frame[(frame["task"] == task) & (frame["budget"] == budget)]
             if not own.empty:
                 parts.append(f"**{task}**, {budget:,} parameters\n\n{methods_table(own, METHODS)}")
-    parts.append("![Test loss of each method](images/results-methods.png)\n")
+    parts.append(picture(frame, METHODS, "Test loss of each method", "results-methods.png"))
     parts.append("The claims, as differences in test loss at the smaller budget:\n")
     pairs = [(PATH, LORA), (PATH, LORA_QV), (PATH, ADALORA), (PATH, RANDOM), (PARA, IA3), (PARA, LORA)]
     parts.append(comparison(smaller_budget(frame), pairs))
@@ -201,8 +206,7 @@ def transfer_section(frame: pd.DataFrame) -> str:
 Against the setting that a search on the task itself finds, with the same score:
 
 {comparison(smaller_budget(frame), [(PATH, own), (own, RANDOM), (own, LORA)])}
-![Settings, by task](images/results-transfer.png)
-"""
+{picture(frame, [own], "Settings, by task", "results-transfer.png")}"""
 
 
 def strategy_section(frame: pd.DataFrame, store: Store) -> str:
@@ -248,8 +252,7 @@ def para_section(frame: pd.DataFrame) -> str:
 learned vector a module. The default is attention pooling with GELU.
 
 {comparison(smaller_budget(frame), [(PARA, name) for name in [CONSTANT, *(name for name in others if name != CONSTANT)]])}
-![PARA's variants](images/results-para.png)
-"""
+{picture(frame, others, "PARA's variants", "results-para.png")}"""
 
 
 def cost_section(frame: pd.DataFrame) -> str:
@@ -272,8 +275,7 @@ CPU seconds of the training steps on one core, median and range over seeds, and 
 had other work, which makes CPU time vary by tens of percent: read differences smaller than the ranges as nothing.
 
 {markdown(["", "task", "CPU seconds", "of LoRA's", "GiB"], rows)}
-![CPU time of training](images/results-cost.png)
-"""
+{picture(frame, METHODS, "CPU time of training", "results-cost.png")}"""
 
 
 def missing_section(files: list[Path], store: Store) -> str:
