@@ -32,4 +32,5 @@ def test_a_quick_part_of_pefts_own_tests(method: str, tmp_path: Path) -> None:
 
 def test_the_page_is_made_from_the_results() -> None:
     content = json.loads(page.RESULTS.read_text())
+    assert not any("failed" in file for files in content["methods"].values() for file in files.values())
     assert page.PAGE.read_text() == page.page(content)
