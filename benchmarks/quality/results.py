@@ -44,7 +44,7 @@ INTRODUCTION = """\
 
 Both papers claim better quality than PEFT's baselines at comparable numbers of parameters. This page says what came out
 when that was tried on a small model. `make results` writes it from the finished runs in
-[benchmarks/results/quality](../benchmarks/results/quality), every figure and every verdict included; `python
+`benchmarks/results/quality`, every figure and every verdict included; `python
 benchmarks/quality/run.py` goes on with the runs that are missing.
 
 ## How it was measured
