@@ -292,7 +292,7 @@ def missing_section(files: list[Path], store: Store) -> str:
 {markdown(["experiment", "finished", "next"], rows)}
 Not tried here: models above 135M parameters, more than 60 steps, more than three seeds, a learning rate for each task and budget, LoRA's
 alpha (always 2r), dropout, generators of PARA that read elsewhere than at the start of their block, a setting from a large instruction set such as the paper's. How far any of this holds at the papers'
-scale (7B) is open; [benchmarks/peft_method_comparison](../benchmarks/peft_method_comparison/README.md) has the runs for who has a GPU.
+scale (7B) is open; `benchmarks/peft_method_comparison` has the runs for who has a GPU.
 """
 
 
