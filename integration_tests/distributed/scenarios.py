@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from tiny_models import TINY, sentences, tokenizer
 from torch import distributed as dist
@@ -34,6 +36,7 @@ from peft_fanlora import FanLoraCallback, FanLoraConfig, ParaConfig
 
 
 METHODS = ("FanLoRA", "PARA")
+CAN_RESUME = Version(transformers.__version__) >= Version("5.18")
 GLOBAL_BATCH = 4
 WORDS = sentences(32)
 TEXT = Dataset.from_dict({"text": WORDS})
@@ -303,24 +306,25 @@ def fsdp_refusals(folder: Path) -> dict[str, Any]:
     return refusals
 
 
+def sft_run(method: str, folder: Path, resume: str | None = None) -> dict[str, Any]:
+    """Six steps with TRL's defaults: gradient checkpointing among them."""
+    trainer = SFTTrainer(
+        model(method),
+        args=SFTConfig(**arguments(folder / method, save_strategy="steps", save_steps=3)),
+        train_dataset=ANSWERS,
+        processing_class=tokenizer(),
+    )
+    return run(trainer, resume)
+
+
 def sft(folder: Path) -> dict[str, Any]:
-    """Six steps, and once more the last three from a checkpoint, with TRL's defaults: gradient checkpointing among them."""
-    found = {}
-    for method in METHODS:
-        trainers = [
-            SFTTrainer(
-                model(method),
-                args=SFTConfig(**arguments(folder / method, save_strategy="steps", save_steps=3)),
-                train_dataset=ANSWERS,
-                processing_class=tokenizer(),
-            )
-            for _ in range(2)
-        ]
-        found[method] = {
-            "whole": run(trainers[0]),
-            "resumed": run(trainers[1], str(folder / method / "checkpoint-3")),
-        }
-    return found
+    return {method: sft_run(method, folder) for method in METHODS}
+
+
+def sft_resumed(folder: Path) -> dict[str, Any]:
+    """Once more the last three steps of `sft`, which ran before."""
+    first = folder.parent / "sft"
+    return {method: sft_run(method, folder, str(first / method / "checkpoint-3")) for method in METHODS}
 
 
 def plain_trainer(folder: Path) -> dict[str, Any]:
@@ -379,13 +383,14 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     for scenario in (
         fanlora_pruned,
         fanlora_pruned_with_best,
-        fanlora_resumed,
+        *([fanlora_resumed] if CAN_RESUME else []),
         scores,
         gradients,
         fsdp_gradients,
         fsdp_saved,
         fsdp_refusals,
         sft,
+        *([sft_resumed] if CAN_RESUME else []),
         plain_trainer,
         dpo,
         dpo_pruned,

@@ -50,6 +50,11 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return reference
 
 
+can_resume = pytest.mark.skipif(
+    not scenarios.CAN_RESUME, reason="transformers before 5.18 fails on the optimizer's state of several CPU processes"
+)
+
+
 def of_both(two: Path, name: str) -> list[Any]:
     return [torch.load(two / name / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
 
@@ -151,6 +156,7 @@ def test_the_best_checkpoint_of_a_pruned_distributed_run(method: str, two: Path)
     assert Path(first["best"]).name in {"checkpoint-4", "checkpoint-6"}
 
 
+@can_resume
 @pytest.mark.support("DDP, two processes: resume before and after pruning")
 @pytest.mark.parametrize("method", ["FanLoRA"])
 @pytest.mark.parametrize("step", [2, 4])
@@ -179,14 +185,21 @@ def test_one_adapter_is_saved(method: str, two: Path) -> None:
 def test_sft(method: str, two: Path, one: Any) -> None:
     expected = one("sft")[method]
     first, second = (found[method] for found in of_both(two, "sft"))
-    assert first["whole"]["is_ddp"]
-    close(first["whole"]["weights"], second["whole"]["weights"], 0)
-    close(first["whole"]["weights"], expected["whole"]["weights"], 1e-4)
-    close(first["resumed"]["weights"], first["whole"]["weights"], 1e-6)
-    assert first["whole"]["losses"] == pytest.approx(expected["whole"]["losses"], abs=1e-3)
-    assert moved(method, first["whole"]["weights"]) > 1e-2
+    assert first["is_ddp"]
+    close(first["weights"], second["weights"], 0)
+    close(first["weights"], expected["weights"], 1e-4)
+    assert first["losses"] == pytest.approx(expected["losses"], abs=1e-3)
+    assert moved(method, first["weights"]) > 1e-2
     (saved,) = (two / "sft" / method / "checkpoint-6").glob("*.safetensors")
-    assert len(load_file(saved)) == len(first["whole"]["weights"])
+    assert len(load_file(saved)) == len(first["weights"])
+
+
+@can_resume
+@pytest.mark.support("SFT under DDP, two processes")
+@pytest.mark.parametrize("method", scenarios.METHODS)
+def test_sft_resumed(method: str, two: Path) -> None:
+    for whole, resumed in zip(of_both(two, "sft"), of_both(two, "sft_resumed"), strict=True):
+        close(resumed[method]["weights"], whole[method]["weights"], 1e-6)
 
 
 @pytest.mark.support("DPO under DDP, two processes")

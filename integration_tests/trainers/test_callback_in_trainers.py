@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging.version import Version
 from peft import PeftModel
 from test_preferences import dpo, implicit_pairs, pairs
 from torch.utils.data import DataLoader
@@ -90,39 +92,51 @@ def test_dpo(method: str, score: str, tmp_path: Path) -> None:
     check_saved(run, tmp_path / "saved", base())
 
 
+def with_reference(method: str, folder: Path) -> DPOTrainer:
+    """A run from a trained adapter, whose start TRL keeps as the adapter "ref"."""
+    if not (folder / "first").exists():
+        first = dpo(method, folder / "first", max_steps=2)
+        first.train()
+        first.save_model(str(folder / "first"))
+    trained = PeftModel.from_pretrained(base(), folder / "first", is_trainable=True)
+    run = dpo(method, folder / "second", model=trained, save_strategy="steps", save_steps=4)
+    run.add_callback(pruning(labelled()))
+    return run
+
+
 @pytest.mark.support("FanLoraCallback in DPO, trained adapter as reference")
 @pytest.mark.parametrize("method", ["FanLoRA"])
 def test_dpo_prunes_the_policy_and_leaves_its_reference_alone(method: str, tmp_path: Path) -> None:
     """TRL gives both adapters one configuration; pruning one must not rewrite the other's."""
-    callback = pruning(labelled())
-    first = dpo(method, tmp_path / "first", max_steps=2)
-    first.train()
-    first.save_model(str(tmp_path / "first"))
-
-    def second() -> DPOTrainer:
-        trained = PeftModel.from_pretrained(base(), tmp_path / "first", is_trainable=True)
-        return dpo(method, tmp_path / "second", model=trained, save_strategy="steps", save_steps=4)
-
-    run = second()
-    run.add_callback(callback)
+    run = with_reference(method, tmp_path)
     reference = {name: value.clone() for name, value in run.model.named_parameters() if ".ref." in name}
     run.train()
     configs = run.model.peft_config
-    assert configs["default"].target_modules == set(callback.setting.names)
+    assert configs["default"].target_modules == set(configs["default"].setting.names)
+    assert len(configs["default"].target_modules) == 4
     assert len(configs["ref"].target_modules) == 14 and configs["ref"].setting is None
     for name, value in run.model.named_parameters():
         if ".ref." in name:
             assert torch.equal(value, reference.pop(name))
     assert not reference
 
-    # both come back from a checkpoint, each with its own modules
     saved = tmp_path / "second" / "checkpoint-4"
     loaded = PeftModel.from_pretrained(base(), saved)
     loaded.load_adapter(saved / "ref", "ref")
+    assert len(loaded.peft_config["default"].target_modules) == 4
     assert len(loaded.peft_config["ref"].target_modules) == 14
-    again = second()
-    again.add_callback(pruning(labelled()))
-    again.train(resume_from_checkpoint=str(saved))
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="the Trainer of older transformers loads the reference alone from a checkpoint that has one",
+)
+@pytest.mark.support("FanLoraCallback in DPO, trained adapter as reference")
+@pytest.mark.parametrize("method", ["FanLoRA"])
+def test_dpo_resumes_the_pruned_policy_beside_its_reference(method: str, tmp_path: Path) -> None:
+    run, again = with_reference(method, tmp_path), with_reference(method, tmp_path)
+    run.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "second" / "checkpoint-4"))
     for name, value in again.model.named_parameters():
         torch.testing.assert_close(value, run.model.get_parameter(name), atol=1e-6, rtol=1e-4, msg=name)
 
