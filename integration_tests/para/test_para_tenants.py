@@ -11,6 +11,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from peft_fanlora import ParaConfig, load_tenant
+from peft_fanlora.para import ParaLayer
 
 
 sys.path.append(str(Path(__file__).parent.parent))
@@ -60,6 +61,57 @@ def test_a_step_is_one_multiplication_in_place_for_each_target(method: str) -> N
         with Products() as base:
             model(token, past_key_values=cache)
     assert counts[32] - base.counts == {"mul_": 3 * 2}
+
+
+@pytest.mark.support("mixed batches (`adapter_names`)")
+@pytest.mark.parametrize("method", ["PARA"])
+@torch.no_grad()
+def test_each_row_has_the_vectors_of_its_own_generators(method: str) -> None:
+    """Generators of one kind run together; what differs in anything, or is waited for by a hook, does not."""
+    model = para()
+    awaken(model)
+    kinds = [
+        *[{}] * 3,
+        *[{"activation": "rational", "pooling": "mean"}] * 2,
+        *[{"target_modules": ["up_proj"]}] * 2,
+        *[{"target_modules": ["q_proj", "up_proj"], "pooling": "max"}] * 2,
+        {"r": 5},
+    ]
+    for tenant, kind in enumerate(kinds):
+        model.add_adapter(f"t{tenant}", ParaConfig(**{"r": 3, "task_type": "CAUSAL_LM", **kind}))
+        awaken(model, f"t{tenant}", seed=tenant)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, ParaLayer) and "t1" in module.para_generator:
+            module.para_generator["t1"].register_forward_hook(lambda *call: seen.append(call))
+            module.para_generator["t4"].activation.numerator.mul_(3)
+    model.eval()
+    names = [BASE_ROWS, *(f"t{tenant}" for tenant in range(len(kinds))), "t2", "t4", "t1"]
+    batch = tokens(len(names), 6)
+    for order in (list(range(len(names))), [1, 2, 3, 11], [6, 7], [2]):
+        mixed = model(batch[order], adapter_names=[names[row] for row in order]).logits
+        for place, row in enumerate(order):
+            if names[row] == BASE_ROWS:
+                with model.disable_adapter():
+                    alone = model(batch[row : row + 1]).logits
+            else:
+                model.set_adapter(names[row])
+                alone = model(batch[row : row + 1]).logits
+            torch.testing.assert_close(mixed[place : place + 1], alone, rtol=1e-5, atol=1e-5)
+    assert seen
+
+
+@torch.no_grad()
+def test_a_prompt_takes_no_more_operations_with_more_tenants(saved: Path) -> None:
+    model = serving(saved)
+    for tenant in range(1, 32):
+        load_tenant(model, saved, f"t{tenant}")
+    counts = []
+    for num_tenants in (2, 8, 32):
+        with Products() as prefill:
+            model(tokens(32, 6), adapter_names=[f"t{row % num_tenants}" for row in range(32)])
+        counts.append({name: count for name, count in prefill.counts.items() if name != "detach"})
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_neither_a_step_nor_a_change_costs_more_with_more_tenants(saved: Path) -> None:

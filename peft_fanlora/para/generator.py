@@ -6,9 +6,12 @@ float64 where the model does: a bfloat16 sum over a long prompt stops growing, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 
@@ -27,7 +30,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query: torch.Te
         mask: which tokens are the prompt of which sequence, bool (batch, sequences, tokens). There is one sequence
             a row, except in packed batches.
         pooling: one of `POOLINGS`.
-        query: w, (d,), for "attention".
+        query: w, (d,) or one for each row, (batch, d), for "attention".
 
     Returns:
         (batch, sequences, d), at least float32.
@@ -58,7 +61,7 @@ def _token_weights(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query
         return ((positions == last) & mask).float()
     if query is None:
         raise ValueError('pooling="attention" needs a query.')
-    scores = (hidden @ query.to(hidden.dtype)).unsqueeze(1) * query.numel() ** -0.5
+    scores = (hidden @ query.to(hidden.dtype).unsqueeze(-1)).mT * query.shape[-1] ** -0.5
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
     return weights * mask
 
@@ -80,15 +83,15 @@ def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor
 
     Args:
         x: any shape.
-        numerator: a, (7,).
-        denominator: b, (5,).
+        numerator: a, (7,) or (…, 7), where … goes with the shape of x.
+        denominator: b, (5,) or (…, 5).
     """
     x = x.clamp(-RationalActivation.BOUND, RationalActivation.BOUND)
     above = torch.zeros_like(x)
-    for coefficient in numerator.flip(0):
+    for coefficient in reversed(numerator.unbind(-1)):
         above = above * x + coefficient
     below = torch.zeros_like(x)
-    for coefficient in denominator.flip(0):
+    for coefficient in reversed(denominator.unbind(-1)):
         below = (below + coefficient) * x
     return above / (1 + below.abs())
 
@@ -179,9 +182,51 @@ class VectorGenerator(nn.Module):
         Returns:
             Target name -> (batch, sequences, outputs), at least float32.
         """
+        return self._vectors(hidden, mask, dict(self.named_parameters()), self.activation)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What generators have in common that `of_rows` can compute together."""
+        if "forward" in vars(self) or self._forward_pre_hooks or self._forward_hooks:
+            return (self,)  # someone, such as what loads offloaded weights, waits for its own call
+        outputs = tuple((name, len(getattr(self, f"up_{name}"))) for name in self.targets)
+        shape = self.in_features, self.r, self.down.dtype, self.down.device
+        return self.pooling, type(self.activation), self.dropout.p, self.prompt_end, shape, outputs
+
+    @staticmethod
+    def of_rows(
+        generators: Sequence[VectorGenerator], hidden: torch.Tensor, mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Returns what `forward` does, for rows that each have a generator of their own.
+
+        The parameters are stacked, so that the number of operations is that of one generator.
+
+        Args:
+            generators: the generator of each row, all of one kind.
+            hidden: the block's hidden states, (batch, tokens, d).
+            mask: which tokens are the prompt of which sequence, bool (batch, sequences, tokens).
+        """
+        first, *others = different = list(dict.fromkeys(generators))
+        if not others:
+            return first(hidden, mask)
+        slots = torch.tensor([different.index(generator) for generator in generators], device=hidden.device)
+        stacked = {
+            name: torch.stack([generator.get_parameter(name) for generator in different])[slots]
+            for name, _ in first.named_parameters()
+        }
+        activation: Any = first.activation
+        if isinstance(activation, RationalActivation):
+            numerator, denominator = (stacked[f"activation.{name}"][:, None, None] for name in ("numerator", "denominator"))
+            activation = partial(rational, numerator=numerator, denominator=denominator)
+        return first._vectors(hidden, mask, stacked, activation)
+
+    def _vectors(
+        self, hidden: torch.Tensor, mask: torch.Tensor, weights: dict[str, torch.Tensor], activation: Any
+    ) -> dict[str, torch.Tensor]:
+        """Returns the vectors that some weights make, each weight one for all rows or stacked for each."""
         with torch.autocast(device_type=hidden.device.type, enabled=False):
-            pooled = self.dropout(rms_normalise(pool(hidden, mask, self.pooling, self.query)))
-            code = F.linear(pooled, self.down.to(pooled.dtype)) * self.in_features**-0.5
-            code = self.activation(code).to(pooled.dtype)
-            ups = {name: getattr(self, f"up_{name}").to(pooled.dtype) for name in self.targets}
-            return {name: 1 + F.linear(code, up) for name, up in ups.items()}
+            pooled = self.dropout(rms_normalise(pool(hidden, mask, self.pooling, weights.get("query"))))
+            code = (pooled @ weights["down"].to(pooled.dtype).mT) * self.in_features**-0.5
+            code = activation(code).to(pooled.dtype)
+            ups = {name: weights[f"up_{name}"].to(pooled.dtype) for name in self.targets}
+            return {name: 1 + code @ up.mT for name, up in ups.items()}

@@ -100,25 +100,31 @@ class ParaBlock:
             call: the current call.
             hidden: the layer's input, which is pooled if the layer is the first of an adapter's that the call reaches.
         """
-        vector = None
-        for adapter in dict.fromkeys(call.rows or call.adapters):
-            target = layer.para_target.get(adapter)
-            if target is None:
-                continue
+        adapters = [name for name in dict.fromkeys(call.rows or call.adapters) if name in layer.para_target]
+        groups: dict[Any, list[str]] = {}
+        for adapter in adapters:
             if (self.name, adapter) not in call.made:
-                call.made[self.name, adapter] = self._make_vectors(adapter, call, hidden)
-            made = layer.slices.spread(call.made[self.name, adapter][target])
-            vector = made if vector is None else vector * made
+                kind = adapter if call.rows is None else cast(VectorGenerator, self.generator(adapter)).kind
+                groups.setdefault(kind, []).append(adapter)
+        for group in groups.values():
+            made = self._make_vectors(group, call, hidden)
+            call.made.update({(self.name, adapter): made for adapter in group})
+        vector = None
+        for made in {id(made): made for made in (call.made[self.name, adapter] for adapter in adapters)}.values():
+            part = layer.slices.spread(made[layer.para_target[adapters[0]]])
+            vector = part if vector is None else vector * part
         call.vectors[layer.name] = vector
         return vector
 
-    def _make_vectors(self, adapter: str, call: PromptPass, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Returns an adapter's vectors for its targets in the block; in a mixed batch, 1 in the rows of the others.
+    def _make_vectors(self, adapters: list[str], call: PromptPass, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the vectors for the targets in the block: of one adapter, or of some of a mixed batch.
+
+        In a mixed batch these are adapters whose generators are of one kind, and the rows of all others have 1.
 
         Raises:
             ValueError: the hidden states do not have the tokens that the prompt mask speaks of.
         """
-        generator = cast(VectorGenerator, self.generator(adapter))
+        generator = cast(VectorGenerator, self.generator(adapters[0]))
         hidden = self._prompt_states(call, hidden)
         mask = call.prompts[generator.prompt_end].mask_for(hidden.shape[0], hidden.shape[1], hidden.device)
         if mask.shape[0] != hidden.shape[0] or mask.shape[2] != hidden.shape[1]:
@@ -129,10 +135,14 @@ class ParaBlock:
             )
         if call.rows is None:
             return generator(hidden, mask)
-        own = torch.tensor([row for row, name in enumerate(call.rows) if name == adapter], device=hidden.device)
+        own = [row for row, name in enumerate(call.rows) if name in adapters]
+        generators = [cast(VectorGenerator, self.generator(call.rows[row])) for row in own]
+        if len(own) == len(hidden):
+            return VectorGenerator.of_rows(generators, hidden, mask)
+        rows = torch.tensor(own, device=hidden.device)
         return {
-            target: vector.new_ones(hidden.shape[0], *vector.shape[1:]).index_copy(0, own, vector)
-            for target, vector in generator(hidden[own], mask[own]).items()
+            target: vector.new_ones(hidden.shape[0], *vector.shape[1:]).index_copy(0, rows, vector)
+            for target, vector in VectorGenerator.of_rows(generators, hidden[rows], mask[rows]).items()
         }
 
     def _prompt_states(self, call: PromptPass, hidden: torch.Tensor) -> torch.Tensor:
