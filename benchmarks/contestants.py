@@ -41,7 +41,7 @@ _MANY_TENANTS: dict[str, Callable[[], peft.PeftConfig]] = {
     "PEFT LoRA, 2 roles": lambda: _lora(target_modules=TWO_ROLES),
     "FanLoRA, all modules": lambda: _fanlora(),
     "FanLoRA, 2 a layer": lambda: _fanlora(target_modules=TWO_ROLES),
-    "PARA": lambda: ParaConfig(init_para_weights=False, task_type="CAUSAL_LM"),
+    "PARA": lambda: ParaConfig(task_type="CAUSAL_LM"),
 }
 
 
@@ -96,7 +96,7 @@ def _with_adapters(base: nn.Module, make_config: Callable[[], peft.PeftConfig], 
             model.add_adapter(f"tenant{tenant}", make_config())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or name.rpartition(".")[2].startswith("up_"):
                 nn.init.normal_(parameter, std=0.02)
     model.requires_grad_(False)
     return model.eval()

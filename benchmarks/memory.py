@@ -14,7 +14,7 @@ from timing import Generation
 
 
 def resident_megabytes(key: str) -> float:
-    """Returns what Linux says of this process: "VmRSS", what it holds, or "VmHWM", the most that it held."""
+    """Returns what Linux says of this process: "RssAnon", what it holds but for files, or "VmHWM", the most it held."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status[key].split()[0]) / 1024
 

@@ -57,12 +57,12 @@ def costs(method: str, shape: Shape, model: str, counts: list[int]) -> list[dict
     with tempfile.TemporaryDirectory() as name:
         one.save_pretrained(name, selected_adapters=["tenant0"])
         folder = Path(name) / "tenant0"
-        before, loaded = resident_megabytes("VmRSS"), 1
+        before, loaded = resident_megabytes("RssAnon"), 1
         for count in counts:
             for tenant in track(range(loaded, count), description=f"{method}, {count}", transient=True):
                 load_tenant(one, folder, f"tenant{tenant}")
             loaded = count
-            memory = (resident_megabytes("VmRSS") - before) * 2**20 / (count - 1)
+            memory = (resident_megabytes("RssAnon") - before) * 2**20 / (count - 1)
             loading, deleting = change_costs(one, folder, partial(load_tenant, one))
             generation = Generation(contestants.Contestant(method, one, [f"tenant{row % count}" for row in range(8)]))
             with torch.inference_mode():
