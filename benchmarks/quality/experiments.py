@@ -24,10 +24,9 @@ class Run:
         task: a name of `tasks.TASKS`.
         method: a name of `methods.METHODS`.
         seed: of the adapter, of the choice and order of the training rows, and of a random setting.
-        learning_rate: its peak; None for the best of the grid that was run, see `Store.best_learning_rate`.
+        learning_rate: its peak; None for the best of those tried on the noun task, see `Store.best_learning_rate`.
         parameters: the budget. The rank comes as near to it as whole ranks allow; IA3 has a size of its own.
         steps: training steps.
-        evaluate: "dev" in the search for a learning rate, else "test": the rows that the adapter is measured on.
         source: FanLoRA: the task whose search gave the setting.
         score: FanLoRA: a score, or "random".
         strategy: FanLoRA: "layer", "role" or "global".
@@ -44,7 +43,6 @@ class Run:
     learning_rate: float | None = None
     parameters: int = LORA_RANK_2
     steps: int = 40
-    evaluate: str = "test"
     source: str = "gloss"
     score: str = "path"
     strategy: str = "layer"
@@ -53,6 +51,12 @@ class Run:
     activation: str = "gelu"
     reads: str = "prompt"
     rank: int | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the method has its default options."""
+        whatever = ("task", "method", "seed", "learning_rate", "parameters", "steps")
+        return all(getattr(self, field.name) == field.default for field in fields(self) if field.name not in whatever)
 
     @property
     def label(self) -> str:
@@ -188,21 +192,32 @@ class Store:
         raise LookupError(f"no finished search on {source!r} has the score {method!r}: run one first (1-search.yaml)")
 
     def best_learning_rate(self, method: str) -> float:
-        """Returns the learning rate of a method's grid that has the lowest loss on the dev rows.
+        """Returns the learning rate that a method has where none is named: the best of those tried on the noun task.
 
         Raises:
-            LookupError: the grid has not been run.
+            LookupError: none has been tried.
         """
-        grid = self.learning_rates(method)
-        if not grid:
-            raise LookupError(f"no learning rate of {method!r} has been tried: run its grid first (`evaluate: dev`)")
-        return min(grid, key=grid.__getitem__)
+        own = {"category", method}
+        tried = [content for content in self.load("run") if {content["run"]["task"], content["run"]["method"]} == own]
+        plain = [content for content in tried if Run(**content["run"]).is_plain]
+        if not plain:
+            raise LookupError(f"no learning rate of {method!r} has been tried: run some on the noun task first")
+        return best_learning_rate(plain)
 
-    def learning_rates(self, method: str) -> dict[float, float]:
-        """Returns the dev loss of each learning rate that was tried for a method."""
-        grid = (content for content in self.load("run") if content["run"]["evaluate"] == "dev")
-        own = [content for content in grid if content["run"]["method"] == method]
-        return {content["run"]["learning_rate"]: content["dev"]["loss"] for content in own}
+
+def dev_losses(contents: Iterable[dict[str, Any]]) -> dict[float, list[float]]:
+    """Returns the dev losses of runs, by their learning rate."""
+    losses: dict[float, list[float]] = {}
+    for content in contents:
+        losses.setdefault(content["run"]["learning_rate"], []).append(content["dev"]["loss"])
+    return dict(sorted(losses.items()))
+
+
+def best_learning_rate(contents: Iterable[dict[str, Any]]) -> float:
+    """Returns the learning rate with the lowest mean dev loss, of those with the most runs."""
+    losses = dev_losses(contents)
+    most = max(map(len, losses.values()))
+    return min((rate for rate in losses if len(losses[rate]) == most), key=lambda rate: sum(losses[rate]))
 
 
 def known(files: Iterable[Path], store: Store) -> tuple[list[Run | Search], bool]:

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
-from .experiments import LORA_RANK_2, Store
+from .experiments import LORA_RANK_2, Store, best_learning_rate
 from .methods import importance, select
 
 
@@ -52,32 +52,36 @@ def _para_options(run: dict[str, Any]) -> list[str]:
     return options
 
 
-def table(store: Store) -> pd.DataFrame:
-    """Returns a row a finished run on test rows.
-
-    Runs with another learning rate than the best of their method are left out: they were made before its grid grew.
-    """
-    contents = store.load("run")
-    grids = {content["run"]["method"]: store.learning_rates(content["run"]["method"]) for content in contents}
-    best = {method: min(grid, key=grid.__getitem__) for method, grid in grids.items() if grid}
-    rows = []
-    for content in contents:
+def groups(store: Store) -> dict[tuple[str, int, str], list[dict[str, Any]]]:
+    """Returns the finished runs by task, budget and variant: each group's differ in seed and learning rate."""
+    found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for content in store.load("run"):
         run = content["run"]
-        if run["evaluate"] == "test" and run["learning_rate"] == best.get(run["method"], run["learning_rate"]):
-            training = content["training"]
-            rows.append(
-                {
-                    "task": run["task"],
-                    "budget": run["parameters"],
-                    "variant": variant(run),
-                    "seed": run["seed"],
-                    "learning_rate": run["learning_rate"],
-                    "parameters": content["parameters"],
-                    **content["test"],
-                    "cpu_seconds": training["cpu_seconds"],
-                    "memory": training["peak_memory"],
-                }
-            )
+        found.setdefault((run["task"], run["parameters"], variant(run)), []).append(content)
+    return found
+
+
+def table(store: Store) -> pd.DataFrame:
+    """Returns a row a finished run; of several learning rates of a group, those with the best on the dev rows."""
+    rows = []
+    for (task, budget, name), contents in groups(store).items():
+        best = best_learning_rate(contents)
+        for content in contents:
+            if content["run"]["learning_rate"] == best:
+                training = content["training"]
+                rows.append(
+                    {
+                        "task": task,
+                        "budget": budget,
+                        "variant": name,
+                        "seed": content["run"]["seed"],
+                        "learning_rate": best,
+                        "parameters": content["parameters"],
+                        **content["test"],
+                        "cpu_seconds": training["cpu_seconds"],
+                        "memory": training["peak_memory"],
+                    }
+                )
     columns = ["task", "budget", "variant", "seed", "learning_rate", "parameters", "loss", "accuracy", "rouge_l"]
     return pd.DataFrame(rows, columns=[*columns, "cpu_seconds", "memory"])
 

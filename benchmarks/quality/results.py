@@ -14,7 +14,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quality import plots
-from quality.experiments import LORA_RANK_2, Store, known, pending
+from quality.experiments import LORA_RANK_2, Store, best_learning_rate, dev_losses, known, pending
 from quality.figures import (
     ADALORA,
     CONSTANT,
@@ -27,6 +27,7 @@ from quality.figures import (
     RANDOM,
     Difference,
     difference,
+    groups,
     mean_and_half_width,
     pruned,
     smaller_budget,
@@ -147,23 +148,27 @@ def methods_section(frame: pd.DataFrame) -> str:
 
 
 def learning_rates_section(store: Store) -> str:
-    """Returns the grid that learning rates were chosen from."""
+    """Returns the dev losses that learning rates were chosen by."""
     rows = []
-    for method in ("fanlora", "lora", "lora-qv", "adalora", "para", "ia3"):
-        grid = store.learning_rates(method)
-        if grid:
-            best = min(grid, key=grid.__getitem__)
-            cells = [f"{rate:g}: {'**' if rate == best else ''}{loss:.3f}{'**' if rate == best else ''}"
-                     for rate, loss in sorted(grid.items())]  # fmt: skip
-            edge = "yes" if best in (min(grid), max(grid)) else "no"
-            rows.append([method, ", ".join(cells), edge])
+    for (task, budget, name), contents in groups(store).items():
+        losses = dev_losses(contents)
+        if len(losses) > 1:
+            best = best_learning_rate(contents)
+            cells = [f"{rate:g}: {_emphasised(spread(pd.Series(values)), rate == best)} ({len(values)})"
+                     for rate, values in losses.items()]  # fmt: skip
+            edge = "lower" if best == min(losses) else "upper" if best == max(losses) else "none"
+            rows.append([f"{name}, {task}, {budget:,}", "; ".join(cells), edge])
     text = """\
 ## Learning rates
 
-One seed of the noun task, dev rows; the best serves all tasks, seeds and budgets. All kinds of FanLoRA share one rate, and so do
-all kinds of PARA. Where the best lies at the edge of what was tried, a rate beyond might be better still.
+Loss on the dev rows, over the seeds in parentheses; the tables show the runs with the best. The best of a method with its default
+options on the noun task serves all else of that method. Where it lies at an edge of what was tried, a rate beyond might be better still.
 """
-    return text + "\n" + markdown(["", "rate: dev loss", "best at the edge"], rows)
+    return text + "\n" + markdown(["", "rate: dev loss (seeds)", "best at the edge"], rows)
+
+
+def _emphasised(text: str, is_best: bool) -> str:
+    return f"**{text}**" if is_best else text
 
 
 def choice_section(frame: pd.DataFrame, store: Store) -> str:

@@ -94,11 +94,9 @@ def run_once(bench: Bench, run: Run) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rows = split.training(run.steps * BATCH_SIZE, run.seed)
     training = bench.train(model, rows, run.learning_rate or 0.0, run.steps)
-    result: dict[str, Any] = {"parameters": parameters, "training": training}
-    held_out = split.dev if run.evaluate == "dev" else split.test
-    figures = evaluate(model, bench.tokens, held_out, split.task, f"{run.evaluate} rows")
-    if run.evaluate == "test" and not split.task.labels:
-        every = max(1, len(held_out) // NUM_GENERATED)
-        figures["rouge_l"] = rouge_l(model, bench.tokens, held_out[::every][:NUM_GENERATED])
-    result[run.evaluate] = figures
-    return {**bench.facts(), **result}
+    dev = evaluate(model, bench.tokens, split.dev, split.task, "dev rows")
+    test = evaluate(model, bench.tokens, split.test, split.task, "test rows")
+    if not split.task.labels:
+        every = max(1, len(split.test) // NUM_GENERATED)
+        test["rouge_l"] = rouge_l(model, bench.tokens, split.test[::every][:NUM_GENERATED])
+    return {**bench.facts(), "parameters": parameters, "training": training, "dev": dev, "test": test}

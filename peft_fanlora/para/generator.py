@@ -216,7 +216,9 @@ class VectorGenerator(nn.Module):
         }
         activation: Any = first.activation
         if isinstance(activation, RationalActivation):
-            numerator, denominator = (stacked[f"activation.{name}"][:, None, None] for name in ("numerator", "denominator"))
+            numerator, denominator = (
+                stacked[f"activation.{name}"][:, None, None] for name in ("numerator", "denominator")
+            )
             activation = partial(rational, numerator=numerator, denominator=denominator)
         return first._vectors(hidden, mask, stacked, activation)
 
