@@ -85,10 +85,9 @@ class ParaBlock:
         self.layers: list[ParaLayer] = []
         self.owners: dict[str, ParaLayer] = {}
 
-    def generator(self, adapter: str) -> VectorGenerator | None:
-        """Returns the generator of an adapter, or None where the adapter leaves the block alone."""
-        owner = self.owners.get(adapter)
-        return None if owner is None else cast(VectorGenerator, owner.para_generator[adapter])
+    def generator(self, adapter: str) -> VectorGenerator:
+        """Returns the generator of an adapter that has a target in the block."""
+        return cast(VectorGenerator, self.owners[adapter].para_generator[adapter])
 
     def vector_for(self, layer: ParaLayer, call: PromptPass, hidden: torch.Tensor) -> torch.Tensor | None:
         """Returns a layer's vector, and keeps it in the call.
@@ -104,13 +103,14 @@ class ParaBlock:
         groups: dict[Any, list[str]] = {}
         for adapter in adapters:
             if (self.name, adapter) not in call.made:
-                kind = adapter if call.rows is None else cast(VectorGenerator, self.generator(adapter)).kind
+                kind = adapter if call.rows is None else self.generator(adapter).kind
                 groups.setdefault(kind, []).append(adapter)
         for group in groups.values():
             made = self._make_vectors(group, call, hidden)
             call.made.update({(self.name, adapter): made for adapter in group})
         vector = None
-        for made in {id(made): made for made in (call.made[self.name, adapter] for adapter in adapters)}.values():
+        distinct = {id(made): made for made in (call.made[self.name, adapter] for adapter in adapters)}
+        for made in distinct.values():
             part = layer.slices.spread(made[layer.para_target[adapters[0]]])
             vector = part if vector is None else vector * part
         call.vectors[layer.name] = vector
@@ -124,7 +124,7 @@ class ParaBlock:
         Raises:
             ValueError: the hidden states do not have the tokens that the prompt mask speaks of.
         """
-        generator = cast(VectorGenerator, self.generator(adapters[0]))
+        generator = self.generator(adapters[0])
         hidden = self._prompt_states(call, hidden)
         mask = call.prompts[generator.prompt_end].mask_for(hidden.shape[0], hidden.shape[1], hidden.device)
         if mask.shape[0] != hidden.shape[0] or mask.shape[2] != hidden.shape[1]:
@@ -136,7 +136,7 @@ class ParaBlock:
         if call.rows is None:
             return generator(hidden, mask)
         own = [row for row, name in enumerate(call.rows) if name in adapters]
-        generators = [cast(VectorGenerator, self.generator(call.rows[row])) for row in own]
+        generators = [self.generator(call.rows[row]) for row in own]
         if len(own) == len(hidden):
             return VectorGenerator.of_rows(generators, hidden, mask)
         rows = torch.tensor(own, device=hidden.device)

@@ -40,7 +40,8 @@ class PromptPass:
         tokens: how many tokens each row has; None where that is unknown.
         vectors: layer name -> l, (batch, sequences, outputs), or None where a layer scales nothing. They appear while
             the call runs, or come from the cache.
-        made: (block name, adapter) -> what the adapter's generator made for its targets in the block.
+        made: (block name, adapter) -> the vectors of the adapter's targets in the block; one dictionary where several
+            adapters of a mixed batch were made together.
         segments: the sequence of each token in a packed batch, (batch, tokens); else None.
         memory: the encoder's output, which the decoder of an encoder-decoder model pools.
         from_cache: whether the vectors were made by an earlier call.
@@ -182,8 +183,8 @@ class ParaState:
 
     def prompt_ends(self, adapters: tuple[str, ...]) -> set[tuple[int, ...] | None]:
         """Returns the different ways in which the prompts of these adapters end."""
-        generators = (block.generator(name) for block in self.blocks.values() for name in adapters)
-        return {generator.prompt_end for generator in generators if generator is not None}
+        blocks = self.blocks.values()
+        return {block.generator(name).prompt_end for block in blocks for name in adapters if name in block.owners}
 
     @contextmanager
     def using(self, call: PromptPass) -> Iterator[None]:
