@@ -205,19 +205,24 @@ class Store:
         return best_learning_rate(plain)
 
 
-def dev_losses(contents: Iterable[dict[str, Any]]) -> dict[float, list[float]]:
-    """Returns the dev losses of runs, by their learning rate."""
-    losses: dict[float, list[float]] = {}
+def dev_losses(contents: Iterable[dict[str, Any]]) -> dict[float, dict[int, float]]:
+    """Returns the dev loss of runs by their learning rate and seed."""
+    losses: dict[float, dict[int, float]] = {}
     for content in contents:
-        losses.setdefault(content["run"]["learning_rate"], []).append(content["dev"]["loss"])
+        losses.setdefault(content["run"]["learning_rate"], {})[content["run"]["seed"]] = content["dev"]["loss"]
     return dict(sorted(losses.items()))
 
 
 def best_learning_rate(contents: Iterable[dict[str, Any]]) -> float:
-    """Returns the learning rate with the lowest mean dev loss, of those with the most runs."""
+    """Returns the learning rate with the lowest mean dev loss over the seeds that all the rates tried have in common.
+
+    Without a seed in common it is the rate with the most seeds.
+    """
     losses = dev_losses(contents)
-    most = max(map(len, losses.values()))
-    return min((rate for rate in losses if len(losses[rate]) == most), key=lambda rate: sum(losses[rate]))
+    common = set.intersection(*(set(by_seed) for by_seed in losses.values()))
+    if not common:
+        return max(losses, key=lambda rate: len(losses[rate]))
+    return min(losses, key=lambda rate: sum(losses[rate][seed] for seed in common))
 
 
 def known(files: Iterable[Path], store: Store) -> tuple[list[Run | Search], bool]:

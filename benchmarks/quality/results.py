@@ -154,14 +154,14 @@ def learning_rates_section(store: Store) -> str:
         losses = dev_losses(contents)
         if len(losses) > 1:
             best = best_learning_rate(contents)
-            cells = [f"{rate:g}: {_emphasised(spread(pd.Series(values)), rate == best)} ({len(values)})"
+            cells = [f"{rate:g}: {_emphasised(spread(pd.Series(list(values.values()))), rate == best)} ({len(values)})"
                      for rate, values in losses.items()]  # fmt: skip
             edge = "lower" if best == min(losses) else "upper" if best == max(losses) else "none"
             rows.append([f"{name}, {task}, {budget:,}", "; ".join(cells), edge])
     text = """\
 ## Learning rates
 
-Loss on the dev rows, over the seeds in parentheses; the tables show the runs with the best. The best of a method with its default
+Loss on the dev rows, over as many seeds as the parentheses say; those that all rates have choose the best, which the tables show. The best of a method with its default
 options on the noun task serves all else of that method. Where it lies at an edge of what was tried, a rate beyond might be better still.
 """
     return text + "\n" + markdown(["", "rate: dev loss (seeds)", "best at the edge"], rows)
