@@ -129,6 +129,7 @@ def test_variants_have_different_names() -> None:
         Run("category", "lora-qv"),
         Run("category", "para"),
         Run("category", "para", reads="constant"),
+        Run("category", "para", reads="centred"),
         Run("category", "para", pooling="mean"),
         Run("category", "para", activation="rational"),
         Run("category", "para", rank=3),

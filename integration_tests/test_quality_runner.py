@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as tf
 import typer
 from quality import run as runner
@@ -27,7 +28,7 @@ MORE = """
 runs:
   - {task: [category, gloss], method: fanlora, score: [path, random], parameters: 3000, steps: 3}
   - {task: category, method: fanlora, strategy: role, keep: 2, parameters: 3000, steps: 3}
-  - {task: category, method: para, reads: constant, rank: 2, steps: 3}
+  - {task: category, method: para, reads: [constant, centred], rank: 2, steps: 3}
   - {task: category, method: [adalora, lora-qv, ia3], learning_rate: 1.e-2, parameters: 5000, steps: 10}
 """
 
@@ -87,7 +88,7 @@ def test_experiments_run_once_and_resume(
     runner.main(files, **tiny)
     after = contents(results)
     assert before.items() <= after.items()
-    assert len(after) == 7 + 3 + 1 + 1 + 3  # one of the four is in the grid already
+    assert len(after) == 7 + 3 + 1 + 2 + 3  # one of the four is in the grid already
 
     runner.main(files, **tiny)
     assert contents(results) == after
@@ -142,6 +143,29 @@ def test_a_constant_makes_the_same_vectors_for_every_prompt(tiny: dict[str, Any]
         assert len(vectors) == 6
     assert all((vector == vector[:1]).all() and not (vector == 1).all() for vector in made["constant"])
     assert not any((vector == vector[:1]).all() for vector in made["prompt"])
+
+
+def test_centred_prompts_have_the_mean_zero(tiny: dict[str, Any]) -> None:
+    from quality.centred import centre
+    from quality.methods import adapted
+
+    from peft_fanlora.para.generator import VectorGenerator, pool
+
+    bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
+    model = adapted(bench.base(0), Run("category", "para", rank=2), bench.store)
+    batches = list(bench.tokens.loader(bench.split("category").test[:24]))
+    centre(model, batches)
+    seen: dict[Any, list[Any]] = {}
+    for module in model.modules():
+        if isinstance(module, VectorGenerator):
+            module.register_forward_hook(
+                lambda module, inputs, _: seen.setdefault(module, []).append(pool(*inputs, "mean"))
+            )
+    for batch in batches:
+        model(**batch)
+    for pooled in seen.values():
+        prompts = torch.cat(pooled).flatten(0, 1).detach()
+        assert prompts.std() > 0.01 and prompts.mean(0).abs().max() < 1e-5
 
 
 def test_splits_have_no_row_in_common(tiny: dict[str, Any]) -> None:

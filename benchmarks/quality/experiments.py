@@ -33,7 +33,8 @@ class Run:
         keep: FanLoRA: how many modules of each layer, roles, or modules stay.
         pooling: PARA.
         activation: PARA.
-        reads: PARA: "prompt", or "constant" for the same generators fed with ones, see `constant.py`.
+        reads: PARA: "prompt", "constant" for the same generators fed with ones (`constant.py`), or "centred" for the
+            prompt less the mean of others (`centred.py`).
         rank: PARA: its rank, in place of the one that the budget gives.
     """
 

@@ -41,8 +41,8 @@ def variant(run: dict[str, Any]) -> str:
 
 def _para_options(run: dict[str, Any]) -> list[str]:
     options = []
-    if run["reads"] == "constant":
-        options.append("fed a constant")
+    if run["reads"] != "prompt":
+        options.append({"constant": "fed a constant", "centred": "prompt centred"}[run["reads"]])
     if run["pooling"] != "attention":
         options.append(f"{run['pooling']} pooling")
     if run["activation"] != "gelu":
@@ -130,7 +130,10 @@ def difference(frame: pd.DataFrame, first: str, second: str) -> Difference | Non
         for task, budget in frame[["task", "budget"]].drop_duplicates().itertuples(index=False)
         if {(task, budget, first), (task, budget, second)} <= set(losses.columns)
     ]
-    gap = (sum(gaps) / len(gaps)).dropna() if gaps else pd.Series(dtype=float)
+    return _paired((sum(gaps) / len(gaps)).dropna() if gaps else pd.Series(dtype=float))
+
+
+def _paired(gap: pd.Series) -> Difference | None:
     if gap.empty:
         return None
     mean, half_width = mean_and_half_width(gap)
@@ -149,13 +152,27 @@ def overlap(first: list[str], second: list[str]) -> float:
 
 
 def pruned(store: Store) -> pd.DataFrame:
-    """Returns the dev loss of each choice without retraining: `task`, `choice`, `score`, `loss`."""
+    """Returns the dev loss of each choice without retraining: `task`, `seed`, `choice`, `score`, `loss`."""
     rows = [
-        {"task": content["search"]["task"], "choice": entry["choice"], "score": _score(entry), "loss": entry["loss"]}
+        {
+            "task": content["search"]["task"],
+            "seed": content["search"]["seed"],
+            "choice": entry["choice"],
+            "score": _score(entry),
+            "loss": entry["loss"],
+        }
         for content in store.load("search")
         for entry in content.get("pruned", ())
     ]
-    return pd.DataFrame(rows, columns=["task", "choice", "score", "loss"])
+    return pd.DataFrame(rows, columns=["task", "seed", "choice", "score", "loss"])
+
+
+def difference_without_retraining(lost: pd.DataFrame, choice: str) -> Difference | None:
+    """Compares `path` with the mean of the random draws, over the seeds of the searches."""
+    own = lost[lost["choice"] == choice].pivot_table(index="seed", columns="score", values="loss")
+    if not {"path", "random"} <= set(own.columns):
+        return None
+    return _paired((own["path"] - own["random"]).dropna())
 
 
 def _score(entry: dict[str, Any]) -> str:

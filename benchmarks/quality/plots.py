@@ -60,12 +60,13 @@ def seeds(frame: pd.DataFrame, names: list[str], column: str, label: str, path: 
 
 def by_score(lost: pd.DataFrame, path: Path) -> None:
     """Draws the loss without retraining against the modules a layer, a line a score."""
-    own = lost[(lost["task"] == "gloss") & lost["choice"].str.endswith("a layer")]
+    lost = lost[(lost["task"] == "gloss") & (lost["seed"] == 0)]
+    own = lost[lost["choice"].str.endswith("a layer")]
     means = own.pivot_table(index="choice", columns="score", values="loss", aggfunc="mean")
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for score in means.loc["2 a layer"].sort_values(ascending=False).index:
         axes.plot(means.index, means[score], marker="o", label=score, color="grey" if score == "random" else None)
-    everything = lost[(lost["task"] == "gloss") & (lost["choice"] == "all")]["loss"].mean()
+    everything = lost[lost["choice"] == "all"]["loss"].mean()
     axes.axhline(everything, color="black", linewidth=1, linestyle="--", label="all modules")
     axes.set_xlabel("modules kept")
     axes.set_ylabel("loss on dev rows, nats a token")

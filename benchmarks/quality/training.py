@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from .centred import centre
 from .experiments import Run, Store
 from .methods import adapted
 from .tasks import BATCH_SIZE, TASKS, Rows, Split, Tokens, evaluate, on, rouge_l
@@ -25,6 +26,7 @@ from .tasks import BATCH_SIZE, TASKS, Rows, Split, Tokens, evaluate, on, rouge_l
 
 NUM_GENERATED = 24
 WARM_UP = 0.06
+CENTRE_ROWS = 128
 MAX_GRADIENT_NORM = 1.0
 
 
@@ -93,6 +95,8 @@ def run_once(bench: Bench, run: Run) -> dict[str, Any]:
     model = adapted(bench.base(run.seed), run, bench.store)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rows = split.training(run.steps * BATCH_SIZE, run.seed)
+    if run.reads == "centred":
+        centre(model.eval(), bench.tokens.loader(rows[:CENTRE_ROWS]))
     training = bench.train(model, rows, run.learning_rate or 0.0, run.steps)
     dev = evaluate(model, bench.tokens, split.dev, split.task, "dev rows")
     test = evaluate(model, bench.tokens, split.test, split.task, "test rows")
