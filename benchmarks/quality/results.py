@@ -162,8 +162,8 @@ def learning_rates_section(store: Store) -> str:
     text = """\
 ## Learning rates
 
-Loss on the dev rows, over as many seeds as the parentheses say; those that all rates have choose the best, which the tables show. The best of a method with its default
-options on the noun task serves all else of that method. Where it lies at an edge of what was tried, a rate beyond might be better still.
+Loss on the dev rows, over as many seeds as the parentheses say; those that all rates have choose the best, which the tables show. The best
+of a method with its default options on the noun task serves all else of that method, but for random settings, which have their own. Where it lies at an edge of what was tried, a rate beyond might be better still.
 """
     return text + "\n" + markdown(["", "rate: dev loss (seeds)", "best at the edge"], rows)
 
@@ -264,7 +264,8 @@ def para_section(frame: pd.DataFrame) -> str:
 ## 5. Which parts of PARA matter, and is it worth reading the prompt?
 
 "Fed a constant" has the same generators with the same parameters, but they see ones in place of the prompt: what is left is one
-learned vector a module. The default is attention pooling with GELU.
+learned vector a module. "Prompt centred" takes the mean over 128 training prompts away from what the generators see. The default is
+attention pooling with GELU.
 
 {comparison(smaller_budget(frame), [(PARA, name) for name in [CONSTANT, *(name for name in others if name != CONSTANT)]])}
 {picture(frame, others, "PARA's variants", "results-para.png")}"""
