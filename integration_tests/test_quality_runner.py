@@ -146,8 +146,8 @@ def test_a_constant_makes_the_same_vectors_for_every_prompt(tiny: dict[str, Any]
 
 
 def test_centred_prompts_have_the_mean_zero(tiny: dict[str, Any]) -> None:
-    from quality.centred import centre
     from quality.methods import adapted
+    from quality.reads import centre
 
     from peft_fanlora.para.generator import VectorGenerator, pool
 

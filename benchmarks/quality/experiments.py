@@ -33,8 +33,8 @@ class Run:
         keep: FanLoRA: how many modules of each layer, roles, or modules stay.
         pooling: PARA.
         activation: PARA.
-        reads: PARA: "prompt", "constant" for the same generators fed with ones (`constant.py`), or "centred" for the
-            prompt less the mean of others (`centred.py`).
+        reads: PARA: "prompt", "constant" for the same generators fed with ones, or "centred" for the prompt less the
+            mean of others, see `reads.py`.
         rank: PARA: its rank, in place of the one that the budget gives.
     """
 
@@ -198,12 +198,14 @@ class Store:
         Raises:
             LookupError: none has been tried.
         """
-        own = {"category", method}
-        tried = [content for content in self.load("run") if {content["run"]["task"], content["run"]["method"]} == own]
-        plain = [content for content in tried if Run(**content["run"]).is_plain]
-        if not plain:
+        tried = []
+        for content in self.load("run"):
+            run = Run(**content["run"])
+            if run.is_plain and run.task == "category" and run.method == method:
+                tried.append(content)
+        if not tried:
             raise LookupError(f"no learning rate of {method!r} has been tried: run some on the noun task first")
-        return best_learning_rate(plain)
+        return best_learning_rate(tried)
 
 
 def dev_losses(contents: Iterable[dict[str, Any]]) -> dict[float, dict[int, float]]:

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ImportanceScores, ParaConfig
 from peft_fanlora.fanlora.modules import Module, candidates
 
-from .constant import feed_constant
 from .experiments import Run, Store
+from .reads import feed_constant
 
 
 SCALED = ["q_proj", "v_proj", "up_proj"]

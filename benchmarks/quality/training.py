@@ -18,9 +18,9 @@ from transformers import (
     set_seed,
 )
 
-from .centred import centre
 from .experiments import Run, Store
 from .methods import adapted
+from .reads import centre
 from .tasks import BATCH_SIZE, TASKS, Rows, Split, Tokens, evaluate, on, rouge_l
 
 

@@ -1,0 +1,48 @@
+"""PARA that reads something else than its prompt: nothing at all, or what sets the prompt apart from others."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from peft import PeftModel
+
+from peft_fanlora.para.generator import VectorGenerator, pool
+
+from .tasks import Batch, on
+
+
+def feed_constant(model: PeftModel) -> None:
+    """Lets every generator of a PARA model see ones in place of the hidden states.
+
+    What is left is one learned vector a module, for all prompts alike; the difference to PARA is what reading the
+    prompt is worth.
+    """
+    for generator in _generators(model):
+        generator.register_forward_pre_hook(lambda _, inputs: (torch.ones_like(inputs[0]), inputs[1]))
+
+
+@torch.no_grad()
+def centre(model: PeftModel, batches: Iterable[Batch]) -> None:
+    """Lets every generator see the hidden states less their mean over the prompts of some batches.
+
+    The pooled states of different prompts point nearly the same way, so that what they share is most of what a
+    generator sees. Without it, what a prompt has of its own is scaled up by the normalisation.
+    """
+    sums: dict[VectorGenerator, tuple[torch.Tensor, int]] = {}
+
+    def add(generator: VectorGenerator, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        pooled = pool(*inputs, "mean").flatten(0, 1)
+        total, count = sums.get(generator, (torch.zeros_like(pooled[0]), 0))
+        sums[generator] = total + pooled.sum(0), count + len(pooled)
+
+    handles = [generator.register_forward_pre_hook(add) for generator in _generators(model)]
+    for batch in batches:
+        model(**on(next(model.parameters()).device, batch))
+    for handle in handles:
+        handle.remove()
+    for generator, (total, count) in sums.items():
+        mean = total / count
+        generator.register_forward_pre_hook(lambda _, inputs, mean=mean: (inputs[0] - mean, inputs[1]))
+
+
+def _generators(model: PeftModel) -> Iterator[VectorGenerator]:
+    return (module for module in model.modules() if isinstance(module, VectorGenerator))
