@@ -101,8 +101,17 @@ def test_the_dev_rows_choose_the_learning_rate(store: Store) -> None:
         save(store, Run("category", "fanlora", seed, 2e-2), 9.0, dev=0.1)
     assert set(table(store).query("variant == @PATH and task == 'category'")["loss"]) == {9.0}
     assert store.best_learning_rate("fanlora") == 2e-2
+    assert store.best_learning_rate("fanlora", "output_norm") == 2e-2
+    assert store.best_learning_rate("fanlora", "random") == 3e-3  # a method of its own
     with pytest.raises(LookupError, match="'lora' has been tried"):
         store.best_learning_rate("lora")
+
+
+def test_other_tasks_have_the_learning_rate_of_the_noun_task(store: Store) -> None:
+    """Even where another rate that was tried on them has less loss on their own dev rows."""
+    before = table(store)
+    save(store, Run("sentiment", "fanlora", 0, 1e-2), 0.01, dev=0.001)
+    pd.testing.assert_frame_equal(table(store), before)
 
 
 def test_the_page_says_what_is_missing(store: Store, tmp_path: Path) -> None:
@@ -130,6 +139,7 @@ def test_variants_have_different_names() -> None:
         Run("category", "para"),
         Run("category", "para", reads="constant"),
         Run("category", "para", reads="centred"),
+        Run("category", "para", reads="embeddings"),
         Run("category", "para", pooling="mean"),
         Run("category", "para", activation="rational"),
         Run("category", "para", rank=3),

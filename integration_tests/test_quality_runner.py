@@ -26,9 +26,10 @@ runs:
 """
 MORE = """
 runs:
+  - {task: category, method: fanlora, score: random, learning_rate: 3.e-3, parameters: 3000, steps: 3}
   - {task: [category, gloss], method: fanlora, score: [path, random], parameters: 3000, steps: 3}
   - {task: category, method: fanlora, strategy: role, keep: 2, parameters: 3000, steps: 3}
-  - {task: category, method: para, reads: [constant, centred], rank: 2, steps: 3}
+  - {task: category, method: para, reads: [constant, centred, embeddings], rank: 2, steps: 3}
   - {task: category, method: [adalora, lora-qv, ia3], learning_rate: 1.e-2, parameters: 5000, steps: 10}
 """
 
@@ -69,7 +70,7 @@ def test_experiments_run_once_and_resume(
 
     runner.main(files, at_most=2, **tiny)
     assert len(contents(results)) == 2
-    assert "2 runs done, 5 and more to go" in capsys.readouterr().out  # some wait for a learning rate
+    assert "2 runs done, 6 and more to go" in capsys.readouterr().out  # some wait for a learning rate
 
     real, calls = training.run_once, []
 
@@ -88,14 +89,17 @@ def test_experiments_run_once_and_resume(
     runner.main(files, **tiny)
     after = contents(results)
     assert before.items() <= after.items()
-    assert len(after) == 7 + 3 + 1 + 2 + 3  # one of the four is in the grid already
+    assert len(after) == 7 + 3 + 1 + 3 + 3  # one of the four is in the grid already
 
     runner.main(files, **tiny)
     assert contents(results) == after
     assert "0 runs done, 0 to go" in capsys.readouterr().out
 
     store = Store(results)
-    own = [content for content in store.load("run") if content["run"]["method"] == "fanlora"]
+    fanlora = [content for content in store.load("run") if content["run"]["method"] == "fanlora"]
+    drawn = [content["run"] for content in fanlora if content["run"]["score"] == "random"]
+    assert {run["learning_rate"] for run in drawn} == {3e-3} and len(drawn) == 2
+    own = [content for content in fanlora if content["run"]["score"] != "random"]
     grid = {
         content["run"]["learning_rate"]: content["dev"]["loss"]
         for content in own
@@ -143,6 +147,25 @@ def test_a_constant_makes_the_same_vectors_for_every_prompt(tiny: dict[str, Any]
         assert len(vectors) == 6
     assert all((vector == vector[:1]).all() and not (vector == 1).all() for vector in made["constant"])
     assert not any((vector == vector[:1]).all() for vector in made["prompt"])
+
+
+def test_embeddings_are_what_every_generator_sees(tiny: dict[str, Any]) -> None:
+    from quality.methods import adapted
+
+    from peft_fanlora.para.generator import VectorGenerator
+
+    bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
+    seen: list[Any] = []
+    model = adapted(bench.base(0), Run("category", "para", reads="embeddings", rank=2), bench.store)
+    for module in model.modules():
+        if isinstance(module, VectorGenerator):
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for batch in bench.tokens.loader(bench.split("category").test[:24]):
+        model(**batch)
+        embeddings = model.get_input_embeddings()(batch["input_ids"])
+        normalised = model.base_model.model.model.layers[0].input_layernorm(embeddings)
+        assert len(seen) == 2 and all(torch.equal(hidden, normalised) for hidden in seen)
+        seen.clear()
 
 
 def test_centred_prompts_have_the_mean_zero(tiny: dict[str, Any]) -> None:

@@ -33,8 +33,8 @@ class Run:
         keep: FanLoRA: how many modules of each layer, roles, or modules stay.
         pooling: PARA.
         activation: PARA.
-        reads: PARA: "prompt", "constant" for the same generators fed with ones, or "centred" for the prompt less the
-            mean of others, see `reads.py`.
+        reads: PARA: "prompt", "constant" for the same generators fed with ones, "embeddings" for the first block's
+            input in all of them, or "centred" for the prompt less the mean of others, see `reads.py`.
         rank: PARA: its rank, in place of the one that the budget gives.
     """
 
@@ -55,9 +55,14 @@ class Run:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the method has its default options."""
+        """Whether the method has its default options; a random choice of modules counts as a method."""
         whatever = ("task", "method", "seed", "learning_rate", "parameters", "steps")
-        return all(getattr(self, field.name) == field.default for field in fields(self) if field.name not in whatever)
+        plain = Run(self.task, self.method, score="random" if self.score == "random" else Run.score)
+        return all(
+            getattr(self, field.name) == getattr(plain, field.name)
+            for field in fields(self)
+            if field.name not in whatever
+        )
 
     @property
     def label(self) -> str:
@@ -136,7 +141,7 @@ def read(path: Path, store: "Store") -> Iterator[Run | Search]:
             if values.get("source") == "own":
                 values["source"] = values["task"]
             if values.get("learning_rate") is None:
-                values["learning_rate"] = store.best_learning_rate(values["method"])
+                values["learning_rate"] = store.best_learning_rate(values["method"], values.get("score"))
             yield Run(**values)
 
 
@@ -192,8 +197,12 @@ class Store:
                         return scored
         raise LookupError(f"no finished search on {source!r} has the score {method!r}: run one first (1-search.yaml)")
 
-    def best_learning_rate(self, method: str) -> float:
+    def best_learning_rate(self, method: str, score: str | None = None) -> float:
         """Returns the learning rate that a method has where none is named: the best of those tried on the noun task.
+
+        Args:
+            method: its name.
+            score: what chooses FanLoRA's modules; a random choice has a learning rate of its own.
 
         Raises:
             LookupError: none has been tried.
@@ -201,10 +210,12 @@ class Store:
         tried = []
         for content in self.load("run"):
             run = Run(**content["run"])
-            if run.is_plain and run.task == "category" and run.method == method:
+            same = run.method == method and (run.score == "random") == (score == "random")
+            if run.is_plain and run.task == "category" and same:
                 tried.append(content)
         if not tried:
-            raise LookupError(f"no learning rate of {method!r} has been tried: run some on the noun task first")
+            what = f"{method!r} with random modules" if score == "random" else repr(method)
+            raise LookupError(f"no learning rate of {what} has been tried: run some on the noun task first")
         return best_learning_rate(tried)
 
 

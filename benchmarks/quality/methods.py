@@ -10,7 +10,7 @@ from peft_fanlora import FanLoraConfig, FanLoraSetting, ImportanceScores, ParaCo
 from peft_fanlora.fanlora.modules import Module, candidates
 
 from .experiments import Run, Store
-from .reads import feed_constant
+from .reads import feed_constant, feed_embeddings
 
 
 SCALED = ["q_proj", "v_proj", "up_proj"]
@@ -22,6 +22,8 @@ def adapted(base: PreTrainedModel, run: Run, store: Store) -> PeftModel:
     model = get_peft_model(base, METHODS[run.method](base, run, store))
     if run.method == "para" and run.reads == "constant":
         feed_constant(model)
+    if run.method == "para" and run.reads == "embeddings":
+        feed_embeddings(model)
     return model
 
 

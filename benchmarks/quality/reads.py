@@ -1,4 +1,4 @@
-"""PARA that reads something else than its prompt: nothing at all, or what sets the prompt apart from others."""
+"""PARA that reads something else than its prompt where a block begins: nothing, the bare words, or what sets it apart."""
 
 from collections.abc import Iterable, Iterator
 
@@ -18,6 +18,15 @@ def feed_constant(model: PeftModel) -> None:
     """
     for generator in _generators(model):
         generator.register_forward_pre_hook(lambda _, inputs: (torch.ones_like(inputs[0]), inputs[1]))
+
+
+def feed_embeddings(model: PeftModel) -> None:
+    """Lets every generator see the prompt as the first block sees it, the embeddings of its tokens."""
+    first, *others = _generators(model)
+    seen: dict[str, torch.Tensor] = {}
+    first.register_forward_pre_hook(lambda _, inputs: seen.update(embeddings=inputs[0]))
+    for generator in others:
+        generator.register_forward_pre_hook(lambda _, inputs: (seen["embeddings"], inputs[1]))
 
 
 @torch.no_grad()

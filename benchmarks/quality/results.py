@@ -14,7 +14,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quality import plots
-from quality.experiments import LORA_RANK_2, Store, best_learning_rate, dev_losses, known, pending
+from quality.experiments import LORA_RANK_2, Store, dev_losses, known, pending
 from quality.figures import (
     ADALORA,
     CONSTANT,
@@ -26,6 +26,7 @@ from quality.figures import (
     PATH,
     RANDOM,
     Difference,
+    chosen_learning_rates,
     difference,
     difference_without_retraining,
     groups,
@@ -151,10 +152,12 @@ def methods_section(frame: pd.DataFrame) -> str:
 def learning_rates_section(store: Store) -> str:
     """Returns the dev losses that learning rates were chosen by."""
     rows = []
-    for (task, budget, name), contents in groups(store).items():
+    found = groups(store)
+    rates = chosen_learning_rates(found)
+    for (task, budget, name), contents in found.items():
         losses = dev_losses(contents)
         if len(losses) > 1:
-            best = best_learning_rate(contents)
+            best = rates[task, budget, name]
             cells = [f"{rate:g}: {_emphasised(spread(pd.Series(list(values.values()))), rate == best)} ({len(values)})"
                      for rate, values in losses.items()]  # fmt: skip
             edge = "lower" if best == min(losses) else "upper" if best == max(losses) else "none"
@@ -162,8 +165,10 @@ def learning_rates_section(store: Store) -> str:
     text = """\
 ## Learning rates
 
-Loss on the dev rows, over as many seeds as the parentheses say; those that all rates have choose the best, which the tables show. The best
-of a method with its default options on the noun task serves all else of that method, but for random settings, which have their own. Where it lies at an edge of what was tried, a rate beyond might be better still.
+The rates are 0.001, 0.003, 0.01, 0.03 and 0.1, tried on the noun task until the best of a method had a worse one on either side,
+and then one between the best two. Loss on the dev rows, over as many seeds as the parentheses say; those that all rates have
+choose the best, in bold type. The best of a method with its default options on the noun task serves all else of that method, a
+random choice of modules being a method of its own; runs with other rates are in no other table.
 """
     return text + "\n" + markdown(["", "rate: dev loss (seeds)", "best at the edge"], rows)
 
@@ -264,8 +269,8 @@ def para_section(frame: pd.DataFrame) -> str:
 ## 5. Which parts of PARA matter, and is it worth reading the prompt?
 
 "Fed a constant" has the same generators with the same parameters, but they see ones in place of the prompt: what is left is one
-learned vector a module. "Prompt centred" takes the mean over 128 training prompts away from what the generators see. The default is
-attention pooling with GELU.
+learned vector a module. "Embeddings alone" shows all of them the first block's input, where PARA shows each the input of its own
+block. "Prompt centred" takes the mean over 128 training prompts away from what they see. The default is attention pooling with GELU.
 
 {comparison(smaller_budget(frame), [(PARA, name) for name in [CONSTANT, *(name for name in others if name != CONSTANT)]])}
 {picture(frame, others, "PARA's variants", "results-para.png")}"""
@@ -307,7 +312,7 @@ def missing_section(files: list[Path], store: Store) -> str:
 
 {markdown(["experiment", "finished", "next"], rows)}
 Not tried here: models above 135M parameters, more than 60 steps, more than five seeds, a learning rate for each task and budget, LoRA's
-alpha (always 2r), dropout, generators of PARA that read elsewhere than at the start of their block, a setting from a large instruction set such as the paper's. How far any of this holds at the papers'
+alpha (always 2r), dropout, generators of PARA that read inside of their block or after it, a setting from a large instruction set such as the paper's. How far any of this holds at the papers'
 scale (7B) is open; `benchmarks/peft_method_comparison` has the runs for who has a GPU.
 """
 

@@ -1,7 +1,7 @@
 """Runs experiments, each run once; what is finished stays, and a run that was killed starts again.
 
 python benchmarks/quality/run.py  # all that is not finished, in order
-python benchmarks/quality/run.py benchmarks/quality/experiments/5-sentiment.yaml --device cuda
+python benchmarks/quality/run.py benchmarks/quality/experiments/5-tasks.yaml --device cuda
 """
 
 import sys
