@@ -107,13 +107,6 @@ def test_the_dev_rows_choose_the_learning_rate(store: Store) -> None:
         store.best_learning_rate("lora")
 
 
-def test_other_tasks_have_the_learning_rate_of_the_noun_task(store: Store) -> None:
-    """Even where another rate that was tried on them has less loss on their own dev rows."""
-    before = table(store)
-    save(store, Run("sentiment", "fanlora", 0, 1e-2), 0.01, dev=0.001)
-    pd.testing.assert_frame_equal(table(store), before)
-
-
 def test_the_page_says_what_is_missing(store: Store, tmp_path: Path) -> None:
     file = tmp_path / "3-some.yaml"
     file.write_text("runs: [{seed: [0, 1, 2, 3], task: category, method: fanlora}]")

@@ -62,25 +62,11 @@ def groups(store: Store) -> dict[tuple[str, int, str], list[dict[str, Any]]]:
     return found
 
 
-def chosen_learning_rates(
-    found: dict[tuple[str, int, str], list[dict[str, Any]]],
-) -> dict[tuple[str, int, str], float]:
-    """Returns the learning rate of each group: the best on the dev rows of the noun task, where it has runs with it."""
-    best = {key: best_learning_rate(contents) for key, contents in found.items()}
-    for (task, budget, name), contents in found.items():
-        rate = best.get(("category", budget, name))
-        if any(content["run"]["learning_rate"] == rate for content in contents):
-            best[task, budget, name] = rate
-    return best
-
-
 def table(store: Store) -> pd.DataFrame:
-    """Returns a row a finished run; of several learning rates of a group, those with the chosen one."""
+    """Returns a row a finished run; of several learning rates of a group, those with the best on the dev rows."""
     rows = []
-    found = groups(store)
-    rates = chosen_learning_rates(found)
-    for (task, budget, name), contents in found.items():
-        best = rates[task, budget, name]
+    for (task, budget, name), contents in groups(store).items():
+        best = best_learning_rate(contents)
         for content in contents:
             if content["run"]["learning_rate"] == best:
                 training = content["training"]

@@ -14,7 +14,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quality import plots
-from quality.experiments import LORA_RANK_2, Store, dev_losses, known, pending
+from quality.experiments import LORA_RANK_2, Store, best_learning_rate, dev_losses, known, pending
 from quality.figures import (
     ADALORA,
     CONSTANT,
@@ -26,7 +26,6 @@ from quality.figures import (
     PATH,
     RANDOM,
     Difference,
-    chosen_learning_rates,
     difference,
     difference_without_retraining,
     groups,
@@ -152,12 +151,10 @@ def methods_section(frame: pd.DataFrame) -> str:
 def learning_rates_section(store: Store) -> str:
     """Returns the dev losses that learning rates were chosen by."""
     rows = []
-    found = groups(store)
-    rates = chosen_learning_rates(found)
-    for (task, budget, name), contents in found.items():
+    for (task, budget, name), contents in groups(store).items():
         losses = dev_losses(contents)
         if len(losses) > 1:
-            best = rates[task, budget, name]
+            best = best_learning_rate(contents)
             cells = [f"{rate:g}: {_emphasised(spread(pd.Series(list(values.values()))), rate == best)} ({len(values)})"
                      for rate, values in losses.items()]  # fmt: skip
             edge = "lower" if best == min(losses) else "upper" if best == max(losses) else "none"
@@ -167,8 +164,8 @@ def learning_rates_section(store: Store) -> str:
 
 The rates are 0.001, 0.003, 0.01, 0.03 and 0.1, tried on the noun task until the best of a method had a worse one on either side,
 and then one between the best two. Loss on the dev rows, over as many seeds as the parentheses say; those that all rates have
-choose the best, in bold type. The best of a method with its default options on the noun task serves all else of that method, a
-random choice of modules being a method of its own; runs with other rates are in no other table.
+choose the best, in bold type, which the tables show. The best of a method on the noun task serves its variants too, a random
+choice of modules being a method of its own. Other tasks take it from there: their rows below say which lower rates they tried.
 """
     return text + "\n" + markdown(["", "rate: dev loss (seeds)", "best at the edge"], rows)
 
@@ -311,7 +308,7 @@ def missing_section(files: list[Path], store: Store) -> str:
 ## What is missing, and what was not tried
 
 {markdown(["experiment", "finished", "next"], rows)}
-Not tried here: models above 135M parameters, more than 60 steps, more than five seeds, a learning rate for each task and budget, LoRA's
+Not tried here: models above 135M parameters, more than 60 steps, more than five seeds, a whole grid of learning rates for each task and budget, LoRA's
 alpha (always 2r), dropout, generators of PARA that read inside of their block or after it, a setting from a large instruction set such as the paper's. How far any of this holds at the papers'
 scale (7B) is open; `benchmarks/peft_method_comparison` has the runs for who has a GPU.
 """
