@@ -30,9 +30,9 @@ def draw(store: Store, folder: Path) -> None:
 
 
 def seeds(frame: pd.DataFrame, names: list[str], column: str, label: str, path: Path) -> None:
-    """Draws a point a seed and a line at the mean, a row a variant and a panel a task; joins what shares a seed."""
+    """Draws a point a seed and a line at the mean, a row a variant and a panel a task that has several of them."""
     own = frame[frame["variant"].isin(names)]
-    tasks = list(dict.fromkeys(own["task"]))
+    tasks = [task for task, runs in own.groupby("task", sort=False) if runs["variant"].nunique() > 1]
     if not tasks:
         return
     figure, panels = plt.subplots(
