@@ -131,18 +131,16 @@ def test_a_run_gives_the_same_figures_again(tiny: dict[str, Any]) -> None:
 def test_a_constant_makes_the_same_vectors_for_every_prompt(tiny: dict[str, Any]) -> None:
     """Otherwise the comparison would not say what reading the prompt is worth."""
     from quality.methods import adapted
-
-    from peft_fanlora.para.generator import VectorGenerator
+    from quality.reads import generators
 
     bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
     made: dict[str, list[Any]] = {"prompt": [], "constant": []}
     for reads, vectors in made.items():
         model = adapted(bench.base(0), Run("category", "para", reads=reads, rank=2), bench.store)
-        for module in model.modules():
-            if isinstance(module, VectorGenerator):
-                for name in module.targets:
-                    getattr(module, f"up_{name}").data.normal_()
-                module.register_forward_hook(lambda module, inputs, output, to=vectors: to.extend(output.values()))
+        for generator in generators(model):
+            for name in generator.targets:
+                getattr(generator, f"up_{name}").data.normal_()
+            generator.register_forward_hook(lambda module, inputs, output, to=vectors: to.extend(output.values()))
         model(**next(iter(bench.tokens.loader(bench.split("category").test))))
         assert len(vectors) == 6
     assert all((vector == vector[:1]).all() and not (vector == 1).all() for vector in made["constant"])
@@ -151,15 +149,13 @@ def test_a_constant_makes_the_same_vectors_for_every_prompt(tiny: dict[str, Any]
 
 def test_embeddings_are_what_every_generator_sees(tiny: dict[str, Any]) -> None:
     from quality.methods import adapted
-
-    from peft_fanlora.para.generator import VectorGenerator
+    from quality.reads import generators
 
     bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
     seen: list[Any] = []
     model = adapted(bench.base(0), Run("category", "para", reads="embeddings", rank=2), bench.store)
-    for module in model.modules():
-        if isinstance(module, VectorGenerator):
-            module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for generator in generators(model):
+        generator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     for batch in bench.tokens.loader(bench.split("category").test[:24]):
         model(**batch)
         embeddings = model.get_input_embeddings()(batch["input_ids"])
@@ -170,20 +166,19 @@ def test_embeddings_are_what_every_generator_sees(tiny: dict[str, Any]) -> None:
 
 def test_centred_prompts_have_the_mean_zero(tiny: dict[str, Any]) -> None:
     from quality.methods import adapted
-    from quality.reads import centre
+    from quality.reads import centre, generators
 
-    from peft_fanlora.para.generator import VectorGenerator, pool
+    from peft_fanlora.para.generator import pool
 
     bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
     model = adapted(bench.base(0), Run("category", "para", rank=2), bench.store)
     batches = list(bench.tokens.loader(bench.split("category").test[:24]))
     centre(model, batches)
     seen: dict[Any, list[Any]] = {}
-    for module in model.modules():
-        if isinstance(module, VectorGenerator):
-            module.register_forward_hook(
-                lambda module, inputs, _: seen.setdefault(module, []).append(pool(*inputs, "mean"))
-            )
+    for generator in generators(model):
+        generator.register_forward_hook(
+            lambda module, inputs, _: seen.setdefault(module, []).append(pool(*inputs, "mean"))
+        )
     for batch in batches:
         model(**batch)
     for pooled in seen.values():
@@ -222,6 +217,8 @@ def test_logits_are_computed_only_where_a_label_is_predicted(tiny: dict[str, Any
 def test_unknown_fields_and_missing_searches_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text("runs: [{task: gloss, method: lora, learning_rat: 1.e-3}]")
+    with pytest.raises(ValueError, match="reads='embedding' is none of prompt, constant, embeddings, centred"):
+        Run("category", "para", reads="embedding")
     with pytest.raises(ValueError, match="a Run has no 'learning_rat'"):
         list(read(path, Store(tmp_path)))
     path.write_text("runs: [{task: gloss, method: lora}]")

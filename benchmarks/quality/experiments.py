@@ -15,6 +15,9 @@ import yaml
 LORA_RANK_2 = 610_560
 """Parameters of LoRA with r = 2 on all 210 linear layers of SmolLM2-135M, the smaller of the two budgets."""
 
+READS = ("prompt", "constant", "embeddings", "centred")
+"""What PARA's generators may see, see `reads.py`."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -33,8 +36,8 @@ class Run:
         keep: FanLoRA: how many modules of each layer, roles, or modules stay.
         pooling: PARA.
         activation: PARA.
-        reads: PARA: "prompt", "constant" for the same generators fed with ones, "embeddings" for the first block's
-            input in all of them, or "centred" for the prompt less the mean of others, see `reads.py`.
+        reads: PARA: one of `READS`: "constant" for the same generators fed with ones, "embeddings" for the first
+            block's input in all of them, "centred" for the prompt less the mean of others.
         rank: PARA: its rank, in place of the one that the budget gives.
     """
 
@@ -53,16 +56,16 @@ class Run:
     reads: str = "prompt"
     rank: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.reads not in READS:  # it would be trained as if it were "prompt"
+            raise ValueError(f"reads={self.reads!r} is none of {', '.join(READS)}.")
+
     @property
     def is_plain(self) -> bool:
         """Whether the method has its default options; a random choice of modules counts as a method."""
-        whatever = ("task", "method", "seed", "learning_rate", "parameters", "steps")
-        plain = Run(self.task, self.method, score="random" if self.score == "random" else Run.score)
-        return all(
-            getattr(self, field.name) == getattr(plain, field.name)
-            for field in fields(self)
-            if field.name not in whatever
-        )
+        whatever = ("task", "method", "seed", "learning_rate", "parameters", "steps", "score")
+        options = [field for field in fields(self) if field.name not in whatever]
+        return self.score in (Run.score, "random") and all(getattr(self, one.name) == one.default for one in options)
 
     @property
     def label(self) -> str:

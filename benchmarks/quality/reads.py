@@ -16,13 +16,13 @@ def feed_constant(model: PeftModel) -> None:
     What is left is one learned vector a module, for all prompts alike; the difference to PARA is what reading the
     prompt is worth.
     """
-    for generator in _generators(model):
+    for generator in generators(model):
         generator.register_forward_pre_hook(lambda _, inputs: (torch.ones_like(inputs[0]), inputs[1]))
 
 
 def feed_embeddings(model: PeftModel) -> None:
     """Lets every generator see the prompt as the first block sees it, the embeddings of its tokens."""
-    first, *others = _generators(model)
+    first, *others = generators(model)
     seen: dict[str, torch.Tensor] = {}
     first.register_forward_pre_hook(lambda _, inputs: seen.update(embeddings=inputs[0]))
     for generator in others:
@@ -43,7 +43,7 @@ def centre(model: PeftModel, batches: Iterable[Batch]) -> None:
         total, count = sums.get(generator, (torch.zeros_like(pooled[0]), 0))
         sums[generator] = total + pooled.sum(0), count + len(pooled)
 
-    handles = [generator.register_forward_pre_hook(add) for generator in _generators(model)]
+    handles = [generator.register_forward_pre_hook(add) for generator in generators(model)]
     for batch in batches:
         model(**on(next(model.parameters()).device, batch))
     for handle in handles:
@@ -53,5 +53,6 @@ def centre(model: PeftModel, batches: Iterable[Batch]) -> None:
         generator.register_forward_pre_hook(lambda _, inputs, mean=mean: (inputs[0] - mean, inputs[1]))
 
 
-def _generators(model: PeftModel) -> Iterator[VectorGenerator]:
+def generators(model: PeftModel) -> Iterator[VectorGenerator]:
+    """Returns the generators of a PARA model, the first block's first."""
     return (module for module in model.modules() if isinstance(module, VectorGenerator))
