@@ -44,22 +44,22 @@ def tenants(architecture: str = "llama", **kwargs: Any) -> PeftModel:
     return model.eval()
 
 
-def alone(model: PeftModel, batch: dict[str, torch.Tensor], row: int, name: str) -> torch.Tensor:
-    """Returns the logits of a row by the adapter alone, on PEFT's own path."""
+def alone(model: PeftModel, batch: dict[str, torch.Tensor], row: int, name: str, by_peft: bool = True) -> torch.Tensor:
+    """Returns the logits of a row by the adapter alone, on PEFT's own path, which all calls with gradients take."""
     own = {key: value[row : row + 1] for key, value in batch.items()}
-    with torch.no_grad():
+    with torch.set_grad_enabled(by_peft):
         if name == BASE_ROWS:
             with model.disable_adapter():
-                return model(**own).logits[0]
+                return model(**own).logits[0].detach()
         before = model.active_adapter
         model.set_adapter(name)
-        found = model(**own).logits[0]
+        found = model(**own).logits[0].detach()
         model.set_adapter(before)
         return found
 
 
 def check_rows(model: PeftModel, names: list[str] = NAMES, tolerance: float = 1e-5, **kwargs: Any) -> None:
-    """Compares each row of a mixed batch with the same row by its adapter alone."""
+    """Compares each row of a mixed batch, and of an inference without names, with what PEFT's path gives."""
     architecture = next(
         name for name, tiny in TINY.items() if tiny.model_class == type(model.base_model.model).__name__
     )
@@ -68,7 +68,8 @@ def check_rows(model: PeftModel, names: list[str] = NAMES, tolerance: float = 1e
         mixed = model(**batch, adapter_names=names).logits
     for row, name in enumerate(names):
         expected = alone(model, batch, row, name)
-        assert (mixed[row] - expected).abs().max() < tolerance * max(1, expected.abs().max()), (row, name)
+        for found in (mixed[row], alone(model, batch, row, name, by_peft=False)):
+            assert (found - expected).abs().max() < tolerance * max(1, expected.abs().max()), (row, name)
 
 
 class Products(TorchDispatchMode):
@@ -158,12 +159,103 @@ def test_gradients_are_those_of_the_rows_alone(architecture: str) -> None:
         logits(model, {**batch, "adapter_names": names})
         model.zero_grad()
         model(batch["input_ids"], adapter_names=names).logits.square().sum().backward()
-        assert model.base_model._mixed_batches._last is None  # which would keep the graph alive
+        assert not model.base_model._batches._last  # which would keep the graph alive
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert len(expected) > 20
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4)
     assert not any(gradient.abs().sum() for name, gradient in found.items() if ".three." in name)
+
+
+@pytest.mark.parametrize("names", [None, ["default"] * 3])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_one_adapter_for_all_rows_costs_two_products_on_its_own_weights(
+    architecture: str, names: list[str] | None
+) -> None:
+    model = adapted(architecture).eval()  # with weights that are trained
+    randomize(model)
+    batch = {**TINY[architecture].batch(), **({} if names is None else {"adapter_names": names})}
+    with torch.no_grad(), Products() as own:
+        model(**batch)
+    with torch.no_grad(), Products() as base, model.disable_adapter():
+        model(**batch)
+    more = own.counts - base.counts
+    assert {name: more[name] for name in ("mm", "addmm_", "add", "mul", "bmm", "copy_")} == {
+        "mm": TINY[architecture].num_modules,
+        "addmm_": TINY[architecture].num_modules,
+        "add": 0,
+        "mul": 0,
+        "bmm": 0,
+        "copy_": 0,
+    }
+
+
+def activate_two(model: PeftModel) -> None:
+    model.base_model.set_adapter(["default", "two"])
+
+
+def activate_another_in_one_layer(model: PeftModel) -> None:
+    model.base_model.model.model.layers[0].self_attn.v_proj.set_adapter("two")
+
+
+def merge(model: PeftModel) -> None:
+    model.merge_adapter()
+
+
+def hook_a_factor(model: PeftModel) -> None:
+    factor = model.base_model.model.model.layers[1].mlp.down_proj.lora_B["default"]
+    factor.register_forward_hook(lambda module, args, output: 3 * output)
+
+
+class Bounded(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).tanh()
+
+
+def replace_a_factor(model: PeftModel) -> None:
+    factors = model.base_model.model.model.layers[1].mlp.down_proj.lora_A
+    factors["default"] = Bounded(24, 4, bias=False)
+
+
+def make_the_active_one_dora(model: PeftModel) -> None:
+    dora = FanLoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model.add_adapter("dora", dora)
+    model.set_adapter("dora")
+    randomize(model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        activate_two,
+        activate_another_in_one_layer,
+        merge,
+        hook_a_factor,
+        replace_a_factor,
+        make_the_active_one_dora,
+    ],
+)
+def test_inference_without_names_computes_what_peft_does(change: Callable[[PeftModel], None]) -> None:
+    model = tenants()
+    batch = TINY["llama"].batch()
+    with torch.no_grad():
+        before = model(**batch).logits
+        change(model.eval())
+        found = model(**batch).logits
+    expected = model(**batch).logits
+    assert change is merge or not torch.allclose(found, before)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_hook_on_the_base_layer_keeps_the_base_layer_s_output() -> None:
+    model = tenants()
+    base, seen = model.base_model.model.model.layers[1].mlp.down_proj.base_layer, []
+    handle = base.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    for options in ({}, {"adapter_names": ["two", "default"]}):
+        logits(model, {**TINY["llama"].batch(rows=2), **options})
+    handle.remove()
+    for x, output in seen:
+        torch.testing.assert_close(output, base(x))
 
 
 def generate(model: PeftModel, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -290,6 +382,7 @@ def test_stacks_follow_the_adapters(
     model.requires_grad_(False)
     with mode():
         model(**TINY["llama"].batch(rows=len(NAMES)), adapter_names=NAMES)
+        model(**TINY["llama"].batch())
     change(model.eval(), tmp_path)
     model.eval()
     with mode():
@@ -323,12 +416,16 @@ def test_the_stacks_are_kept_between_equal_calls_and_go_with_their_adapters() ->
     batch = TINY["llama"].batch(rows=2)
     names = ["two", "default"]
     logits(model, {**batch, "adapter_names": names})
-    kept = model.base_model._mixed_batches._last
-    logits(model, {**batch, "adapter_names": names})
-    assert model.base_model._mixed_batches._last is kept
+    logits(model, batch)
+    last = model.base_model._batches._last
+    kept = last[tuple]
+    for options in ({"adapter_names": names}, {}):
+        before = dict(last)
+        logits(model, {**batch, **options})
+        assert last == before
     stack = weakref.ref(next(iter(kept.stacks.values())).A)
     weight = weakref.ref(model.base_model.model.model.layers[0].self_attn.v_proj.lora_A["two"].weight)
-    del kept
+    del kept, before
     model.delete_adapter("two")
     gc.collect()
     assert stack() is None
@@ -456,6 +553,42 @@ def test_unloading_leaves_nothing_behind() -> None:
     check_rows(twin)
     assert num_hooks(twin) == num_hooks(model) > 0
     assert num_hooks(twin.unload()) == num_hooks(model.merge_and_unload()) == 0
+
+
+def replicated(model: nn.Module) -> Any:
+    """Makes a replica as `DataParallel` does, but on the same device."""
+    replicas: dict[nn.Module, Any] = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        replica._modules.update({key: replicas[child] for key, child in module._modules.items() if child is not None})
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[key] = None
+            else:
+                setattr(replica, key, parameter.view_as(parameter))
+    return replicas[model]
+
+
+def test_data_parallel_runs_its_replicas_and_not_the_original() -> None:
+    model = tenants()
+    batch = TINY["llama"].batch()
+    expected = logits(model, batch)  # puts something before the layers' own forward
+    check_rows(model)
+    replica = replicated(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # whose memory this replica shares
+            parameter.mul_(2 if "lora_B" in name else 1)
+    for name, module in replica.named_modules():
+        assert "forward" not in vars(module), name
+    seen = []
+    layer = replica.base_model.model.model.layers[0].mlp.down_proj
+    layer.base_layer.register_forward_hook(lambda *call: seen.append(None))
+    found = [replica(**batch).logits]
+    with torch.no_grad():
+        found.append(replica(**batch).logits)
+    assert len(seen) == 2
+    for one in found:
+        assert not torch.allclose(one, expected)
+        torch.testing.assert_close(one, logits(model, batch))
 
 
 @pytest.mark.parametrize("first", ["accelerate", "mixed batch"])

@@ -3,7 +3,7 @@
 import random
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from functools import cached_property
 from itertools import islice
@@ -19,10 +19,10 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from ..tenants import ServesTenants, changing
+from .batches import Batches, num_inputs
 from .config import FanLoraConfig
 from .gates import InitialFactors, factors
 from .importance import METHODS, Method, score
-from .mixed_batch import MixedBatches, num_inputs
 from .modules import Module, adapted_layers, candidates, lora_modules, model_type, num_layers
 from .pruning import give_back, is_running, remove_adapter, rewrite_targets
 from .scores import ImportanceScores
@@ -52,7 +52,7 @@ class FanLoraModel(ServesTenants, LoraModel):
         Raises:
             ValueError: the setting does not fit the model, or disagrees with `target_modules`.
         """
-        self._mixed_batches.forget()
+        self._batches.forget()
         with changing(self.call_gate, model, adapter_name):
             self._inject(model, adapter_name, *args, **kwargs)
 
@@ -89,8 +89,8 @@ class FanLoraModel(ServesTenants, LoraModel):
         return self.__dict__.setdefault("_initial_factors_by_adapter", {})
 
     @cached_property
-    def _mixed_batches(self) -> MixedBatches:
-        return MixedBatches()
+    def _batches(self) -> Batches:
+        return Batches()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -101,21 +101,28 @@ class FanLoraModel(ServesTenants, LoraModel):
         """
         names = kwargs.pop("adapter_names", None)
         with self.call_gate.passed(), super()._enable_peft_forward_hooks(*args, **kwargs):
-            if names is None:
+            running: AbstractContextManager[None] = nullcontext()
+            if names is not None:
+                running = self._batches.running(self.model, self.row_names(names), num_inputs(args, kwargs))
+            elif self._computes_with_one_adapter():
+                running = self._batches.running(self.model, self.active_adapters[0])
+            with running:
                 yield
-                return
-            rows = self.row_names(names)
-            with self._mixed_batches.running(self.model, rows, num_inputs(args, kwargs)):
-                yield
+
+    def _computes_with_one_adapter(self) -> bool:
+        """Whether a call without names is an inference with one adapter, which can run as a batch of its own."""
+        in_inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        is_replica = hasattr(self, "_is_replica")  # of `DataParallel`, gone after the call
+        return in_inference and not is_replica and len(self.active_adapters) == 1 and self._batches.current.run is None
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        self._mixed_batches.leave(self.model)
+        self._batches.leave(self.model)
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, see `peft.PeftModel.delete_adapter`."""
-        self._mixed_batches.forget()
+        self._batches.forget()
         super().delete_adapter(adapter_name)
         self._initial_factors.pop(adapter_name, None)
 
@@ -263,7 +270,7 @@ class FanLoraModel(ServesTenants, LoraModel):
                     "can't be undone exactly. Use init_lora_weights=True on quantised models that will be pruned."
                 )
 
-        self._mixed_batches.forget()
+        self._batches.forget()
         for name in dropped:
             if name in initial:
                 give_back(layers[name], adapter_name, initial.pop(name))

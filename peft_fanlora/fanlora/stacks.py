@@ -60,19 +60,20 @@ class AdapterStack:
     def __init__(self, layer: Any, slots: Slots, num_rows: int) -> None:
         self.layer = layer
         self.slots = slots
+        self.adapters = slots.adapters
         self.num_rows = num_rows
-        factors = [_factors(layer, name) for name in slots.adapters]
+        factors = [_factors(layer, name) for name in self.adapters]
         rank = max(len(A) for A, _ in factors)
-        scalings = torch.tensor([layer.scaling[name] for name in slots.adapters], device=factors[0][0].device)
+        scalings = torch.tensor([layer.scaling[name] for name in self.adapters], device=factors[0][0].device)
         A = torch.stack([_padded(A, rank) for A, _ in factors])
         self.A = A * scalings.to(A.dtype).view(-1, 1, 1)
         self.B = torch.stack([_padded(B.T, rank) for _, B in factors])
         self.A_transposed = self.A.transpose(1, 2)
-        self.is_aligned = slots.rows is None and len(slots.adapters) == num_rows
+        self.is_aligned = slots.rows is None and len(self.adapters) == num_rows
 
     def write(self, slot: int) -> None:
         """Copies an adapter's weights into its slot once more."""
-        name = self.slots.adapters[slot]
+        name = self.adapters[slot]
         A, B = _factors(self.layer, name)
         self.A[slot, : len(A)] = A * self.layer.scaling[name]
         self.B[slot, : len(A)] = B.T
@@ -97,7 +98,7 @@ class AdapterStack:
         slots = self.slots
         per_row = x.to(self.A.device, self.A.dtype).reshape(self.num_rows, -1, x.shape[-1])
         per_place = per_row if slots.padded is None else per_row[slots.padded]
-        hidden = torch.bmm(per_place.reshape(len(slots.adapters), -1, x.shape[-1]), self.A_transposed)
+        hidden = torch.bmm(per_place.reshape(len(self.adapters), -1, x.shape[-1]), self.A_transposed)
         delta = torch.bmm(hidden, self.B).to(result.device, result.dtype)
         in_place = not torch.is_grad_enabled() and result.is_contiguous()
         if slots.rows is None or slots.places is None:
@@ -112,19 +113,62 @@ class AdapterStack:
         return target.index_add(0, rows, delta).view_as(result)
 
 
+class SharedAdapter:
+    """The LoRA factors of the one adapter that all rows of a layer have, as views on its own weights.
+
+    Next to the weights of a base model, which fill the processor's caches at each token, every Python object that a layer
+    looks at is slow to come by: so this keeps at hand what a call needs, and `Sources` tells whether it still holds.
+    """
+
+    def __init__(self, layer: Any, name: str) -> None:
+        self.layer = layer
+        self.adapters = (name,)
+        A, B = _factors(layer, name)
+        self.A, self.B = A.detach().t(), B.detach().t()
+        self.num_in, self.num_out, self.dtype, self.device = len(A.T), len(B), A.dtype, A.device
+        self.scaling = layer.scaling[name]
+
+    def write(self, slot: int) -> None:
+        """Does nothing, as views see what is written to the weights."""
+
+    def add_to(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Returns y + s B A x, in place where no gradient is asked for.
+
+        Args:
+            result: y, (…, out).
+            x: (…, in).
+        """
+        device, dtype = self.device, self.dtype
+        if (
+            x.dtype is dtype
+            and result.dtype is dtype
+            and x.device == device
+            and result.device == device
+            and result.is_contiguous()
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(device.type)
+        ):
+            hidden = x.reshape(-1, self.num_in) @ self.A
+            result.view(-1, self.num_out).addmm_(hidden, self.B, alpha=self.scaling)
+            return result
+        A, B = _factors(self.layer, *self.adapters)
+        delta = F.linear(F.linear(x.to(device, dtype), A), B) * self.scaling
+        return result + delta.to(result.device, result.dtype)
+
+
 class Sources:
-    """What stacks were copied from, and how to tell whether that is still so.
+    """What stacks were made from, and how to tell whether that is still so.
 
     A frozen weight is the same as before if it is the same tensor at the same address, and nobody wrote to it by an
     operation that PyTorch counts. Trainable weights are copied at each call, because some optimizers write past that
-    count. All of it is kept in flat lists: a decoding loop looks them over at each token.
+    count. All of it is kept in flat lists, which are quick to look over.
     """
 
-    def __init__(self, stacks: list[AdapterStack]) -> None:
-        slots = [(stack, slot) for stack in stacks for slot in range(len(stack.slots.adapters))]
+    def __init__(self, stacks: list[AdapterStack | SharedAdapter]) -> None:
+        slots = [(stack, slot) for stack in stacks for slot in range(len(stack.adapters))]
         layers: list[Any] = [stack.layer for stack, _ in slots]
         self.slots = slots
-        self.names = [stack.slots.adapters[slot] for stack, slot in slots]
+        self.names = [stack.adapters[slot] for stack, slot in slots]
         self.scalings_of = [layer.scaling for layer in layers]
         self.scalings = list(map(dict.get, self.scalings_of, self.names))
         self.variants_of = [layer.lora_variant for layer in layers]
@@ -189,6 +233,8 @@ def is_plain(layer: Any, names: Sequence[str]) -> bool:
         if any(linear._forward_hooks or linear._forward_pre_hooks for linear in linears):
             return False
         if any(type(linear.weight) is not nn.Parameter or linear.weight.is_meta for linear in linears):
+            return False
+        if any(linear.weight.shape != (linear.out_features, linear.in_features) for linear in linears):  # a shard
             return False
         if not isinstance(layer.scaling[name], (int, float)):
             return False
