@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 from tiny_models import TINY, adapted, logits, randomize
 from torch import nn
@@ -387,6 +388,14 @@ def test_stacks_follow_the_adapters(
     model.eval()
     with mode():
         check_rows(model)
+
+
+def test_stacks_follow_a_passing_change_of_scale() -> None:
+    model = tenants()
+    check_rows(model)
+    with rescale_adapter_scale(model, 0.25):
+        check_rows(model)
+    check_rows(model)
 
 
 def test_a_trainable_adapter_follows_each_step_of_any_optimizer() -> None:

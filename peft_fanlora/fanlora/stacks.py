@@ -169,8 +169,8 @@ class Sources:
         layers: list[Any] = [stack.layer for stack, _ in slots]
         self.slots = slots
         self.names = [stack.adapters[slot] for stack, slot in slots]
-        self.scalings_of = [layer.scaling for layer in layers]
-        self.scalings = list(map(dict.get, self.scalings_of, self.names))
+        self.layers = layers
+        self.scalings = self._scalings()
         self.variants_of = [layer.lora_variant for layer in layers]
         dropouts = (layer.lora_dropout[name] for layer, name in zip(layers, self.names, strict=True))
         self.dropouts = [dropout for dropout in dropouts if not isinstance(dropout, nn.Identity)]
@@ -185,6 +185,9 @@ class Sources:
         self.countable = not any(map(torch.Tensor.is_inference, self.weights))
         self.versions = self._versions()
 
+    def _scalings(self) -> list[float]:
+        return [layer.scaling.get(name) for layer, name in zip(self.layers, self.names, strict=True)]
+
     def _versions(self) -> list[int]:
         return list(map(attrgetter("_version"), self.weights)) if self.countable else []
 
@@ -196,7 +199,7 @@ class Sources:
             and all(map(is_, map(dict.get, self.linears_of, self.linear_names), self.linears))
             and all(map(is_, map(dict.get, self.weights_of, repeat("weight")), self.weights))
             and list(map(torch.Tensor.data_ptr, self.weights)) == self.addresses
-            and list(map(dict.get, self.scalings_of, self.names)) == self.scalings
+            and self._scalings() == self.scalings
             and not any(self.hooks)
             and not any(map(dict.__contains__, self.variants_of, self.names))
             and not any(map(attrgetter("training"), self.dropouts))
