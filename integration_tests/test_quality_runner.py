@@ -230,6 +230,15 @@ def test_unknown_fields_and_missing_searches_are_refused(tmp_path: Path) -> None
         Store(tmp_path).scores("gloss", "path")
 
 
+def test_the_smallest_budget_chooses_the_learning_rate(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for parameters, losses in ((5000, {1e-2: 0.3, 1e-3: 0.2}), (3000, {1e-2: 0.1, 1e-3: 0.4}), (4000, {1e-2: 0.9})):
+        for rate, loss in losses.items():
+            run = Run("category", "para", learning_rate=rate, parameters=parameters)
+            store.save(run, {"dev": {"loss": loss}})
+    assert store.best_learning_rate("para") == 1e-2
+
+
 def test_runs_that_differ_have_different_files(tmp_path: Path) -> None:
     store = Store(tmp_path)
     runs = [Run("gloss", "para", learning_rate=1e-3), Run("gloss", "para", learning_rate=1e-3, pooling="mean")]

@@ -203,6 +203,8 @@ class Store:
     def best_learning_rate(self, method: str, score: str | None = None) -> float:
         """Returns the learning rate that a method has where none is named: the best of those tried on the noun task.
 
+        A method's runs with its smallest budget there choose it, for all budgets.
+
         Args:
             method: its name.
             score: what chooses FanLoRA's modules; a random choice has a learning rate of its own.
@@ -219,7 +221,8 @@ class Store:
         if not tried:
             what = f"{method!r} with random modules" if score == "random" else repr(method)
             raise LookupError(f"no learning rate of {what} has been tried: run some on the noun task first")
-        return best_learning_rate(tried)
+        smallest = min(content["run"]["parameters"] for content in tried)
+        return best_learning_rate(content for content in tried if content["run"]["parameters"] == smallest)
 
 
 def dev_losses(contents: Iterable[dict[str, Any]]) -> dict[float, dict[int, float]]:

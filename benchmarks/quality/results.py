@@ -164,8 +164,8 @@ def learning_rates_section(store: Store) -> str:
 
 The rates are 0.001, 0.003, 0.01, 0.03 and 0.1, tried on the noun task until the best of a method had a worse one on either side,
 and then one between the best two. Loss on the dev rows, over as many seeds as the parentheses say; those that all rates have
-choose the best, in bold type, which the tables show. The best of a method on the noun task serves its variants too, a random
-choice of modules being a method of its own. Other tasks take it from there: their rows below say which others they tried.
+choose the best, in bold type, which the tables show. The best of a method on the noun task serves its variants and larger
+budgets too, a random choice of modules being a method of its own. Other tasks take it from there: their rows below say which others they tried.
 """
     return text + "\n" + markdown(["", "rate: dev loss (seeds)", "best at the edge"], rows)
 
