@@ -94,7 +94,7 @@ class FanLoraModel(ServesTenants, LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Gives each row of the calls inside of the context the adapter that `adapter_names` names for it.
+        """Gives each row of the calls inside of the context the adapter that `adapter_names` names, or the active one.
 
         Raises:
             ValueError: the model is training, there is no adapter of some name, or the names are not one for each row.

@@ -85,15 +85,7 @@ class AdapterStack:
             result: y, (rows, …, out).
             x: (rows, …, in). Either has the batch's rows, each as often as `generate` repeated it.
         """
-        if (
-            self.is_aligned
-            and x.dim() == 3
-            and x.shape[0] == self.num_rows
-            and x.dtype == result.dtype == self.A.dtype
-            and x.device == result.device == self.A.device
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
+        if self.is_aligned and x.dim() == 3 and x.shape[0] == self.num_rows and _fit_in_place(result, x, self.A):
             return result.baddbmm_(torch.bmm(x, self.A_transposed), self.B)
         slots = self.slots
         per_row = x.to(self.A.device, self.A.dtype).reshape(self.num_rows, -1, x.shape[-1])
@@ -125,7 +117,7 @@ class SharedAdapter:
         self.adapters = (name,)
         A, B = _factors(layer, name)
         self.A, self.B = A.detach().t(), B.detach().t()
-        self.num_in, self.num_out, self.dtype, self.device = len(A.T), len(B), A.dtype, A.device
+        self.num_in, self.num_out = A.shape[1], B.shape[0]
         self.scaling = layer.scaling[name]
 
     def write(self, slot: int) -> None:
@@ -138,21 +130,12 @@ class SharedAdapter:
             result: y, (…, out).
             x: (…, in).
         """
-        device, dtype = self.device, self.dtype
-        if (
-            x.dtype is dtype
-            and result.dtype is dtype
-            and x.device == device
-            and result.device == device
-            and result.is_contiguous()
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(device.type)
-        ):
+        if _fit_in_place(result, x, self.A) and result.is_contiguous():
             hidden = x.reshape(-1, self.num_in) @ self.A
             result.view(-1, self.num_out).addmm_(hidden, self.B, alpha=self.scaling)
             return result
         A, B = _factors(self.layer, *self.adapters)
-        delta = F.linear(F.linear(x.to(device, dtype), A), B) * self.scaling
+        delta = F.linear(F.linear(x.to(A.device, A.dtype), A), B) * self.scaling
         return result + delta.to(result.device, result.dtype)
 
 
@@ -218,6 +201,19 @@ class Sources:
 
 def _factors(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def _fit_in_place(result: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> bool:
+    """Whether an operation in place can add a product of x and a factor to the result as they are."""
+    dtype, device = factor.dtype, factor.device
+    return (
+        x.dtype is dtype
+        and result.dtype is dtype
+        and x.device == device
+        and result.device == device
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(device.type)
+    )
 
 
 def _padded(factor: torch.Tensor, rank: int) -> torch.Tensor:
