@@ -136,6 +136,9 @@ def test_variants_have_different_names() -> None:
         Run("category", "para", pooling="mean"),
         Run("category", "para", activation="rational"),
         Run("category", "para", rank=3),
+        Run("category", "para", start=3.0),
+        Run("category", "para", scale=3.0),
+        Run("category", "fanlora", score="path_per_parameter"),
     ]
     assert len({variant(vars(run)) for run in runs}) == len(runs)
     assert variant(vars(runs[0])) == PATH and variant(vars(runs[1])) == RANDOM and variant(vars(runs[7])) == PARA

@@ -10,9 +10,11 @@ import transformers as tf
 import typer
 from quality import run as runner
 from quality import tasks, training
-from quality.experiments import Run, Search, Store, read
+from quality.experiments import Run, Scoring, Search, Store, read
 from tiny_models import TINY
 from trainers.trainer_models import tokenizer
+
+from peft_fanlora.fanlora.modules import candidates, num_parameters_per_rank
 
 
 EXPERIMENTS = """
@@ -130,8 +132,8 @@ def test_a_run_gives_the_same_figures_again(tiny: dict[str, Any]) -> None:
 
 def test_a_constant_makes_the_same_vectors_for_every_prompt(tiny: dict[str, Any]) -> None:
     """Otherwise the comparison would not say what reading the prompt is worth."""
+    from quality.generators import generators
     from quality.methods import adapted
-    from quality.reads import generators
 
     bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
     made: dict[str, list[Any]] = {"prompt": [], "constant": []}
@@ -148,8 +150,8 @@ def test_a_constant_makes_the_same_vectors_for_every_prompt(tiny: dict[str, Any]
 
 
 def test_embeddings_are_what_every_generator_sees(tiny: dict[str, Any]) -> None:
+    from quality.generators import generators
     from quality.methods import adapted
-    from quality.reads import generators
 
     bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
     seen: list[Any] = []
@@ -164,9 +166,48 @@ def test_embeddings_are_what_every_generator_sees(tiny: dict[str, Any]) -> None:
         seen.clear()
 
 
-def test_centred_prompts_have_the_mean_zero(tiny: dict[str, Any]) -> None:
+def test_scaled_vectors_and_another_start(tiny: dict[str, Any]) -> None:
+    from quality.generators import generators
     from quality.methods import adapted
-    from quality.reads import centre, generators
+
+    bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
+    vectors: list[list[Any]] = []
+    for options in ({}, {"start": 0.5}, {"scale": 3.0}):
+        model = adapted(
+            bench.base(0), Run("category", "para", pooling="mean", activation="linear", rank=2, **options), bench.store
+        )
+        made: list[Any] = []
+        vectors.append(made)
+        for generator in generators(model):
+            for name in generator.targets:
+                getattr(generator, f"up_{name}").data.fill_(0.1)
+        next(generators(model)).register_forward_hook(
+            lambda _, inputs, output, made=made: made.extend(output.values())
+        )
+        model(**next(iter(bench.tokens.loader(bench.split("category").test))))
+    for plain, started, scaled in zip(*vectors, strict=True):
+        torch.testing.assert_close(started - 1, 0.5 * (plain - 1))
+        torch.testing.assert_close(scaled - 1, 3 * (plain - 1))
+
+
+def test_scores_per_parameter_prefer_small_modules(tiny: dict[str, Any]) -> None:
+    from quality.methods import scored_setting
+
+    bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
+    base = bench.base(0)
+    values = {name: 1.1 if name.endswith("up_proj") else 1.0 for name in candidates(base)}
+    scored = [{"scoring": vars(Scoring("path")), "cpu_seconds": 1.0, "num_tokens": 9, "values": values}]
+    bench.store.save(Search("gloss", (Scoring("path"),)), {"scored": scored, "pruned": []})
+    sizes = {name: num_parameters_per_rank(module) for name, module in candidates(base).items()}
+    chosen = [scored_setting(base, Run("category", "fanlora", score=score, keep=1), bench.store).names
+              for score in ("path", "path_per_parameter")]  # fmt: skip
+    assert all(name.endswith("up_proj") for name in chosen[0])
+    assert {sizes[name] for name in chosen[1]} == {min(sizes.values())}
+
+
+def test_centred_prompts_have_the_mean_zero(tiny: dict[str, Any]) -> None:
+    from quality.generators import centre, generators
+    from quality.methods import adapted
 
     from peft_fanlora.para.generator import pool
 
@@ -247,3 +288,17 @@ def test_runs_that_differ_have_different_files(tmp_path: Path) -> None:
     store.save(runs[0], {"parameters": 3})
     assert store.finished(runs[0]) and not store.finished(runs[1])
     assert json.loads(store.path(runs[0]).read_text())["run"]["task"] == "gloss"
+
+
+def test_a_new_field_leaves_finished_runs_alone(tmp_path: Path) -> None:
+    """A file that lacks a field of today has its default, and its name."""
+    store = Store(tmp_path)
+    run = Run("gloss", "para", learning_rate=1e-3, rank=3)
+    store.save(run, {"parameters": 3})
+    path = store.path(run)
+    content = json.loads(path.read_text())
+    del content["run"]["scale"]
+    path.write_text(json.dumps(content))
+    (loaded,) = store.load("run")
+    assert loaded["run"]["scale"] == 1 and store.finished(Run(**loaded["run"]))
+    assert path.name.startswith("gloss-para-rank3-0.001-seed0-")

@@ -16,7 +16,7 @@ LORA_RANK_2 = 610_560
 """Parameters of LoRA with r = 2 on all 210 linear layers of SmolLM2-135M, the smaller of the two budgets."""
 
 READS = ("prompt", "constant", "embeddings", "centred")
-"""What PARA's generators may see, see `reads.py`."""
+"""What PARA's generators may see, see `generators.py`."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Run:
         parameters: the budget. The rank comes as near to it as whole ranks allow; IA3 has a size of its own.
         steps: training steps.
         source: FanLoRA: the task whose search gave the setting.
-        score: FanLoRA: a score, or "random".
+        score: FanLoRA: a score, "random", or a score whose values are divided by the parameters that a rank costs in the
+            module, such as "path_per_parameter".
         strategy: FanLoRA: "layer", "role" or "global".
         keep: FanLoRA: how many modules of each layer, roles, or modules stay.
         pooling: PARA.
@@ -39,6 +40,9 @@ class Run:
         reads: PARA: one of `READS`: "constant" for the same generators fed with ones, "embeddings" for the first
             block's input in all of them, "centred" for the prompt less the mean of others.
         rank: PARA: its rank, in place of the one that the budget gives.
+        start: PARA: the standard deviation of D before training.
+        scale: PARA: what l - 1 is multiplied by, so that with a learning rate as many times smaller D and w learn more
+            slowly beside U.
     """
 
     task: str
@@ -55,6 +59,8 @@ class Run:
     activation: str = "gelu"
     reads: str = "prompt"
     rank: int | None = None
+    start: float = 1.0
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.reads not in READS:  # it would be trained as if it were "prompt"
@@ -70,11 +76,11 @@ class Run:
     @property
     def label(self) -> str:
         """What the run is, without what has its default."""
+        named = ("task", "method", "seed", "learning_rate")
         options = [
-            str(getattr(self, field.name))
-            for field in fields(self)
-            if field.name not in ("task", "method", "seed", "learning_rate")
-            and getattr(self, field.name) != field.default
+            value if isinstance(value, str) else f"{name}{value:g}"
+            for name, value in changed(self).items()
+            if name not in named
         ]
         return "-".join([self.task, self.method, *options, f"{self.learning_rate:g}", f"seed{self.seed}"])
 
@@ -159,15 +165,24 @@ def _product(entry: dict[str, Any], kind: type, path: Path) -> Iterator[dict[str
         yield dict(zip(entry, values, strict=True))
 
 
+def changed(run: Run | Search) -> dict[str, Any]:
+    """Returns the fields of a run that do not have their default."""
+    values = asdict(run)
+    return {field.name: values[field.name] for field in fields(run) if getattr(run, field.name) != field.default}
+
+
 class Store:
-    """A folder of finished runs, one JSON file each, named by what the run is and a hash of it."""
+    """A folder of finished runs, one JSON file each, named by what the run is and a hash of it.
+
+    A new field with a default leaves the names of finished runs as they are.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, run: Run | Search) -> Path:
         """Returns the file of a run."""
-        identity = json.dumps([type(run).__name__, asdict(run)], sort_keys=True)
+        identity = json.dumps([type(run).__name__, changed(run)], sort_keys=True)
         return self.folder / f"{run.label}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.json"
 
     def finished(self, run: Run | Search) -> bool:
@@ -183,9 +198,10 @@ class Store:
         partial.replace(path)
 
     def load(self, kind: str) -> list[dict[str, Any]]:
-        """Returns all finished results of a kind, "run" or "search"."""
+        """Returns all finished results of a kind, "run" or "search", with all fields that it has today."""
         contents = (json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json")))
-        return [content for content in contents if kind in content]
+        made = {"run": Run, "search": Search}[kind]
+        return [{**content, kind: asdict(made(**content[kind]))} for content in contents if kind in content]
 
     def scores(self, source: str, method: str) -> dict[str, Any]:
         """Returns what the search of seed 0 on a task found with a score.

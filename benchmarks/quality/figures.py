@@ -29,7 +29,7 @@ def variant(run: dict[str, Any]) -> str:
         return plain[run["method"]]
     if run["method"] == "para":
         return ", ".join(["PARA", *_para_options(run)])
-    options = [run["score"]]
+    options = [run["score"].replace("_per_", " per ")]
     if (run["strategy"], run["keep"]) != ("layer", 2):
         options.append(
             f"{run['keep']} {({'layer': 'a layer', 'role': 'roles', 'global': 'anywhere'})[run['strategy']]}"
@@ -50,6 +50,10 @@ def _para_options(run: dict[str, Any]) -> list[str]:
         options.append(run["activation"])
     if run["rank"]:
         options.append(f"r = {run['rank']}")
+    if run["start"] != 1:
+        options.append(f"D from {run['start']:g}")
+    if run["scale"] != 1:
+        options.append(f"vectors x {run['scale']:g}")
     return options
 
 

@@ -7,14 +7,17 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, ge
 from transformers import PreTrainedModel
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ImportanceScores, ParaConfig
-from peft_fanlora.fanlora.modules import Module, candidates
+from peft_fanlora.fanlora.modules import Module, candidates, num_parameters_per_rank
 
 from .experiments import Run, Store
-from .reads import feed_constant, feed_embeddings
+from .generators import feed_constant, feed_embeddings, generators, scale_vectors
 
 
 SCALED = ["q_proj", "v_proj", "up_proj"]
 """PARA's targets, on which IA3 is trained too."""
+
+PER_PARAMETER = "_per_parameter"
+"""Ends the name of a score whose values are divided by a module's inputs and outputs, what a rank costs there."""
 
 
 def adapted(base: PreTrainedModel, run: Run, store: Store) -> PeftModel:
@@ -24,6 +27,10 @@ def adapted(base: PreTrainedModel, run: Run, store: Store) -> PeftModel:
         feed_constant(model)
     if run.method == "para" and run.reads == "embeddings":
         feed_embeddings(model)
+    for generator in generators(model):
+        generator.down.data *= run.start
+    if run.scale != 1:
+        scale_vectors(model, run.scale)
     return model
 
 
@@ -76,7 +83,11 @@ def fanlora(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
 
 def scored_setting(base: PreTrainedModel, run: Run, store: Store) -> FanLoraSetting:
     """Returns what the run's score keeps."""
-    values = store.scores(run.source, run.score)["values"]
+    score = run.score.removesuffix(PER_PARAMETER)
+    values = store.scores(run.source, score)["values"]
+    if score != run.score:
+        modules = candidates(base)
+        values = {name: value / num_parameters_per_rank(modules[name]) for name, value in values.items()}
     return select(importance(values, run.score, base.config.model_type), run.strategy, run.keep)
 
 

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from .experiments import Run, Store
+from .generators import centre
 from .methods import adapted
-from .reads import centre
 from .tasks import BATCH_SIZE, TASKS, Rows, Split, Tokens, evaluate, on, rouge_l
 
 

@@ -1,4 +1,4 @@
-"""PARA that reads something else than its prompt where a block begins: nothing, the bare words, or what sets it apart."""
+"""PARA that reads something else than its prompt where a block begins, or makes larger or smaller vectors of it."""
 
 from collections.abc import Iterable, Iterator
 
@@ -27,6 +27,14 @@ def feed_embeddings(model: PeftModel) -> None:
     first.register_forward_pre_hook(lambda _, inputs: seen.update(embeddings=inputs[0]))
     for generator in others:
         generator.register_forward_pre_hook(lambda _, inputs: (seen["embeddings"], inputs[1]))
+
+
+def scale_vectors(model: PeftModel, scale: float) -> None:
+    """Lets every generator make 1 + scale (l - 1) in place of l."""
+    for generator in generators(model):
+        generator.register_forward_hook(
+            lambda _, inputs, vectors: {name: 1 + scale * (vector - 1) for name, vector in vectors.items()}
+        )
 
 
 @torch.no_grad()
