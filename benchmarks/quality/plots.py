@@ -17,25 +17,45 @@ def draw(store: Store, folder: Path) -> None:
     """Draws all pictures into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     frame = smaller_budget(table(store))
-    para = [name for name in sorted(frame["variant"].unique()) if name.startswith("PARA, ")]
-    own = f"{PATH}, own setting"
-    seeds(frame, METHODS, "loss", "test loss, nats a token", folder / "results-methods.png")
-    if own in set(frame["variant"]):
-        seeds(frame, [PATH, own, RANDOM, LORA], "loss", "test loss, nats a token", folder / "results-transfer.png")
-    if para:
-        seeds(frame, [PARA, *para], "loss", "test loss, nats a token", folder / "results-para.png")
+    for name, variants in compared(frame).items():
+        seeds(frame, variants, "loss", "test loss, nats a token", folder / f"results-{name}.png")
     seeds(frame, METHODS, "cpu_seconds", "CPU seconds of training", folder / "results-cost.png")
-    by_score(pruned(store), folder / "results-pruned.png")
+    lost = pruned(store)
+    lost = lost[(lost["task"] == "gloss") & (lost["seed"] == 0)]
+    by_score(lost, ["1 a layer", "2 a layer", "3 a layer"], "-", folder / "results-pruned.png")
+    by_score(lost, ["2 a layer", "2 roles", "60 anywhere"], "", folder / "results-strategy.png")
     overlaps(stability(store), folder / "results-stability.png")
 
 
+def compared(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """Returns the variants of each picture of losses."""
+    found = sorted(frame["variant"].unique())
+    return {
+        "methods": METHODS,
+        "settings": [
+            PATH,
+            *(name for name in found if name.startswith("FanLoRA") and "own" not in name and name != PATH),
+        ],
+        "transfer": [f"{PATH}, own setting", PATH, RANDOM, LORA],
+        "para": [PARA, *(name for name in found if name.startswith("PARA, "))],
+    }
+
+
+def panels(frame: pd.DataFrame, variants: list[str]) -> list[str]:
+    """Returns the tasks in which the first variant has runs, and more than half of them all."""
+    own = frame[frame["variant"].isin(variants)]
+    least = max(2, own["variant"].nunique() // 2 + 1)
+    tasks = own.groupby("task", sort=False)["variant"]
+    return [str(task) for task, names in tasks if variants[0] in set(names) and names.nunique() >= least]
+
+
 def seeds(frame: pd.DataFrame, names: list[str], column: str, label: str, path: Path) -> None:
-    """Draws a point a seed and a line at the mean, a row a variant and a panel a task that has several of them."""
+    """Draws a point a seed and a line at the mean, a row a variant and a panel a task."""
     own = frame[frame["variant"].isin(names)]
-    tasks = [task for task, runs in own.groupby("task", sort=False) if runs["variant"].nunique() > 1]
+    tasks = panels(frame, names)
     if not tasks:
         return
-    figure, panels = plt.subplots(
+    figure, grid = plt.subplots(
         1,
         len(tasks),
         figsize=(2 + 3 * len(tasks), 1 + 0.35 * len(names)),
@@ -44,7 +64,7 @@ def seeds(frame: pd.DataFrame, names: list[str], column: str, label: str, path: 
         layout="constrained",
     )
     rows = [name for name in names if name in set(own["variant"])]
-    for axes, task in zip(panels[0], tasks, strict=True):
+    for axes, task in zip(grid[0], tasks, strict=True):
         for row, name in enumerate(rows):
             values = own[(own["task"] == task) & (own["variant"] == name)]
             axes.scatter(values[column], [row] * len(values), s=18, alpha=0.7)
@@ -53,26 +73,32 @@ def seeds(frame: pd.DataFrame, names: list[str], column: str, label: str, path: 
         axes.set_title(task)
         axes.set_xlabel(label)
         axes.grid(axis="x", alpha=0.3)
-    panels[0][0].set_yticks(range(len(rows)), rows)
-    panels[0][0].invert_yaxis()
+    grid[0][0].set_yticks(range(len(rows)), rows)
+    grid[0][0].invert_yaxis()
     _save(figure, path)
 
 
-def by_score(lost: pd.DataFrame, path: Path) -> None:
-    """Draws the loss without retraining against the modules a layer, a line a score."""
-    lost = lost[(lost["task"] == "gloss") & (lost["seed"] == 0)]
-    own = lost[lost["choice"].str.endswith("a layer")]
-    means = own.pivot_table(index="choice", columns="score", values="loss", aggfunc="mean")
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+def by_score(lost: pd.DataFrame, choices: list[str], line: str, path: Path) -> None:
+    """Draws the loss without retraining against what is kept, a colour a score."""
+    means = lost.pivot_table(index="choice", columns="score", values="loss", aggfunc="mean").loc[choices]
+    means = means.dropna(axis="columns", how="all")
+    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
     for score in means.loc["2 a layer"].sort_values(ascending=False).index:
-        axes.plot(means.index, means[score], marker="o", label=score, color="grey" if score == "random" else None)
+        axes.plot(
+            means.index,
+            means[score],
+            marker="o",
+            linestyle=line,
+            label=score,
+            color="grey" if score == "random" else None,
+        )
     everything = lost[lost["choice"] == "all"]["loss"].mean()
     axes.axhline(everything, color="black", linewidth=1, linestyle="--", label="all modules")
     axes.set_xlabel("modules kept")
     axes.set_ylabel("loss on dev rows, nats a token")
     axes.set_title("Definitions, nothing retrained")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right center")
     _save(figure, path)
 
 

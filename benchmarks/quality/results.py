@@ -73,6 +73,14 @@ benchmarks/quality/run.py` goes on with the runs that are missing.
   calibration rows; the best two modules of each layer stay. "Random" draws two modules of each layer anew for each seed.
 """
 
+TRIED = """\
+What was tried where a claim is not borne out, each with its figures below. *Learning rates*: a grid for each method. *FanLoRA's
+choice*: other scores; the score divided by what a rank costs in the module, since `path` prefers the large matrices, where fewer
+ranks fit into the budget; the task's own setting; roles, and modules from anywhere; one module a layer; a larger budget (1 to 3).
+*PARA*: its poolings and its activation, a quarter of its rank, the scale of D at the start, larger and smaller vectors, what the
+generators read (5).
+"""
+
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
     """Returns a table, numbers to the right."""
@@ -89,9 +97,10 @@ def spread(values: pd.Series, digits: int = 3) -> str:
     return f"{mean:.{digits}f}" + ("" if half_width is None else f" ± {half_width:.{digits}f}")
 
 
-def picture(frame: pd.DataFrame, names: list[str], alt: str, name: str) -> str:
-    """Returns the link to a picture of these variants, if any of them has runs."""
-    return f"![{alt}](images/{name})\n" if smaller_budget(frame)["variant"].isin(names).any() else ""
+def picture(frame: pd.DataFrame, name: str, alt: str) -> str:
+    """Returns the link to a picture of losses, if there is one."""
+    frame = smaller_budget(frame)
+    return f"![{alt}](images/results-{name}.png)\n" if plots.panels(frame, plots.compared(frame)[name]) else ""
 
 
 def methods_table(frame: pd.DataFrame, names: list[str]) -> str:
@@ -130,6 +139,39 @@ def _columns(found: Difference) -> list[str]:
     return [f"{found.mean:+.3f}{interval}", p, str(found.pairs), found.verdict]
 
 
+def claims_section(frame: pd.DataFrame, store: Store) -> str:
+    """Returns what each claim comes to, over all tasks and task by task."""
+    small, lost = smaller_budget(frame), pruned(store)
+    kept = difference_without_retraining(lost[lost["task"] == "gloss"], "2 a layer")
+    rows = [] if kept is None else [["What `path` keeps beats a random choice before retraining", *_claim(kept), ""]]
+    for claim, first, second in (
+        ("FanLoRA with `path` beats FanLoRA with random modules", PATH, RANDOM),
+        ("FanLoRA with `path` beats LoRA on all modules", PATH, LORA),
+        ("PARA beats IA3", PARA, IA3),
+        ("PARA beats LoRA on all modules", PARA, LORA),
+        ("PARA beats its generators fed a constant", PARA, CONSTANT),
+    ):
+        found = difference(small, first, second)
+        if found is not None:
+            of_tasks = {task: difference(small[small["task"] == task], first, second) for task in TASKS}
+            each = ", ".join(f"{task} {one.mean:+.3f}{'*' * (one.verdict in ('better', 'worse'))}"
+                             for task, one in of_tasks.items() if one is not None)  # fmt: skip
+            rows.append([claim, *_claim(found), each])
+    text = """\
+## In short
+
+Differences in test loss, the mean over all tasks that both have been run on, at the smaller budget; below zero is better. A star
+stands where the interval of a single task leaves out zero.
+"""
+    return text + "\n" + markdown(["claim", "difference", "seeds", "", "task by task"], rows) + "\n" + TRIED
+
+
+def _claim(found: Difference) -> list[str]:
+    says = {"better": "holds", "worse": "the opposite", "no difference shown": "not shown"}
+    interval, _, pairs, verdict = _columns(found)
+    return [interval, pairs, says.get(verdict, verdict)]
+
+
 def methods_section(frame: pd.DataFrame) -> str:
     """Returns the tables of all methods, by task and budget."""
     parts = ["## The methods side by side\n"]
@@ -138,7 +180,7 @@ def methods_section(frame: pd.DataFrame) -> str:
             own = frame[(frame["task"] == task) & (frame["budget"] == budget)]
             if not own.empty:
                 parts.append(f"**{task}**, {budget:,} parameters\n\n{methods_table(own, METHODS)}")
-    parts.append(picture(frame, METHODS, "Test loss of each method", "results-methods.png"))
+    parts.append(picture(frame, "methods", "Test loss of each method"))
     parts.append("The claims, as differences in test loss at the smaller budget:\n")
     pairs = [(PATH, LORA), (PATH, LORA_QV), (PATH, ADALORA), (PATH, RANDOM), (PARA, IA3), (PARA, LORA)]
     parts.append(comparison(smaller_budget(frame), pairs))
@@ -190,7 +232,7 @@ def choice_section(frame: pd.DataFrame, store: Store) -> str:
         if (found := difference_without_retraining(searches, choice)) is not None
     ]
     limits = lost[(lost["task"] == "gloss") & (lost["seed"] == 0)].set_index("choice")["loss"]
-    scores = ["ablation", "output_norm", "sensitivity", "weight_norm"]
+    scores = ["ablation", "output_norm", "sensitivity", "weight_norm", "path per parameter"]
     pairs = [(PATH, RANDOM), *((PATH, f"FanLoRA, {score}") for score in scores)]
     one = [(f"{PATH}, 1 a layer", other) for other in (f"{RANDOM}, 1 a layer", "FanLoRA, ablation, 1 a layer", PATH)]
     return f"""\
@@ -211,7 +253,8 @@ three draws. The table is of the search with seed 0, whose `path` scores give th
 {comparison(smaller_budget(frame), pairs)}
 One of each layer:
 
-{comparison(smaller_budget(frame), one)}"""
+{comparison(smaller_budget(frame), one)}
+{picture(frame, "settings", "Settings after retraining")}"""
 
 
 def transfer_section(frame: pd.DataFrame) -> str:
@@ -223,7 +266,7 @@ def transfer_section(frame: pd.DataFrame) -> str:
 Against the setting that a search on the task itself finds, with the same score:
 
 {comparison(smaller_budget(frame), [(PATH, own), (own, RANDOM), (own, LORA)])}
-{picture(frame, [own], "Settings, by task", "results-transfer.png")}"""
+{picture(frame, "transfer", "The task's own setting, and others")}"""
 
 
 def strategy_section(frame: pd.DataFrame, store: Store) -> str:
@@ -239,7 +282,9 @@ def strategy_section(frame: pd.DataFrame, store: Store) -> str:
 *Before retraining*, as in 1; each keeps 60 of 210 modules:
 
 {markdown(["kept", *ways], rows)}
-*After retraining*, by `path`:
+![Loss without retraining, by what is kept](images/results-strategy.png)
+
+*After retraining*, by `path`; the last picture of 1 has them all:
 
 {comparison(smaller_budget(frame), [(PATH, f"{PATH}, 2 roles"), (PATH, f"{PATH}, 60 anywhere")])}"""
 
@@ -270,7 +315,7 @@ learned vector a module. "Embeddings alone" shows all of them the first block's 
 block. "Prompt centred" takes the mean over 128 training prompts away from what they see. The default is attention pooling with GELU.
 
 {comparison(smaller_budget(frame), [(PARA, name) for name in [CONSTANT, *(name for name in others if name != CONSTANT)]])}
-{picture(frame, others, "PARA's variants", "results-para.png")}"""
+{picture(frame, "para", "PARA's variants")}"""
 
 
 def cost_section(frame: pd.DataFrame) -> str:
@@ -293,7 +338,8 @@ CPU seconds of the training steps on one core, median and range over seeds, and 
 had other work, which makes CPU time vary by tens of percent: read differences smaller than the ranges as nothing.
 
 {markdown(["", "task", "CPU seconds", "of LoRA's", "GiB"], rows)}
-{picture(frame, METHODS, "CPU time of training", "results-cost.png")}"""
+![CPU time of training](images/results-cost.png)
+"""
 
 
 def missing_section(files: list[Path], store: Store) -> str:
@@ -330,6 +376,7 @@ def page(store: Store, files: list[Path]) -> str:
     )
     sections = [
         introduction,
+        claims_section(frame, store),
         methods_section(frame),
         learning_rates_section(store),
         choice_section(frame, store),
