@@ -222,8 +222,14 @@ def choice_section(frame: pd.DataFrame, store: Store) -> str:
     searches = lost[lost["choice"].str.endswith("a layer") & (lost["task"] == "gloss")]
     before = searches[searches["seed"] == 0]
     means = before.pivot_table(index="score", columns="choice", values="loss", aggfunc="mean").sort_values("2 a layer")
+    seconds = {
+        scored["scoring"]["method"]: (f"{scored['cpu_seconds']:.0f}", f"{scored['num_tokens']:,}")
+        for content in store.load("search")
+        for scored in content["scored"]
+        if (content["search"]["task"], content["search"]["seed"], content["search"]["prune"]) == ("gloss", 0, True)
+    }
     rows = [
-        [str(score), *(f"{value:.3f}" if pd.notna(value) else "" for value in row)]
+        [str(score), *(f"{value:.3f}" if pd.notna(value) else "" for value in row), *seconds.get(str(score), ("", ""))]
         for score, *row in means.itertuples()
     ]
     differences = [
@@ -231,7 +237,7 @@ def choice_section(frame: pd.DataFrame, store: Store) -> str:
         for choice in means.columns
         if (found := difference_without_retraining(searches, choice)) is not None
     ]
-    limits = lost[(lost["task"] == "gloss") & (lost["seed"] == 0)].set_index("choice")["loss"]
+    limits = lost[(lost["task"] == "gloss") & (lost["seed"] == 0)].groupby("choice")["loss"].mean()
     scores = ["ablation", "output_norm", "sensitivity", "weight_norm", "path per parameter"]
     pairs = [(PATH, RANDOM), *((PATH, f"FanLoRA, {score}") for score in scores)]
     one = [(f"{PATH}, 1 a layer", other) for other in (f"{RANDOM}, 1 a layer", "FanLoRA, ablation, 1 a layer", PATH)]
@@ -242,7 +248,7 @@ def choice_section(frame: pd.DataFrame, store: Store) -> str:
 dev rows of the definitions. With all 210 modules it is {limits["all"]:.3f}, with none {limits["none"]:.3f}. "Random" is the mean of
 three draws. The table is of the search with seed 0, whose `path` scores give the setting used everywhere on this page.
 
-{markdown(["kept", *means.columns], rows)}
+{markdown(["kept", *means.columns, "CPU seconds", "calibration tokens"], rows)}
 `path` less random, paired over the seeds of the searches:
 
 {markdown(["kept", "difference", "p", "pairs", "verdict"], differences)}
