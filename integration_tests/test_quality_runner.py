@@ -238,6 +238,7 @@ def test_splits_have_no_row_in_common(tiny: dict[str, Any]) -> None:
     parts = [split.test, split.dev, split.calibration, split.training(80, 0)]
     words = [{frozenset(row["prompt"][0]["content"].split()) for row in part} for part in parts]
     assert [len(part) for part in parts] == [256, 128, 128, 80]
+    assert split.commonest == 1
     assert len(set.union(*words)) == sum(map(len, words)) == 592
     assert split.training(80, 0) != split.training(80, 1)
     with pytest.raises(ValueError, match="rows to train on, 800 are asked for"):

@@ -250,11 +250,14 @@ def dev_losses(contents: Iterable[dict[str, Any]]) -> dict[float, dict[int, floa
 
 
 def best_learning_rate(contents: Iterable[dict[str, Any]]) -> float:
-    """Returns the learning rate with the lowest mean dev loss over the seeds that all the rates tried have in common.
+    """Returns the learning rate with the lowest mean dev loss over the seeds that the rates have in common.
 
-    Without a seed in common it is the rate with the most seeds.
+    A rate with fewer than three seeds takes no part where another has three. Without a seed in common it is the rate with
+    the most seeds.
     """
     losses = dev_losses(contents)
+    enough = min(3, max(len(by_seed) for by_seed in losses.values()))
+    losses = {rate: by_seed for rate, by_seed in losses.items() if len(by_seed) >= enough}
     common = set.intersection(*(set(by_seed) for by_seed in losses.values()))
     if not common:
         return max(losses, key=lambda rate: len(losses[rate]))

@@ -179,7 +179,10 @@ def methods_section(frame: pd.DataFrame) -> str:
         for task in TASKS:
             own = frame[(frame["task"] == task) & (frame["budget"] == budget)]
             if not own.empty:
-                parts.append(f"**{task}**, {budget:,} parameters\n\n{methods_table(own, METHODS)}")
+                what = f"**{task}**, {budget:,} parameters"
+                if TASKS[task].labels:
+                    what += f"; the commonest answer is right on {Split(task, TASKS[task]).commonest:.3f}"
+                parts.append(f"{what}\n\n{methods_table(own, METHODS)}")
     parts.append(picture(frame, "methods", "Test loss of each method"))
     parts.append("The claims, as differences in test loss at the smaller budget:\n")
     pairs = [(PATH, LORA), (PATH, LORA_QV), (PATH, ADALORA), (PATH, RANDOM), (PARA, IA3), (PARA, LORA)]
@@ -206,7 +209,7 @@ def learning_rates_section(store: Store) -> str:
 
 The rates are 0.001, 0.003, 0.01, 0.03 and 0.1, tried on the noun task until the best of a method had a worse one on either side,
 and then one between the best two. Loss on the dev rows, over as many seeds as the parentheses say; those that all rates have
-choose the best, in bold type, which the tables show. The best of a method on the noun task serves its variants and larger
+with three seeds or more choose the best, in bold type, which the tables show. The best of a method on the noun task serves its variants and larger
 budgets too, a random choice of modules being a method of its own. Other tasks take it from there: their rows below say which others they tried.
 """
     return text + "\n" + markdown(["", "rate: dev loss (seeds)", "best at the edge"], rows)
@@ -240,7 +243,7 @@ def choice_section(frame: pd.DataFrame, store: Store) -> str:
     limits = lost[(lost["task"] == "gloss") & (lost["seed"] == 0)].groupby("choice")["loss"].mean()
     scores = ["ablation", "output_norm", "sensitivity", "weight_norm", "path per parameter"]
     pairs = [(PATH, RANDOM), *((PATH, f"FanLoRA, {score}") for score in scores)]
-    one = [(f"{PATH}, 1 a layer", other) for other in (f"{RANDOM}, 1 a layer", "FanLoRA, ablation, 1 a layer", PATH)]
+    numbers = [(f"{PATH}, {keep} a layer", other) for keep in (1, 3) for other in (f"{RANDOM}, {keep} a layer", PATH)]
     return f"""\
 ## 1. Which score picks the best modules?
 
@@ -257,9 +260,9 @@ three draws. The table is of the search with seed 0, whose `path` scores give th
 *After retraining.* Fresh adapters on the kept modules, two of each layer, at equal parameters:
 
 {comparison(smaller_budget(frame), pairs)}
-One of each layer:
+One and three of each layer:
 
-{comparison(smaller_budget(frame), one)}
+{comparison(smaller_budget(frame), numbers)}
 {picture(frame, "settings", "Settings after retraining")}"""
 
 

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,6 +77,12 @@ class Split:
     def calibration(self) -> Rows:
         """What modules are scored on."""
         return self._rows[self.test_size + self.dev_size :][: self.calibration_size]
+
+    @property
+    def commonest(self) -> float:
+        """The share of the test rows that have the commonest answer."""
+        answers = Counter(row["completion"][-1]["content"] for row in self.test)
+        return answers.most_common(1)[0][1] / answers.total()
 
     def training(self, size: int, seed: int) -> Rows:
         """Returns rows drawn without replacement from all others, in the order of their batches.
