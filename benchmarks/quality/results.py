@@ -77,8 +77,7 @@ TRIED = """\
 What was tried where a claim is not borne out, each with its figures below. *Learning rates*: a grid for each method. *FanLoRA's
 choice*: other scores; the score divided by what a rank costs in the module, since `path` prefers the large matrices, where fewer
 ranks fit into the budget; the task's own setting; roles, and modules from anywhere; one module a layer; a larger budget (1 to 3).
-*PARA*: its poolings and its activation, a quarter of its rank, the scale of D at the start, larger and smaller vectors, what the
-generators read (5).
+*PARA*: its poolings and its activation, a quarter of its rank, larger and smaller vectors, what the generators read (5).
 """
 
 
@@ -321,7 +320,8 @@ def para_section(frame: pd.DataFrame) -> str:
 
 "Fed a constant" has the same generators with the same parameters, but they see ones in place of the prompt: what is left is one
 learned vector a module. "Embeddings alone" shows all of them the first block's input, where PARA shows each the input of its own
-block. "Prompt centred" takes the mean over 128 training prompts away from what they see. The default is attention pooling with GELU.
+block. "Prompt centred" takes the mean over 128 training prompts away from what they see. "Vectors x s" multiplies l - 1 by s; the
+learning rate is that much lower, so that U learns as fast and D and w more slowly. The default is attention pooling with GELU.
 
 {comparison(smaller_budget(frame), [(PARA, name) for name in [CONSTANT, *(name for name in others if name != CONSTANT)]])}
 {picture(frame, "para", "PARA's variants")}"""
