@@ -41,8 +41,8 @@ class Run:
             block's input in all of them, "centred" for the prompt less the mean of others.
         rank: PARA: its rank, in place of the one that the budget gives.
         start: PARA: the standard deviation of D before training.
-        scale: PARA: what l - 1 is multiplied by, so that with a learning rate as many times smaller D and w learn more
-            slowly beside U.
+        scale: PARA: what l - 1 is multiplied by, so that with a learning rate as many times smaller U learns as fast, and D
+            and w more slowly.
     """
 
     task: str

@@ -207,8 +207,8 @@ def learning_rates_section(store: Store) -> str:
 ## Learning rates
 
 The rates are 0.001, 0.003, 0.01, 0.03 and 0.1, tried on the noun task until the best of a method had a worse one on either side,
-and then one between the best two. Loss on the dev rows, over as many seeds as the parentheses say; those that all rates have
-with three seeds or more choose the best, in bold type, which the tables show. The best of a method on the noun task serves its variants and larger
+and then one between the best two. Loss on the dev rows, over as many seeds as the parentheses say; those that all rates
+with three seeds or more have in common choose the best, in bold type, which the tables show. The best of a method on the noun task serves its variants and larger
 budgets too, a random choice of modules being a method of its own. Other tasks take it from there: their rows below say which others they tried.
 """
     return text + "\n" + markdown(["", "rate: dev loss (seeds)", "best at the edge"], rows)
@@ -320,8 +320,8 @@ def para_section(frame: pd.DataFrame) -> str:
 
 "Fed a constant" has the same generators with the same parameters, but they see ones in place of the prompt: what is left is one
 learned vector a module. "Embeddings alone" shows all of them the first block's input, where PARA shows each the input of its own
-block. "Prompt centred" takes the mean over 128 training prompts away from what they see. "Vectors x s" multiplies l - 1 by s; the
-learning rate is that much lower, so that U learns as fast and D and w more slowly. The default is attention pooling with GELU.
+block. "Prompt centred" takes the mean over 128 training prompts away from what they see. "Vectors x s" multiplies l - 1 by s, at
+about 1/s of the learning rate: U learns as fast, and D and w more slowly or faster. The default is attention pooling with GELU.
 
 {comparison(smaller_budget(frame), [(PARA, name) for name in [CONSTANT, *(name for name in others if name != CONSTANT)]])}
 {picture(frame, "para", "PARA's variants")}"""
