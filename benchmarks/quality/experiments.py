@@ -69,9 +69,8 @@ class Run:
     @property
     def is_plain(self) -> bool:
         """Whether the method has its default options; a random choice of modules counts as a method."""
-        whatever = ("task", "method", "seed", "learning_rate", "parameters", "steps", "score")
-        options = [field for field in fields(self) if field.name not in whatever]
-        return self.score in (Run.score, "random") and all(getattr(self, one.name) == one.default for one in options)
+        whatever = {"task", "method", "seed", "learning_rate", "parameters", "steps", "score"}
+        return self.score in (Run.score, "random") and changed(self).keys() <= whatever
 
     @property
     def label(self) -> str:

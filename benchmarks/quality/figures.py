@@ -172,6 +172,11 @@ def pruned(store: Store) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "seed", "choice", "score", "loss"])
 
 
+def of_the_setting(lost: pd.DataFrame) -> pd.DataFrame:
+    """Returns the rows of the search whose setting all tasks use."""
+    return lost[(lost["task"] == "gloss") & (lost["seed"] == 0)]
+
+
 def difference_without_retraining(lost: pd.DataFrame, choice: str) -> Difference | None:
     """Compares `path` with the mean of the random draws, over the seeds of the searches."""
     own = lost[lost["choice"] == choice].pivot_table(index="seed", columns="score", values="loss")

@@ -23,14 +23,15 @@ PER_PARAMETER = "_per_parameter"
 def adapted(base: PreTrainedModel, run: Run, store: Store) -> PeftModel:
     """Returns the base model with the run's adapter, untrained."""
     model = get_peft_model(base, METHODS[run.method](base, run, store))
-    if run.method == "para" and run.reads == "constant":
-        feed_constant(model)
-    if run.method == "para" and run.reads == "embeddings":
-        feed_embeddings(model)
-    for generator in generators(model):
-        generator.down.data *= run.start
-    if run.scale != 1:
-        scale_vectors(model, run.scale)
+    if run.method == "para":
+        if run.reads == "constant":
+            feed_constant(model)
+        if run.reads == "embeddings":
+            feed_embeddings(model)
+        if run.scale != 1:
+            scale_vectors(model, run.scale)
+        for generator in generators(model):
+            generator.down.data *= run.start
     return model
 
 

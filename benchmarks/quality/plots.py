@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 from .experiments import Store
-from .figures import LORA, METHODS, PARA, PATH, RANDOM, pruned, smaller_budget, stability, table
+from .figures import LORA, METHODS, PARA, PATH, RANDOM, of_the_setting, pruned, smaller_budget, stability, table
 
 
 mpl.use("Agg")
@@ -20,8 +20,7 @@ def draw(store: Store, folder: Path) -> None:
     for name, variants in compared(frame).items():
         seeds(frame, variants, "loss", "test loss, nats a token", folder / f"results-{name}.png")
     seeds(frame, METHODS, "cpu_seconds", "CPU seconds of training", folder / "results-cost.png")
-    lost = pruned(store)
-    lost = lost[(lost["task"] == "gloss") & (lost["seed"] == 0)]
+    lost = of_the_setting(pruned(store))
     by_score(lost, ["1 a layer", "2 a layer", "3 a layer"], "-", folder / "results-pruned.png")
     by_score(lost, ["2 a layer", "2 roles", "60 anywhere"], "", folder / "results-strategy.png")
     overlaps(stability(store), folder / "results-stability.png")

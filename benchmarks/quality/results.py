@@ -30,6 +30,7 @@ from quality.figures import (
     difference_without_retraining,
     groups,
     mean_and_half_width,
+    of_the_setting,
     pruned,
     smaller_budget,
     stability,
@@ -222,16 +223,10 @@ def choice_section(frame: pd.DataFrame, store: Store) -> str:
     """Question 1: which score picks the best modules."""
     lost = pruned(store)
     searches = lost[lost["choice"].str.endswith("a layer") & (lost["task"] == "gloss")]
-    before = searches[searches["seed"] == 0]
+    before = of_the_setting(searches)
     means = before.pivot_table(index="score", columns="choice", values="loss", aggfunc="mean").sort_values("2 a layer")
-    seconds = {
-        scored["scoring"]["method"]: (f"{scored['cpu_seconds']:.0f}", f"{scored['num_tokens']:,}")
-        for content in store.load("search")
-        for scored in content["scored"]
-        if (content["search"]["task"], content["search"]["seed"], content["search"]["prune"]) == ("gloss", 0, True)
-    }
     rows = [
-        [str(score), *(f"{value:.3f}" if pd.notna(value) else "" for value in row), *seconds.get(str(score), ("", ""))]
+        [str(score), *(f"{value:.3f}" if pd.notna(value) else "" for value in row), *_cost(store, str(score))]
         for score, *row in means.itertuples()
     ]
     differences = [
@@ -239,7 +234,7 @@ def choice_section(frame: pd.DataFrame, store: Store) -> str:
         for choice in means.columns
         if (found := difference_without_retraining(searches, choice)) is not None
     ]
-    limits = lost[(lost["task"] == "gloss") & (lost["seed"] == 0)].groupby("choice")["loss"].mean()
+    limits = of_the_setting(lost).groupby("choice")["loss"].mean()
     scores = ["ablation", "output_norm", "sensitivity", "weight_norm", "path per parameter"]
     pairs = [(PATH, RANDOM), *((PATH, f"FanLoRA, {score}") for score in scores)]
     numbers = [(f"{PATH}, {keep} a layer", other) for keep in (1, 3) for other in (f"{RANDOM}, {keep} a layer", PATH)]
@@ -265,6 +260,14 @@ One and three of each layer:
 {picture(frame, "settings", "Settings after retraining")}"""
 
 
+def _cost(store: Store, score: str) -> tuple[str, str]:
+    """Returns the seconds and the tokens that scoring took, nothing for a random choice."""
+    if score == "random":
+        return "", ""
+    scored = store.scores("gloss", score)
+    return f"{scored['cpu_seconds']:.0f}", f"{scored['num_tokens']:,}"
+
+
 def transfer_section(frame: pd.DataFrame) -> str:
     """Question 2: does a setting transfer."""
     own = f"{PATH}, own setting"
@@ -279,10 +282,9 @@ Against the setting that a search on the task itself finds, with the same score:
 
 def strategy_section(frame: pd.DataFrame, store: Store) -> str:
     """Question 3: per layer, by role, or global."""
-    lost = pruned(store)
+    lost = of_the_setting(pruned(store))
     ways = ["2 a layer", "2 roles", "60 anywhere"]
-    before = lost[(lost["task"] == "gloss") & (lost["seed"] == 0) & lost["choice"].isin(ways)]
-    means = before.pivot_table(index="score", columns="choice", values="loss")[ways]
+    means = lost[lost["choice"].isin(ways)].pivot_table(index="score", columns="choice", values="loss")[ways]
     rows = [[str(score), *(f"{value:.3f}" for value in row)] for score, *row in means.itertuples()]
     return f"""\
 ## 3. Two of each layer, two roles, or the best 60 anywhere?
@@ -314,7 +316,7 @@ two random choices share 29%, two of seven, on average.
 
 def para_section(frame: pd.DataFrame) -> str:
     """Question 5: PARA's parts."""
-    others = [name for name in sorted(frame["variant"].unique()) if name.startswith("PARA, ")]
+    _, *others = plots.compared(frame)["para"]
     return f"""\
 ## 5. Which parts of PARA matter, and is it worth reading the prompt?
 
