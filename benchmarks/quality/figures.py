@@ -12,6 +12,7 @@ from .methods import importance, select
 
 PATH = "FanLoRA, path"
 RANDOM = "FanLoRA, random"
+OWN = f"{PATH}, own setting"
 LORA = "LoRA, all modules"
 LORA_QV = "LoRA, Q and V"
 ADALORA = "AdaLoRA"

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 
 from .experiments import Store
-from .figures import LORA, METHODS, PARA, PATH, RANDOM, of_the_setting, pruned, smaller_budget, stability, table
+from .figures import LORA, METHODS, OWN, PARA, PATH, RANDOM, of_the_setting, pruned, smaller_budget, stability, table
 
 
 mpl.use("Agg")
@@ -35,7 +35,7 @@ def compared(frame: pd.DataFrame) -> dict[str, list[str]]:
             PATH,
             *(name for name in found if name.startswith("FanLoRA") and "own" not in name and name != PATH),
         ],
-        "transfer": [f"{PATH}, own setting", PATH, RANDOM, LORA],
+        "transfer": [OWN, PATH, RANDOM, LORA],
         "para": [PARA, *(name for name in found if name.startswith("PARA, "))],
     }
 

@@ -1,0 +1,220 @@
+"""The tables of the page of results, and the words for what two variants differ by."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from .experiments import Store, best_learning_rate, dev_losses, known, pending
+from .figures import (
+    CONSTANT,
+    IA3,
+    LORA,
+    METHODS,
+    PARA,
+    PATH,
+    RANDOM,
+    Difference,
+    difference,
+    difference_without_retraining,
+    groups,
+    mean_and_half_width,
+    of_the_setting,
+    pruned,
+    stability,
+)
+from .tasks import TASKS, Split
+
+
+CLAIMS = {
+    "FanLoRA with `path` beats FanLoRA with random modules": (PATH, RANDOM),
+    "FanLoRA with `path` beats LoRA on all modules": (PATH, LORA),
+    "PARA beats IA3": (PARA, IA3),
+    "PARA beats LoRA on all modules": (PARA, LORA),
+    "PARA beats its generators fed a constant": (PARA, CONSTANT),
+}
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """Returns a table, numbers to the right."""
+    if not rows:
+        return "*No runs yet.*\n"
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def spread(values: pd.Series) -> str:
+    """Writes a mean and its interval."""
+    values = values.dropna()
+    if values.empty:
+        return ""
+    mean, half_width = mean_and_half_width(values)
+    return f"{mean:.3f}" + ("" if half_width is None else f" ± {half_width:.3f}")
+
+
+def says(found: Difference | None) -> str:
+    """Returns a predicate: what can be said of the first of two variants beside the second."""
+    if found is None:
+        return "has no runs to compare"
+    interval, _, pairs, verdict = _columns(found)
+    if verdict in ("better", "worse"):
+        return f"is {verdict} by {interval.lstrip('+-')} ({pairs} seeds)"
+    return f"shows no difference ({interval}, {pairs} seeds)" if found.pairs > 1 else f"has one pair ({interval})"
+
+
+def _columns(found: Difference) -> list[str]:
+    interval = "" if found.half_width is None else f" ± {found.half_width:.3f}"
+    p = "" if found.p is None else f"{found.p:.2g}"
+    return [f"{found.mean:+.3f}{interval}", p, str(found.pairs), found.verdict]
+
+
+def comparison(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> str:
+    """Returns how variants differ in loss, for each task and over the tasks."""
+    rows = []
+    for first, second in pairs:
+        tasks = [task for task in TASKS if difference(frame[frame["task"] == task], first, second)]
+        for task in [*tasks, *(["mean over these tasks"] if len(tasks) > 1 else [])]:
+            own = frame[frame["task"] == task] if task in TASKS else frame[frame["task"].isin(tasks)]
+            found = difference(own, first, second)
+            if found:
+                rows.append([f"{first} less {second}", task, *_columns(found)])
+    return markdown(["loss of", "task", "difference", "p", "pairs", "verdict"], rows)
+
+
+def claims(frame: pd.DataFrame, store: Store) -> str:
+    """Returns what each claim comes to, over all tasks and task by task."""
+    lost = pruned(store)
+    kept = difference_without_retraining(lost[lost["task"] == "gloss"], "2 a layer")
+    rows = [] if kept is None else [["What `path` keeps beats a random choice before retraining", *_claim(kept), ""]]
+    for claim, (first, second) in CLAIMS.items():
+        found = difference(frame, first, second)
+        if found is not None:
+            of_tasks = {task: difference(frame[frame["task"] == task], first, second) for task in TASKS}
+            each = ", ".join(f"{task} {one.mean:+.3f}{'*' * (one.verdict in ('better', 'worse'))}"
+                             for task, one in of_tasks.items() if one is not None)  # fmt: skip
+            rows.append([claim, *_claim(found), each])
+    return markdown(["claim", "difference", "seeds", "", "task by task"], rows)
+
+
+def _claim(found: Difference) -> list[str]:
+    words = {"better": "holds", "worse": "the opposite", "no difference shown": "not shown"}
+    interval, _, pairs, verdict = _columns(found)
+    return [interval, pairs, words.get(verdict, verdict)]
+
+
+def methods(frame: pd.DataFrame) -> str:
+    """Returns what each method reached, a table for each budget and task."""
+    parts = []
+    for budget in sorted(frame["budget"].unique()):
+        for task in TASKS:
+            own = frame[(frame["task"] == task) & (frame["budget"] == budget)]
+            if not own.empty:
+                what = f"**{task}**, {budget:,} parameters"
+                if TASKS[task].labels:
+                    what += f"; the commonest answer is right on {Split(task, TASKS[task]).commonest:.3f}"
+                parts.append(f"{what}\n\n{_methods_of_a_task(own)}")
+    return "\n".join(parts)
+
+
+def _methods_of_a_task(frame: pd.DataFrame) -> str:
+    rows = []
+    for name in METHODS:
+        own = frame[frame["variant"] == name]
+        if not own.empty:
+            parameters = f"{round(own['parameters'].mean()):,}"
+            (rate,) = own["learning_rate"].unique()
+            figures = [spread(own[column]) for column in ("loss", "accuracy", "rouge_l")]
+            rows.append([name, parameters, f"{rate:g}", str(len(own)), *figures])
+    columns = ["", "parameters", "lr", "seeds", "loss", "accuracy", "ROUGE-L"]
+    kept = [index for index, column in enumerate(columns) if not column or any(row[index] for row in rows)]
+    return markdown([columns[index] for index in kept], [[row[index] for index in kept] for row in rows])
+
+
+def learning_rates(store: Store) -> str:
+    """Returns the dev losses that learning rates were chosen by."""
+    rows = []
+    for (task, budget, name), contents in groups(store).items():
+        losses = dev_losses(contents)
+        if len(losses) > 1:
+            best = best_learning_rate(contents)
+            cells = []
+            for rate, values in losses.items():
+                mark = "**" if rate == best else ""
+                cells.append(f"{rate:g}: {mark}{spread(pd.Series(list(values.values())))}{mark} ({len(values)})")
+            edge = "lower" if best == min(losses) else "upper" if best == max(losses) else "none"
+            rows.append([f"{name}, {task}, {budget:,}", "; ".join(cells), edge])
+    return markdown(["", "rate: dev loss (seeds)", "best at the edge"], rows)
+
+
+def scores_before_retraining(store: Store) -> str:
+    """Returns the loss with what each score keeps of each layer, and what the score costs."""
+    lost = of_the_setting(pruned(store))
+    kept = lost[lost["choice"].str.endswith("a layer")]
+    means = kept.pivot_table(index="score", columns="choice", values="loss", aggfunc="mean").sort_values("2 a layer")
+    rows = [
+        [str(score), *(f"{value:.3f}" if pd.notna(value) else "" for value in row), *_cost(store, str(score))]
+        for score, *row in means.itertuples()
+    ]
+    return markdown(["kept", *means.columns, "CPU seconds", "calibration tokens"], rows)
+
+
+def _cost(store: Store, score: str) -> tuple[str, str]:
+    """Returns the seconds and the tokens that scoring took, nothing for a random choice."""
+    if score == "random":
+        return "", ""
+    scored = store.scores("gloss", score)
+    return f"{scored['cpu_seconds']:.0f}", f"{scored['num_tokens']:,}"
+
+
+def path_before_retraining(store: Store) -> str:
+    """Returns how `path` differs from a random choice, over the searches."""
+    lost = pruned(store)
+    searches = lost[lost["choice"].str.endswith("a layer") & (lost["task"] == "gloss")]
+    rows = [
+        [choice, *_columns(found)]
+        for choice in sorted(searches["choice"].unique())
+        if (found := difference_without_retraining(searches, choice)) is not None
+    ]
+    return markdown(["kept", "difference", "p", "pairs", "verdict"], rows)
+
+
+def strategies_before_retraining(store: Store) -> str:
+    """Returns the loss with 60 modules that each score chooses in different ways."""
+    lost = of_the_setting(pruned(store))
+    ways = ["2 a layer", "2 roles", "60 anywhere"]
+    means = lost[lost["choice"].isin(ways)].pivot_table(index="score", columns="choice", values="loss")[ways]
+    return markdown(
+        ["kept", *ways], [[str(score), *(f"{loss:.3f}" for loss in row)] for score, *row in means.itertuples()]
+    )
+
+
+def overlaps(store: Store) -> str:
+    """Returns how far choices by `path` agree with the one in use."""
+    rows = [[what, f"{share:.0%}", f"{cpu:.0f}"] for what, share, cpu in stability(store).itertuples(index=False)]
+    return markdown(["path, with", "in common", "CPU seconds"], rows)
+
+
+def costs(frame: pd.DataFrame) -> str:
+    """Returns the CPU time and the memory of training."""
+    rows = []
+    for task in TASKS:
+        lora = frame[(frame["task"] == task) & (frame["variant"] == LORA)]
+        for name in METHODS:
+            runs = frame[(frame["task"] == task) & (frame["variant"] == name)]
+            if not runs.empty:
+                ratio = "" if lora.empty else f"{runs['cpu_seconds'].median() / lora['cpu_seconds'].median():.2f}"
+                low, high = runs["cpu_seconds"].min(), runs["cpu_seconds"].max()
+                memory = f"{runs['memory'].median() / 2**30:.2f}"
+                rows.append([name, task, f"{runs['cpu_seconds'].median():.0f} ({low:.0f}-{high:.0f})", ratio, memory])
+    return markdown(["", "task", "CPU seconds", "of LoRA's", "GiB"], rows)
+
+
+def finished(files: Iterable[Path], store: Store) -> str:
+    """Returns how much of each experiment is finished."""
+    rows = []
+    for file in files:
+        runs, waiting = known([file], store)
+        left = pending(runs, store)
+        done = f"{len(runs) - len(left)} of {len(runs)}{' or more' if waiting else ''}"
+        rows.append([file.name, done, left[0].label if left else ""])
+    return markdown(["experiment", "finished", "next"], rows)
