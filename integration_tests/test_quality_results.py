@@ -4,9 +4,21 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from quality import results
+from quality import results, tables
 from quality.experiments import Run, Scoring, Search, Store
-from quality.figures import PARA, PATH, RANDOM, difference, mean_and_half_width, overlap, stability, table, variant
+from quality.figures import (
+    PARA,
+    PATH,
+    RANDOM,
+    Difference,
+    difference,
+    mean_and_half_width,
+    overlap,
+    smaller_budget,
+    stability,
+    table,
+    variant,
+)
 
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +73,13 @@ def test_the_page_is_made_of_the_committed_runs() -> None:
         assert (ROOT / "docs" / "images" / picture.partition(")")[0]).exists()
 
 
+def test_the_readme_has_the_claims_of_the_committed_runs() -> None:
+    claims = tables.claims(smaller_budget(table(COMMITTED)), COMMITTED)
+    assert f"\n\n{claims}\n" in (ROOT / "README.md").read_text(encoding="utf-8"), (
+        "copy the first table of docs/results.md"
+    )
+
+
 def test_every_committed_run_still_has_its_name() -> None:
     """A field that is renamed, or a default that changes, would make all finished runs be repeated."""
     for content in COMMITTED.load("run"):
@@ -87,6 +106,14 @@ def test_differences_are_paired_over_seeds(store: Store) -> None:
     single = difference(one_seed, PATH, RANDOM)
     assert single is not None and single.half_width is None and single.verdict == "one pair: nothing to say"
     assert mean_and_half_width(pd.Series([2.0])) == (2.0, None)
+
+
+def test_the_page_says_what_the_figures_say() -> None:
+    assert tables.says(Difference(-0.1, 0.025, 0.003, 3)) == "is better by 0.100 ± 0.025 (3 seeds)"
+    assert tables.says(Difference(0.1, 0.025, 0.003, 5)) == "is worse by 0.100 ± 0.025 (5 seeds)"
+    assert tables.says(Difference(-0.01, 0.025, 0.3, 3)) == "shows no difference (-0.010 ± 0.025, 3 seeds)"
+    assert tables.says(Difference(-0.01, None, None, 1)) == "has one pair (-0.010)"
+    assert tables.says(None) == "has no runs to compare"
 
 
 def test_the_dev_rows_choose_the_learning_rate(store: Store) -> None:
