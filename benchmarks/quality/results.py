@@ -29,9 +29,6 @@ def page(store: Store, files: list[Path]) -> str:
     contents = store.load("run") + store.load("search")
     lost = figures.of_the_setting(figures.pruned(store))
 
-    def against(first: str, second: str, task: str | None = None) -> str:
-        return tables.says(figures.difference(small if task is None else small[small["task"] == task], first, second))
-
     def picture(name: str, alt: str) -> str:
         return f"![{alt}](images/results-{name}.png)\n" if plots.panels(small, plots.compared(small)[name]) else ""
 
@@ -48,8 +45,6 @@ def page(store: Store, files: list[Path]) -> str:
         "budget": LORA_RANK_2,
         "limits": lost.groupby("choice")["loss"].mean(),
         "parts_of_para": [(figures.PARA, name) for name in plots.compared(small)["para"][1:]],
-        "has_overlaps": not figures.stability(store).empty,
-        "against": against,
         "picture": picture,
     }
     environment = Environment(
