@@ -7,6 +7,7 @@ import pandas as pd
 
 from .experiments import Store, best_learning_rate, dev_losses, known, pending
 from .figures import (
+    ADALORA,
     CONSTANT,
     IA3,
     LORA,
@@ -128,6 +129,16 @@ def _methods_of_a_task(frame: pd.DataFrame) -> str:
     columns = ["", "parameters", "lr", "seeds", "loss", "accuracy", "ROUGE-L"]
     kept = [index for index, column in enumerate(columns) if not column or any(row[index] for row in rows)]
     return markdown([columns[index] for index in kept], [[row[index] for index in kept] for row in rows])
+
+
+def off_budget(frame: pd.DataFrame) -> str:
+    """Returns which variants of LoRA and PARA miss their budget by more than 5%, which whole ranks may not allow to meet."""
+    found = []
+    for (task, budget, name), own in frame.groupby(["task", "budget", "variant"]):
+        off = own["parameters"].mean() / budget - 1
+        if abs(off) > 0.05 and name not in (IA3, ADALORA) and " r = " not in name:
+            found.append(f"{name} on {task} ({off:+.1%})")
+    return "; ".join(found) or "none"
 
 
 def learning_rates(store: Store) -> str:
