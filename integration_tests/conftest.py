@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 
 # Before torch is imported: tiny tensors gain nothing from threads, and no test may reach for the Hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,3 +11,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 pytest_plugins = ["support_plugin"]
+
+
+@pytest.fixture
+def exact_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps bitsandbytes from its fast path of CPUs with AVX512-BF16.
+
+    There it packs 4-bit weights anew in eval mode, computes in bfloat16, and unpacks them whenever the state dict is taken,
+    which changes doubly quantised weights a little each time; no comparison to 1e-5 survives that.
+    """
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False, raising=False)  # older versions have no such path

@@ -58,6 +58,7 @@ def trained(model: PeftModel) -> None:
     "how", [pytest.param(how, marks=pytest.mark.support(f"base model in {how}")) for how in QUANTISATIONS]
 )
 @pytest.mark.parametrize("method", ["FanLoRA", "PARA"])
+@pytest.mark.usefixtures("exact_bitsandbytes")
 def test_a_quantised_base(method: str, how: str, tmp_path: Path) -> None:
     folder = saved_base(tmp_path, hidden_size=64, intermediate_size=64, head_dim=16)
     base = prepare_model_for_kbit_training(quantised(folder, how))

@@ -381,6 +381,7 @@ def test_a_failed_call_changes_nothing():
 
 @pytest.mark.support("bitsandbytes, 4 and 8 bit")
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.usefixtures("exact_bitsandbytes")
 @torch.no_grad()
 def test_bitsandbytes(bits):
     bnb = pytest.importorskip("bitsandbytes")
