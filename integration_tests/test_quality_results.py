@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import typer
 from quality import results, tables
 from quality.experiments import Run, Scoring, Search, Store
 from quality.figures import (
@@ -14,6 +15,7 @@ from quality.figures import (
     difference,
     mean_and_half_width,
     overlap,
+    pruned,
     smaller_budget,
     stability,
     table,
@@ -74,7 +76,7 @@ def test_the_page_is_made_of_the_committed_runs() -> None:
 
 
 def test_the_readme_has_the_claims_of_the_committed_runs() -> None:
-    claims = tables.claims(smaller_budget(table(COMMITTED)), COMMITTED)
+    claims = tables.claims(smaller_budget(table(COMMITTED)), pruned(COMMITTED))
     assert f"\n\n{claims}\n" in (ROOT / "README.md").read_text(encoding="utf-8"), (
         "copy the first table of docs/results.md"
     )
@@ -133,6 +135,11 @@ def test_the_dev_rows_choose_the_learning_rate(store: Store) -> None:
     assert store.best_learning_rate("fanlora", "random") == 3e-3  # a method of its own
     with pytest.raises(LookupError, match="'lora' has been tried"):
         store.best_learning_rate("lora")
+
+
+def test_a_page_without_a_search_says_which_to_run(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match=r"no finished search on 'gloss'.*1-search.yaml"):
+        results.main(results=tmp_path / "none", docs=tmp_path)
 
 
 def test_the_page_says_what_is_missing(store: Store, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,7 @@ def read(path: Path, store: "Store") -> Iterator[Run | Search]:
         ValueError: a field is unknown.
     """
     content = yaml.safe_load(path.read_text())
+    best_learning_rate = cache(store.best_learning_rate)  # it reads all finished runs
     for entry in content.get("searches", []):
         scorings = tuple(Scoring(**scoring) for scoring in entry.pop("scorings"))
         for values in _product(entry, Search, path):
@@ -149,7 +151,7 @@ def read(path: Path, store: "Store") -> Iterator[Run | Search]:
             if values.get("source") == "own":
                 values["source"] = values["task"]
             if values.get("learning_rate") is None:
-                values["learning_rate"] = store.best_learning_rate(values["method"], values.get("score"))
+                values["learning_rate"] = best_learning_rate(values["method"], values.get("score"))
             yield Run(**values)
 
 

@@ -26,8 +26,8 @@ def page(store: Store, files: list[Path]) -> str:
     """Returns docs/results.md: `results.md.jinja`, which has all of its text, with the figures filled in."""
     frame = figures.table(store)
     small = figures.smaller_budget(frame)
-    contents = store.load("run") + store.load("search")
-    lost = figures.of_the_setting(figures.pruned(store))
+    runs, searches = store.load("run"), store.load("search")
+    lost = figures.pruned(store)
 
     def picture(name: str, alt: str) -> str:
         return f"![{alt}](images/results-{name}.png)\n" if plots.panels(small, plots.compared(small)[name]) else ""
@@ -38,12 +38,13 @@ def page(store: Store, files: list[Path]) -> str:
         "frame": frame,
         "small": small,
         "larger": frame[frame["budget"] != LORA_RANK_2],
-        "models": ", ".join(sorted({content["base_model"] for content in contents})),
-        "machines": "; ".join(sorted({_machine(content["machine"]) for content in contents})),
-        "steps": " or ".join(sorted({str(content["run"]["steps"]) for content in store.load("run")})),
+        "models": ", ".join(sorted({content["base_model"] for content in runs + searches})),
+        "machines": "; ".join(sorted({_machine(content["machine"]) for content in runs + searches})),
+        "steps": " or ".join(sorted({str(content["run"]["steps"]) for content in runs})),
         "split": Split("", next(iter(TASKS.values()))),
         "budget": LORA_RANK_2,
-        "limits": lost.groupby("choice")["loss"].mean(),
+        "lost": lost,
+        "limits": figures.of_the_setting(lost).groupby("choice")["loss"].mean(),
         "parts_of_para": [(figures.PARA, name) for name in plots.compared(small)["para"][1:]],
         "picture": picture,
     }
@@ -72,6 +73,10 @@ def main(
 ) -> None:
     """Writes the page and the pictures."""
     store = Store(results)
+    try:
+        store.scores("gloss", "path")
+    except LookupError as error:
+        raise typer.BadParameter(f"{results}: {error}") from error
     plots.draw(store, docs / "images")
     (docs / "results.md").write_text(page(store, sorted((HERE / "experiments").glob("*.yaml"))), encoding="utf-8")
 

@@ -21,8 +21,6 @@ from .figures import (
     groups,
     mean_and_half_width,
     of_the_setting,
-    pruned,
-    stability,
 )
 from .tasks import TASKS, Split
 
@@ -73,26 +71,27 @@ def comparison(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> str:
     """Returns how variants differ in loss, for each task and over the tasks."""
     rows = []
     for first, second in pairs:
-        tasks = [task for task in TASKS if difference(frame[frame["task"] == task], first, second)]
-        for task in [*tasks, *(["mean over these tasks"] if len(tasks) > 1 else [])]:
-            own = frame[frame["task"] == task] if task in TASKS else frame[frame["task"].isin(tasks)]
-            found = difference(own, first, second)
-            if found:
-                rows.append([f"{first} less {second}", task, *_columns(found)])
+        found = _by_task(frame, first, second)
+        if len(found) > 1 and (mean := difference(frame, first, second)):
+            found["mean over these tasks"] = mean
+        rows += [[f"{first} less {second}", task, *_columns(one)] for task, one in found.items()]
     return markdown(["loss of", "task", "difference", "p", "pairs", "verdict"], rows)
 
 
-def claims(frame: pd.DataFrame, store: Store) -> str:
-    """Returns what each claim comes to, over all tasks and task by task."""
-    lost = pruned(store)
+def _by_task(frame: pd.DataFrame, first: str, second: str) -> dict[str, Difference]:
+    found = {task: difference(frame[frame["task"] == task], first, second) for task in TASKS}
+    return {task: one for task, one in found.items() if one is not None}
+
+
+def claims(frame: pd.DataFrame, lost: pd.DataFrame) -> str:
+    """Returns what each claim comes to, over all tasks and task by task; `lost` is what pruning lost in the searches."""
     kept = difference_without_retraining(lost[lost["task"] == "gloss"], "2 a layer")
     rows = [] if kept is None else [["What `path` keeps beats a random choice before retraining", *_claim(kept), ""]]
     for claim, (first, second) in CLAIMS.items():
         found = difference(frame, first, second)
         if found is not None:
-            of_tasks = {task: difference(frame[frame["task"] == task], first, second) for task in TASKS}
             each = ", ".join(f"{task} {one.mean:+.3f}{'*' * (one.verdict in ('better', 'worse'))}"
-                             for task, one in of_tasks.items() if one is not None)  # fmt: skip
+                             for task, one in _by_task(frame, first, second).items())  # fmt: skip
             rows.append([claim, *_claim(found), each])
     return markdown(["claim", "difference", "seeds", "", "task by task"], rows)
 
@@ -157,9 +156,9 @@ def learning_rates(store: Store) -> str:
     return markdown(["", "rate: dev loss (seeds)", "best at the edge"], rows)
 
 
-def scores_before_retraining(store: Store) -> str:
+def scores_before_retraining(lost: pd.DataFrame, store: Store) -> str:
     """Returns the loss with what each score keeps of each layer, and what the score costs."""
-    lost = of_the_setting(pruned(store))
+    lost = of_the_setting(lost)
     kept = lost[lost["choice"].str.endswith("a layer")]
     means = kept.pivot_table(index="score", columns="choice", values="loss", aggfunc="mean").sort_values("2 a layer")
     rows = [
@@ -177,9 +176,8 @@ def _cost(store: Store, score: str) -> tuple[str, str]:
     return f"{scored['cpu_seconds']:.0f}", f"{scored['num_tokens']:,}"
 
 
-def path_before_retraining(store: Store) -> str:
+def path_before_retraining(lost: pd.DataFrame) -> str:
     """Returns how `path` differs from a random choice, over the searches."""
-    lost = pruned(store)
     searches = lost[lost["choice"].str.endswith("a layer") & (lost["task"] == "gloss")]
     rows = [
         [choice, *_columns(found)]
@@ -189,9 +187,9 @@ def path_before_retraining(store: Store) -> str:
     return markdown(["kept", "difference", "p", "pairs", "verdict"], rows)
 
 
-def strategies_before_retraining(store: Store) -> str:
+def strategies_before_retraining(lost: pd.DataFrame) -> str:
     """Returns the loss with 60 modules that each score chooses in different ways."""
-    lost = of_the_setting(pruned(store))
+    lost = of_the_setting(lost)
     ways = ["2 a layer", "2 roles", "60 anywhere"]
     means = lost[lost["choice"].isin(ways)].pivot_table(index="score", columns="choice", values="loss")[ways]
     return markdown(
@@ -199,9 +197,9 @@ def strategies_before_retraining(store: Store) -> str:
     )
 
 
-def overlaps(store: Store) -> str:
+def overlaps(found: pd.DataFrame) -> str:
     """Returns how far choices by `path` agree with the one in use."""
-    rows = [[what, f"{share:.0%}", f"{cpu:.0f}"] for what, share, cpu in stability(store).itertuples(index=False)]
+    rows = [[what, f"{share:.0%}", f"{cpu:.0f}"] for what, share, cpu in found.itertuples(index=False)]
     return markdown(["path, with", "in common", "CPU seconds"], rows)
 
 
