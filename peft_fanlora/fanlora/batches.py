@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,12 +22,12 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..serving.call import named_arguments
+from ..serving.layers import is_observed
+from ..serving.rows import RowPlaces
 from ..tenants import BASE_ROWS, adapted_modules
-from .stacks import AdapterStack, SharedAdapter, Slots, Sources, is_plain
-
-
-_INPUTS = ("inputs", "input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
-_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+from .run import Run
+from .stacks import AdapterStack, SharedAdapter, Slots, is_plain
 
 
 class Batch:
@@ -36,16 +36,19 @@ class Batch:
     Args:
         model: the adapted model.
         names: the adapter of each row; or the active one alone, which all rows have, however many there are.
+        places: where the layers see the rows.
 
     Attributes:
         stacks: the layers that compute their deltas here. With the active adapter, the others run as PEFT's own.
         others: the modules that PEFT's loop serves, LoRA that is not plain and modules saved whole, with the adapter
             of each row.
         idle: LoRA layers without any of the batch's adapters.
+        caches: those of the generations that it has served.
     """
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...] | str) -> None:
+    def __init__(self, model: nn.Module, names: tuple[str, ...] | str, places: RowPlaces) -> None:
         self.names = names
+        self.places = places
         self.stacks: dict[nn.Module, AdapterStack | SharedAdapter] = {}
         self.others: dict[nn.Module, list[str]] = {}
         self.idle: list[nn.Module] = []
@@ -53,8 +56,7 @@ class Batch:
             self._share(model, names)
         else:
             self._stack(model, names)
-        self._sources = Sources(list(self.stacks.values()))
-        self._caches: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def _share(self, model: nn.Module, name: str) -> None:
         for module in adapted_modules(model):
@@ -79,7 +81,7 @@ class Batch:
                 key = (device, *present)
                 if key not in slots:
                     slots[key] = Slots.of(names, present, device)
-                self.stacks[module] = AdapterStack(module, slots[key], len(names))
+                self.stacks[module] = AdapterStack(module, slots[key], names, self.places.is_rows_first(module))
             else:
                 self.others[module] = [name if _has(module, name) else BASE_ROWS for name in names]
 
@@ -88,35 +90,27 @@ class Batch:
         """Whether the stacks lead gradients to the adapters' weights, for one backward pass."""
         return any(stack.A.requires_grad or stack.B.requires_grad for stack in self.stacks.values())
 
-    def refresh(self) -> bool:
-        """Copies those weights again that may have changed; returns whether that makes the stacks right."""
-        is_active = not isinstance(self.names, str) or all(_is_alone(layer, self.names) for layer in self.stacks)
-        return is_active and self._sources.refresh()
-
-    def goes_on(self, cache: Any, tokens: int) -> bool:
-        """Whether a call is one more token of a generation that these stacks have served; remembers its cache."""
-        if not hasattr(cache, "get_seq_length") or torch.is_grad_enabled():
-            return False
-        is_known = cache in self._caches
-        self._caches.add(cache)
-        return is_known and tokens == 1
+    def has_served(self, cache: Any) -> bool:
+        """Whether a call with this cache goes on with a generation that these stacks have served."""
+        return hasattr(cache, "get_seq_length") and cache in self.caches and not torch.is_grad_enabled()
 
 
 class Batches:
     """The batches of one adapted model.
 
-    The stacks of the last mixed batch, and of the last call without names, are kept for the next one, as decoding loops
-    come with the same names at each token. A call that begins something new looks over all weights that they were made
-    from; a further token, with a cache that these stacks have seen before, does not.
+    A batch is stacked when something new begins, since weights may have changed in ways that leave no trace. The stacks of
+    the last mixed batch, and of the last call without names, are kept for the further tokens of the generations, known by
+    their caches, that they have served: decoding loops come with the same names at each token.
 
     The first batch puts a `_LayerForward` in front of the adapted layers' own `forward`, and hooks on the model and on
-    what is no LoRA layer. They stay, as putting them there anew for each token would cost more than all else here, and do
-    nothing unless a batch runs in the same thread. PyTorch enters a hook, and that it takes keyword arguments, one after
+    what is not a LoRA layer. They stay, as putting them there again for each token would cost more than all else here, and
+    do nothing unless a batch runs in the same thread. PyTorch enters a hook, and that it takes keyword arguments, one after
     the other: another thread that runs the module in between passes fewer arguments, which is why the hooks take any.
     """
 
     def __init__(self) -> None:
         self._last: dict[type, Batch] = {}
+        self._places = RowPlaces()
         self.current = _Current()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -127,38 +121,45 @@ class Batches:
         self._last.clear()
 
     def leave(self, model: nn.Module) -> None:
-        """Takes the hook off a model whose adapted layers, and their hooks with them, are gone."""
+        """Takes the hooks off a model whose adapted layers, and their hooks with them, are gone."""
         self.forget()
-        for key in self._own_hooks(model):
+        for key in self._own_hooks(model._forward_pre_hooks):
             del model._forward_pre_hooks[key]
             del model._forward_pre_hooks_with_kwargs[key]
+        for key in self._own_hooks(model._forward_hooks):
+            del model._forward_hooks[key]
 
     @contextmanager
-    def running(self, model: nn.Module, names: tuple[str, ...] | str, num_inputs: int | None = None) -> Iterator[None]:
+    def running(
+        self, model: nn.Module, names: tuple[str, ...] | str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[None]:
         """Gives the rows of the calls inside of the context, and of this thread, each its own adapter.
 
         Args:
             model: the adapted model.
             names: the adapter of each row; or the active one, for all rows of calls that are not in a mixed batch.
-            num_inputs: the rows that the caller passes, where he passes them here; the model's calls may then repeat
-                each row, as `generate` does for beams.
+            args: the arguments of the model's forward or of `generate`, as far as they are known.
+            kwargs: the same by name.
         """
-        if num_inputs is not None and num_inputs != len(names):
-            raise _wrong_length(names, num_inputs)
         last = self._last.get(type(names))
-        batch = self._make(model, names) if last is None or last.names != names else last
-        run = _Run(batch, may_repeat=num_inputs is not None, is_checked=batch is not last)
+        goes_on = last is not None and last.names == names and last.has_served(kwargs.get("past_key_values"))
+        batch = last if goes_on and last is not None else self._make(model, names, args, kwargs)
+        run = Run(batch, model, named_arguments(model, args, kwargs), is_checked=not goes_on)
         before, self.current.run = self.current.run, run
         try:
             yield
         finally:
             self.current.run = before
 
-    def _make(self, model: nn.Module, names: tuple[str, ...] | str) -> Batch:
+    def _make(
+        self, model: nn.Module, names: tuple[str, ...] | str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Batch:
         self._last.pop(type(names), None)
+        if not isinstance(names, str) and len(set(names)) > 1:
+            self._places.measure(model, list(adapted_modules(model)), named_arguments(model, args, kwargs))
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
-            batch = Batch(model, names)
+            batch = Batch(model, names, self._places)
         self._hook(model, batch)
         if not batch.has_graph:
             self._last[type(names)] = batch
@@ -170,25 +171,31 @@ class Batches:
                 own = vars(module).get("forward")
                 if own is None or own.batches is not self:
                     _LayerForward(module, self).install()
-            elif not self._own_hooks(module):
+            elif not self._own_hooks(module._forward_pre_hooks):
                 before = self._before_model if module is model else self._before
                 module.register_forward_pre_hook(before, with_kwargs=True)
+                if module is model:
+                    module.register_forward_hook(self._after_model)
 
-    def _own_hooks(self, module: nn.Module) -> list[int]:
-        hooks = module._forward_pre_hooks.items()
-        return [key for key, hook in hooks if getattr(hook, "__self__", None) is self]
+    def _own_hooks(self, hooks: Mapping[int, Any]) -> list[int]:
+        return [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]
 
     def _before_model(self, module: nn.Module, *call: Any) -> None:
         run = self.current.run
         if run is None:
             return
         args, kwargs = call
-        run.begin_call_of_model(_first_input(args, kwargs, _DECODER_INPUTS))
-        if run.is_checked or run.batch.goes_on(kwargs.get("past_key_values"), run.tokens):
-            return
-        if not run.batch.refresh():
-            run.batch = self._make(module, run.batch.names)
+        named = named_arguments(module, args, kwargs)
+        run.begin_call_of_model(named)
+        if not run.is_checked and run.tokens != 1:
+            run.batch = self._make(module, run.batch.names, args, kwargs)
         run.is_checked = True
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        run = self.current.run
+        cache = getattr(output, "past_key_values", None)
+        if run is not None and hasattr(cache, "get_seq_length"):
+            run.batch.caches.add(cache)
 
     def _before(self, module: nn.Module, *call: Any) -> tuple[Any, Any] | None:
         run = self.current.run
@@ -200,7 +207,7 @@ class Batches:
 
 
 class _Current(threading.local):
-    run: _Run | None = None
+    run: Run | None = None
 
 
 class _LayerForward:
@@ -226,13 +233,13 @@ class _LayerForward:
         if stack is not None and len(args) == 1 and not (kwargs or layer.disable_adapters or layer.merged_adapters):
             base = layer.base_layer
             result = base(*args)
-            return stack.add_to(result.clone() if base._forward_hooks else result, args[0])
+            return stack.add_to(result.clone() if is_observed(base) else result, args[0], run)
         if not run.is_mixed:
             return type(layer).forward(layer, *args, **kwargs)
         x: Any = args[0] if args else kwargs.get("x")
         kwargs["adapter_names"] = run.names_for(layer, x)
         output = type(layer).forward(layer, *args, **kwargs)
-        return output if stack is None or layer.disable_adapters else stack.add_to(output, x)
+        return output if stack is None or layer.disable_adapters else stack.add_to(output, x, run)
 
     def replicate_without_it(self) -> nn.Module:
         """Makes a replica for `DataParallel`, which has the layer's attributes: with this one it would run the original."""
@@ -246,80 +253,6 @@ def _can_stand_in(layer: Any) -> bool:
     own = vars(layer).get("forward")
     is_free = own is None or isinstance(own, _LayerForward)
     return is_free and type(layer)._check_forward_args is LoraLayer._check_forward_args
-
-
-class _Run:
-    """One call with a mixed batch.
-
-    Args:
-        batch: its adapters, stacked.
-        may_repeat: whether the model's calls may repeat each row.
-        is_checked: whether the stacks are known to be what the adapters' weights are now.
-    """
-
-    def __init__(self, batch: Batch, may_repeat: bool, is_checked: bool) -> None:
-        self.batch = batch
-        self.may_repeat = may_repeat
-        self.is_mixed = not isinstance(batch.names, str)
-        self.is_checked = is_checked
-        self.repeats = 1
-        self.tokens = 1
-
-    def begin_call_of_model(self, inputs: torch.Tensor | None) -> None:
-        """Finds out how many tokens the rows of this call of the model have, and how often each of them comes."""
-        self.tokens = 1 if inputs is None or inputs.dim() < 2 else inputs.shape[1]
-        if not self.is_mixed:
-            return
-        num_rows = len(self.batch.names)
-        found = num_rows if inputs is None else len(inputs)
-        self.repeats, rest = divmod(found, num_rows)
-        if rest or not (self.repeats == 1 or self.may_repeat):
-            raise _wrong_length(self.batch.names, found)
-
-    def names_for(self, module: nn.Module, x: Any) -> Sequence[str]:
-        """Returns what PEFT's layer is to take for the adapter of each row, or of each token in a flat batch."""
-        num_rows, each = len(self.batch.names), 1
-        if isinstance(x, torch.Tensor) and x.shape[0] != num_rows:
-            flat = x.dim() == 2 and x.shape[0] == num_rows * self.repeats * self.tokens
-            each = self.repeats * self.tokens if flat else self.repeats
-        names = self.batch.others.get(module)
-        if names is None:
-            return _NoAdapters(num_rows * each)
-        return [name for name in names for _ in range(each)]
-
-
-class _NoAdapters(Sequence[str]):
-    """The names of rows for which PEFT's layers have no adapter to compute; they need no more than the number."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __getitem__(self, index: Any) -> Any:
-        return BASE_ROWS
-
-
-def num_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-    """Returns the rows of a call's inputs; None where there are none to see."""
-    inputs = _first_input(args, kwargs, _INPUTS)
-    return None if inputs is None else len(inputs)
-
-
-def _first_input(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> torch.Tensor | None:
-    values = (*args[:1], *(kwargs.get(name) for name in names))
-    return next((value for value in values if isinstance(value, torch.Tensor)), None)
-
-
-def _wrong_length(names: Sequence[str], num_rows: int) -> ValueError:
-    return ValueError(
-        f"adapter_names has {len(names)} names, but the call has {num_rows} rows: pass one name for each row, "
-        f"{BASE_ROWS!r} for those without an adapter."
-    )
 
 
 def _is_alone(layer: Any, name: str) -> bool:

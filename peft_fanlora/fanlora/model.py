@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from ..tenants import ServesTenants, changing
-from .batches import Batches, num_inputs
+from .batches import Batches
 from .config import FanLoraConfig
 from .gates import InitialFactors, factors
 from .importance import METHODS, Method, score
@@ -103,9 +103,9 @@ class FanLoraModel(ServesTenants, LoraModel):
         with self.call_gate.passed(), super()._enable_peft_forward_hooks(*args, **kwargs):
             running: AbstractContextManager[None] = nullcontext()
             if names is not None:
-                running = self._batches.running(self.model, self.row_names(names), num_inputs(args, kwargs))
+                running = self._batches.running(self.model, self.row_names(names), args, kwargs)
             elif self._computes_with_one_adapter():
-                running = self._batches.running(self.model, self.active_adapters[0])
+                running = self._batches.running(self.model, self.active_adapters[0], args, kwargs)
             with running:
                 yield
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
-from operator import attrgetter, is_
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+
+class RowFinder(Protocol):
+    """Knows where a layer's input has the rows of the batch."""
+
+    def rows_of(self, layer: Any, x: torch.Tensor) -> int | list[int]:
+        """Returns the dimension of the rows, or the row of each entry of the first dimension."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +57,23 @@ class Slots:
 class AdapterStack:
     """The LoRA factors of a layer's adapters, one slot each; smaller ranks are filled up with zeros.
 
+    Args:
+        layer: the layer.
+        slots: how the rows of the batch are put into slots.
+        names: the adapter of each row.
+        rows_first: whether the layer is known to see (rows, …).
+
     Attributes:
         A: (slots, r, in), r the highest rank, times the adapter's α/r.
         B: (slots, r, out). This layout is the faster one for a single token.
     """
 
-    def __init__(self, layer: Any, slots: Slots, num_rows: int) -> None:
+    def __init__(self, layer: Any, slots: Slots, names: Sequence[str], rows_first: bool) -> None:
         self.layer = layer
         self.slots = slots
         self.adapters = slots.adapters
-        self.num_rows = num_rows
+        self.num_rows = len(names)
+        self.slot_of_row = [self.adapters.index(name) if name in self.adapters else None for name in names]
         factors = [_factors(layer, name) for name in self.adapters]
         rank = max(len(A) for A, _ in factors)
         scalings = torch.tensor([layer.scaling[name] for name in self.adapters], device=factors[0][0].device)
@@ -69,24 +81,31 @@ class AdapterStack:
         self.A = A * scalings.to(A.dtype).view(-1, 1, 1)
         self.B = torch.stack([_padded(B.T, rank) for _, B in factors])
         self.A_transposed = self.A.transpose(1, 2)
-        self.is_aligned = slots.rows is None and len(self.adapters) == num_rows
+        self.is_aligned = rows_first and slots.rows is None and len(self.adapters) == self.num_rows
 
-    def write(self, slot: int) -> None:
-        """Copies an adapter's weights into its slot once more."""
-        name = self.adapters[slot]
-        A, B = _factors(self.layer, name)
-        self.A[slot, : len(A)] = A * self.layer.scaling[name]
-        self.B[slot, : len(A)] = B.T
-
-    def add_to(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def add_to(self, result: torch.Tensor, x: torch.Tensor, run: RowFinder) -> torch.Tensor:
         """Returns y_b + s_t B_t A_t x_b for each row b with an adapter t, in place where no gradient is asked for.
 
         Args:
             result: y, (rows, …, out).
-            x: (rows, …, in). Either has the batch's rows, each as often as `generate` repeated it.
+            x: (rows, …, in). Either has the batch's rows, each as often as the call repeats it, in the dimension that
+                `run` finds.
+            run: the call.
+
+        Raises:
+            ValueError: it is not certain where x has the rows.
         """
         if self.is_aligned and x.dim() == 3 and x.shape[0] == self.num_rows and _fit_in_place(result, x, self.A):
             return result.baddbmm_(torch.bmm(x, self.A_transposed), self.B)
+        rows = run.rows_of(self.layer, x)
+        if isinstance(rows, list):
+            return self._add_to_items(result, x, rows)
+        if rows == 1:
+            return self._add_to_rows(result.transpose(0, 1), x.transpose(0, 1)).transpose(0, 1)
+        return self._add_to_rows(result, x)
+
+    def _add_to_rows(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Does it where the rows are the first dimension."""
         slots = self.slots
         per_row = x.to(self.A.device, self.A.dtype).reshape(self.num_rows, -1, x.shape[-1])
         per_place = per_row if slots.padded is None else per_row[slots.padded]
@@ -94,7 +113,7 @@ class AdapterStack:
         delta = torch.bmm(hidden, self.B).to(result.device, result.dtype)
         in_place = not torch.is_grad_enabled() and result.is_contiguous()
         if slots.rows is None or slots.places is None:
-            delta = delta.view_as(result)
+            delta = delta.reshape(result.shape)
             return result.add_(delta) if in_place else result + delta
         rows, places = slots.rows.to(result.device), slots.places.to(result.device)
         target = result.reshape(self.num_rows, -1, result.shape[-1])
@@ -104,99 +123,47 @@ class AdapterStack:
             return result
         return target.index_add(0, rows, delta).view_as(result)
 
+    def _add_to_items(self, result: torch.Tensor, x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Does it where the first dimension is images or sounds, of which each belongs to a row."""
+        slots = [self.slot_of_row[row] for row in rows]
+        items = torch.tensor([item for item, slot in enumerate(slots) if slot is not None], device=self.A.device)
+        chosen = torch.tensor([slot for slot in slots if slot is not None], device=self.A.device)
+        per_item = x.to(self.A.device, self.A.dtype)[items].flatten(1, -2)
+        delta = torch.bmm(torch.bmm(per_item, self.A_transposed[chosen]), self.B[chosen])
+        delta = delta.to(result.device, result.dtype).reshape(len(items), *result.shape[1:])
+        return result.index_add(0, items.to(result.device), delta)
+
 
 class SharedAdapter:
     """The LoRA factors of the one adapter that all rows of a layer have, as views on its own weights.
 
     Next to the weights of a base model, which fill the processor's caches at each token, every Python object that a layer
-    looks at is slow to come by: so this keeps at hand what a call needs, and `Sources` tells whether it still holds.
+    looks at is slow to come by: so this keeps at hand what a call needs.
     """
 
     def __init__(self, layer: Any, name: str) -> None:
         self.layer = layer
-        self.adapters = (name,)
+        self.name = name
         A, B = _factors(layer, name)
         self.A, self.B = A.detach().t(), B.detach().t()
         self.num_in, self.num_out = A.shape[1], B.shape[0]
         self.scaling = layer.scaling[name]
 
-    def write(self, slot: int) -> None:
-        """Does nothing, as views see what is written to the weights."""
-
-    def add_to(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def add_to(self, result: torch.Tensor, x: torch.Tensor, run: RowFinder) -> torch.Tensor:
         """Returns y + s B A x, in place where no gradient is asked for.
 
         Args:
             result: y, (…, out).
             x: (…, in).
+            run: the call, whose rows make no difference here.
         """
         if _fit_in_place(result, x, self.A) and result.is_contiguous():
             hidden = x.reshape(-1, self.num_in) @ self.A
             result.view(-1, self.num_out).addmm_(hidden, self.B, alpha=self.scaling)
             return result
-        A, B = _factors(self.layer, *self.adapters)
+        A, B = _factors(self.layer, self.name)
         delta = F.linear(F.linear(x.to(A.device, A.dtype), A), B) * self.scaling
         return result + delta.to(result.device, result.dtype)
-
-
-class Sources:
-    """What stacks were made from, and how to tell whether that is still so.
-
-    A frozen weight is the same as before if it is the same tensor at the same address, and nobody wrote to it by an
-    operation that PyTorch counts. Trainable weights are copied at each call, because some optimizers write past that
-    count. All of it is kept in flat lists, which are quick to look over.
-    """
-
-    def __init__(self, stacks: list[AdapterStack | SharedAdapter]) -> None:
-        slots = [(stack, slot) for stack in stacks for slot in range(len(stack.adapters))]
-        layers: list[Any] = [stack.layer for stack, _ in slots]
-        self.slots = slots
-        self.names = [stack.adapters[slot] for stack, slot in slots]
-        self.layers = layers
-        self.scalings = self._scalings()
-        self.variants_of = [layer.lora_variant for layer in layers]
-        dropouts = (layer.lora_dropout[name] for layer, name in zip(layers, self.names, strict=True))
-        self.dropouts = [dropout for dropout in dropouts if not isinstance(dropout, nn.Identity)]
-
-        self.linears_of = [part._modules for layer in layers for part in (layer.lora_A, layer.lora_B)]
-        self.linear_names = [name for name in self.names for _ in range(2)]
-        self.linears: list[Any] = list(map(dict.get, self.linears_of, self.linear_names))
-        self.hooks = [hooks for linear in self.linears for hooks in (linear._forward_hooks, linear._forward_pre_hooks)]
-        self.weights_of = [linear._parameters for linear in self.linears]
-        self.weights = [weights["weight"] for weights in self.weights_of]
-        self.addresses = list(map(torch.Tensor.data_ptr, self.weights))
-        self.countable = not any(map(torch.Tensor.is_inference, self.weights))
-        self.versions = self._versions()
-
-    def _scalings(self) -> list[float]:
-        return [layer.scaling.get(name) for layer, name in zip(self.layers, self.names, strict=True)]
-
-    def _versions(self) -> list[int]:
-        return list(map(attrgetter("_version"), self.weights)) if self.countable else []
-
-    def refresh(self) -> bool:
-        trainable = list(map(attrgetter("requires_grad"), self.weights))
-        same = (
-            self.countable
-            and not (torch.is_grad_enabled() and any(trainable))  # their stacks need a graph
-            and all(map(is_, map(dict.get, self.linears_of, self.linear_names), self.linears))
-            and all(map(is_, map(dict.get, self.weights_of, repeat("weight")), self.weights))
-            and list(map(torch.Tensor.data_ptr, self.weights)) == self.addresses
-            and self._scalings() == self.scalings
-            and not any(self.hooks)
-            and not any(map(dict.__contains__, self.variants_of, self.names))
-            and not any(map(attrgetter("training"), self.dropouts))
-        )
-        if not same:
-            return False
-        before, self.versions = self.versions, self._versions()
-        if self.versions != before or any(trainable):
-            stale = [new or old != now for new, old, now in zip(trainable, before, self.versions, strict=True)]
-            with torch.no_grad():
-                for (stack, slot), A_stale, B_stale in zip(self.slots, stale[::2], stale[1::2], strict=True):
-                    if A_stale or B_stale:
-                        stack.write(slot)
-        return True
 
 
 def _factors(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,288 @@
+"""Mixed batches in layers that do not see (rows, tokens, features): each row is what its adapter alone gives, or refused."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, get_peft_model
+from tiny_models import VOCAB, randomize
+from torch import nn
+
+from peft_fanlora import FanLoraConfig
+
+
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+LONGFORMER = tf.LongformerConfig(**SMALL, attention_window=4, max_position_embeddings=70, pad_token_id=1)
+LED = tf.LEDConfig(
+    vocab_size=VOCAB,
+    d_model=16,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=24,
+    decoder_ffn_dim=24,
+    attention_window=4,
+    max_encoder_position_embeddings=64,
+    max_decoder_position_embeddings=64,
+)
+SWITCH = tf.SwitchTransformersConfig(
+    vocab_size=VOCAB,
+    d_model=16,
+    d_kv=4,
+    d_ff=24,
+    num_layers=2,
+    num_decoder_layers=2,
+    num_heads=4,
+    num_experts=4,
+    num_sparse_encoder_layers=1,
+    num_sparse_decoder_layers=1,
+    decoder_start_token_id=0,
+)
+DEBERTA = tf.DebertaV2Config(
+    **SMALL, relative_attention=True, pos_att_type=["c2p", "p2c"], share_att_key=True, position_buckets=4
+)
+TEXT = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 64}
+MOE = tf.Qwen2MoeConfig(
+    **TEXT, num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts_per_tok=2
+)
+IMAGE, IMAGE_TOKENS = 62, 4
+GEMMA3 = tf.Gemma3Config(
+    text_config={**TEXT, "head_dim": 4, "sliding_window": 16},
+    vision_config={**SMALL, "image_size": 16, "patch_size": 4},
+    mm_tokens_per_image=IMAGE_TOKENS,
+    image_token_index=IMAGE,
+    boi_token_index=61,
+    eoi_token_index=60,
+)
+QWEN2_AUDIO = tf.Qwen2AudioConfig(
+    audio_config={"d_model": 16, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 24}
+    | {"num_mel_bins": 8, "max_source_positions": 8},
+    text_config={"model_type": "qwen2", **TEXT},
+    audio_token_index=IMAGE,
+)
+
+
+def adapted(model: nn.Module, **config: Any) -> PeftModel:
+    """Two adapters that change the output."""
+    peft_model = get_peft_model(model.eval(), FanLoraConfig(r=4, **config))
+    peft_model.add_adapter("two", FanLoraConfig(r=2, **config))
+    randomize(peft_model, std=0.3)
+    return peft_model.eval()
+
+
+def made(model_class: type, config: Any, **options: Any) -> PeftModel:
+    torch.manual_seed(0)
+    return adapted(model_class(config), **options)
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 50, shape, generator=torch.Generator().manual_seed(0))
+
+
+def first_output(model: PeftModel, batch: dict[str, Any]) -> torch.Tensor:
+    output = model(**batch)
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def check(model: PeftModel, batch: dict[str, Any], alone: list[dict[str, Any]]) -> None:
+    """Compares each row of a mixed batch with what PEFT's own path gives for it alone."""
+    names = (["default", "two"] * len(alone))[: len(alone)]
+    with torch.no_grad():
+        mixed = first_output(model, {**batch, "adapter_names": names})
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        with torch.enable_grad():  # PEFT's own path
+            expected = first_output(model, alone[row])[0].detach()
+        assert (mixed[row] - expected).abs().max() < 1e-5 * max(1, expected.abs().max()), (row, name)
+
+
+def by_row(batch: dict[str, Any], rows: int) -> list[dict[str, Any]]:
+    return [{name: value[row : row + 1] for name, value in batch.items()} for row in range(rows)]
+
+
+@pytest.mark.parametrize("rows, tokens", [(2, 7), (4, 4), (8, 8), (4, 8), (8, 7)])
+@pytest.mark.parametrize("architecture", ["longformer", "led", "xlnet", "qwen2_moe"])
+def test_rows_are_found_whatever_the_order_of_dimensions(architecture: str, rows: int, tokens: int) -> None:
+    """Longformer, LED's encoder and XLNet put the tokens first, shared experts see (rows · tokens, features)."""
+    model = {
+        "longformer": lambda: made(tf.LongformerForMaskedLM, LONGFORMER),
+        "led": lambda: made(tf.LEDForConditionalGeneration, LED, task_type="SEQ_2_SEQ_LM"),
+        "xlnet": lambda: made(
+            tf.XLNetLMHeadModel, tf.XLNetConfig(vocab_size=VOCAB, d_model=16, n_layer=2, n_head=4, d_inner=24)
+        ),
+        "qwen2_moe": lambda: made(tf.Qwen2MoeForCausalLM, MOE, task_type="CAUSAL_LM"),
+    }[architecture]()
+    batch = {"input_ids": ids(rows, tokens)}
+    if architecture == "led":
+        batch["decoder_input_ids"] = ids(rows, 5)
+    check(model, batch, by_row(batch, rows))
+
+
+@pytest.mark.parametrize("model_class, config", [(tf.LongformerForMaskedLM, LONGFORMER), (tf.LEDModel, LED)])
+def test_global_tokens(model_class: type, config: Any) -> None:
+    model = made(model_class, config)
+    batch = {"input_ids": ids(4, 8), "global_attention_mask": torch.zeros(4, 8, dtype=torch.long)}
+    batch["global_attention_mask"][:, 0] = 1
+    if model_class is tf.LEDModel:
+        batch["decoder_input_ids"] = ids(4, 5)
+    check(model, batch, by_row(batch, 4))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_generation_of_an_encoder_that_puts_the_tokens_first(options: dict[str, Any]) -> None:
+    model = made(tf.LEDForConditionalGeneration, LED, task_type="SEQ_2_SEQ_LM")
+    options = {**options, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    batch = ids(2, 7)
+    mixed = model.generate(input_ids=batch, adapter_names=["default", "two"], **options)
+    for row, name in enumerate(["default", "two"]):
+        model.set_adapter(name)
+        assert mixed.chunk(2)[row].equal(model.generate(input_ids=batch[row : row + 1], **options))
+
+
+@pytest.mark.parametrize("rows, choices, tokens", [(2, 3, 7), (2, 2, 2)])
+def test_multiple_choice(rows: int, choices: int, tokens: int) -> None:
+    model = made(tf.BertForMultipleChoice, tf.BertConfig(**SMALL))
+    batch = {"input_ids": ids(rows, choices, tokens)}
+    check(model, batch, by_row(batch, rows))
+
+
+def with_items(items: list[int], shape: tuple[int, ...], name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns a batch whose rows have so many images or sounds each, and each row alone."""
+    text = ids(len(items), 14)
+    for row, number in enumerate(items):
+        text[row, 1 : 1 + IMAGE_TOKENS * number] = IMAGE
+    features = torch.randn(sum(items), *shape, generator=torch.Generator().manual_seed(0))
+    batch: dict[str, Any] = {"input_ids": text, "attention_mask": torch.ones_like(text), name: features}
+    own = list(features.split(items))
+    alone = [
+        {**row, name: own[index]} if items[index] else row
+        for index, row in enumerate(by_row({key: batch[key] for key in ("input_ids", "attention_mask")}, len(items)))
+    ]
+    for call in (batch, *alone):
+        if name == "input_features" and name in call:
+            call["feature_attention_mask"] = torch.ones(len(call[name]), 16, dtype=torch.long)
+        elif name == "pixel_values":
+            call["token_type_ids"] = (call["input_ids"] == IMAGE).long()
+    return batch, alone
+
+
+@pytest.mark.parametrize("items", [[1, 1], [2, 1], [2, 0], [0, 2], [1, 2, 1]])
+@pytest.mark.parametrize("target_modules", ["all-linear", r".*language_model.*(q_proj|up_proj)"])
+def test_images_go_with_their_rows(items: list[int], target_modules: str) -> None:
+    """Two rows with three images were taken for three rows, and two images in one row for one in each."""
+    model = made(tf.Gemma3ForConditionalGeneration, GEMMA3, task_type="CAUSAL_LM", target_modules=target_modules)
+    check(model, *with_items(items, (3, 16, 16), "pixel_values"))
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_images_in_generate(num_beams: int) -> None:
+    model = made(tf.Gemma3ForConditionalGeneration, GEMMA3, task_type="CAUSAL_LM")
+    batch, alone = with_items([2, 1], (3, 16, 16), "pixel_values")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": num_beams}
+    mixed = model.generate(**batch, adapter_names=["default", "two"], **options)
+    for row, name in enumerate(["default", "two"]):
+        model.set_adapter(name)
+        assert mixed[row].equal(model.generate(**alone[row], **options)[0])
+
+
+@pytest.mark.parametrize("items", [[1, 1], [2, 1], [2, 0]])
+def test_sounds_go_with_their_rows(items: list[int]) -> None:
+    model = made(tf.Qwen2AudioForConditionalGeneration, QWEN2_AUDIO, task_type="CAUSAL_LM")
+    check(model, *with_items(items, (8, 16), "input_features"))
+
+
+def test_images_of_uncertain_rows_are_refused() -> None:
+    model = made(tf.Gemma3ForConditionalGeneration, GEMMA3, task_type="CAUSAL_LM")
+    batch, _ = with_items([2, 1], (3, 16, 16), "pixel_values")
+    batch["input_ids"][0, 8] = 5  # seven places for two images, and four for one
+    with torch.no_grad(), pytest.raises(ValueError, match=r"not certain to which of them the input of .*vision_tower"):
+        model(**batch, adapter_names=["default", "two"])
+
+
+class Experts(nn.Module):
+    """A mixture whose experts are modules: each sees the tokens that are sent to it, in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.out = nn.Linear(8, 8)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        tokens = hidden.reshape(-1, 8)
+        chosen = self.gate(tokens).topk(2, -1).indices
+        mixed = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            _, sent = torch.where((chosen == index).T)
+            mixed.index_add_(0, sent, expert(tokens[sent]))
+        return hidden + self.out(mixed.view_as(hidden))
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Experts() for _ in range(2))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("rows, tokens", [(2, 3), (4, 1), (2, 2), (8, 1)])
+def test_experts_are_refused_and_what_is_around_them_is_not(rows: int, tokens: int) -> None:
+    """An expert that happens to see as many tokens as there are rows took the first for the first row's."""
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, tokens, 8)
+    everything = adapted(Mixture(), target_modules=r".*\.(experts\.\d|out)")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"not certain .* layers\.0\.experts\.\d+ belongs"):
+        everything(hidden, adapter_names=["default", "two"] * (rows // 2))
+    around = adapted(Mixture(), target_modules=["gate", "out"])
+    check(around, {"hidden": hidden}, by_row({"hidden": hidden}, rows))
+
+
+def test_experts_of_a_pretrained_model_are_refused() -> None:
+    batch = {"input_ids": ids(2, 7), "decoder_input_ids": ids(2, 5)}
+    model = made(tf.SwitchTransformersForConditionalGeneration, SWITCH, task_type="SEQ_2_SEQ_LM")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"not certain .*expert_\d\.wi belongs"):
+        model(**batch, adapter_names=["default", "two"])
+    attention = made(
+        tf.SwitchTransformersForConditionalGeneration, SWITCH, task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"]
+    )
+    check(attention, batch, by_row(batch, 2))
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_what_all_rows_share_is_refused(rows: int) -> None:
+    """DeBERTa sends its relative positions through the query projection; eight rows are as many as there are positions."""
+    batch = {"input_ids": ids(rows, 7)}
+    names = ["default", "two"] * (rows // 2)
+    model = made(tf.DebertaV2ForSequenceClassification, DEBERTA)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"not certain .*query_proj belongs"):
+        model(**batch, adapter_names=names)
+    values = made(tf.DebertaV2ForSequenceClassification, DEBERTA, target_modules=["value_proj", "dense"])
+    check(values, batch, by_row(batch, rows))
+
+
+def test_rows_doubled_for_guidance_are_refused() -> None:
+    """Guidance inside of a model repeats the batch as a whole, and not row by row as beams do."""
+    config = tf.LlamaConfig(**TEXT, pad_token_id=0)
+    model = made(tf.LlamaForCausalLM, config, task_type="CAUSAL_LM")
+    base = model.base_model.model
+    prepare = base.prepare_inputs_for_generation
+
+    def doubled(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = prepare(*args, **kwargs)
+        return {name: torch.cat([value] * 2) if name == "input_ids" else value for name, value in inputs.items()}
+
+    base.prepare_inputs_for_generation = doubled
+    with pytest.raises(ValueError, match="2 names, but the call has 4 rows"):
+        model.generate(input_ids=ids(2, 5), adapter_names=["default", "two"], max_new_tokens=2)

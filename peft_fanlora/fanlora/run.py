@@ -1,0 +1,125 @@
+"""One call of a model with a batch: which rows its layers see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from ..serving.call import row_of_each_item, rows_and_tokens
+from ..tenants import BASE_ROWS
+
+
+if TYPE_CHECKING:
+    from .batches import Batch
+
+
+class Run:
+    """One call with a batch.
+
+    Args:
+        batch: its adapters, stacked.
+        model: the adapted model.
+        named: the arguments of the model's forward or of `generate`, as far as they are known.
+        is_checked: whether the stacks are known to be what the adapters' weights are now.
+    """
+
+    def __init__(self, batch: Batch, model: nn.Module, named: dict[str, Any], is_checked: bool) -> None:
+        self.batch = batch
+        self.model = model
+        self.expansion = _expansion(model, named)
+        self.is_mixed = not isinstance(batch.names, str)
+        self.is_checked = is_checked
+        self.repeats = 1
+        self.tokens: int | None = None
+        self.items = row_of_each_item(model, named, len(batch.names))  # `generate` encodes images by itself
+
+    def begin_call_of_model(self, named: dict[str, Any]) -> None:
+        """Finds out which rows this call of the model has.
+
+        Raises:
+            ValueError: they are not those that there are names for.
+        """
+        found, self.tokens = rows_and_tokens(self.model, named)
+        if not self.is_mixed:
+            return
+        num_rows = len(self.batch.names)
+        found = num_rows if found is None else found
+        self.repeats = found // num_rows
+        if found not in (num_rows, num_rows * self.expansion):
+            raise ValueError(
+                f"adapter_names has {num_rows} names, but the call has {found} rows: pass one name for each row, "
+                f"{BASE_ROWS!r} for those without an adapter."
+            )
+        choices = named.get("input_ids")
+        if isinstance(choices, torch.Tensor) and choices.dim() == 3:  # of multiple choice, which become rows
+            self.repeats *= choices.shape[1]
+        self.items = row_of_each_item(self.model, named, num_rows * self.repeats)
+
+    def rows_of(self, layer: Any, x: torch.Tensor) -> int | list[int]:
+        """Returns the dimension of a layer's input that has the rows, or the row of each image or sound.
+
+        Raises:
+            ValueError: neither is certain.
+        """
+        rows = len(self.batch.names) * self.repeats
+        dimension = self.batch.places.dimension(layer, x.shape, rows, self.tokens)
+        if dimension is not None:
+            return dimension
+        items = self.items.get(len(x)) if x.dim() > 2 and x.shape[1] != len(x) else None
+        if items is not None:
+            return [row // self.repeats for row in items]
+        name = next((name for name, module in self.model.named_modules() if module is layer), type(layer).__name__)
+        raise ValueError(
+            f"adapter_names mixes adapters in a call of {rows} rows, but it is not certain to which of them the input of "
+            f"{name} belongs, which has the shape {tuple(x.shape)}: experts see some of the tokens, vision towers see "
+            "images, and some layers see what all rows share. Leave such layers out of target_modules, or run the rows "
+            "of each adapter in a call of their own."
+        )
+
+    def names_for(self, module: nn.Module, x: Any) -> Sequence[str]:
+        """Returns what PEFT's layer is to take for the adapter of each entry of its input's first dimension."""
+        names = self.batch.others.get(module)
+        if names is None or not isinstance(x, torch.Tensor):
+            return NoAdapters(len(x) if isinstance(x, torch.Tensor) else len(self.batch.names))
+        if len(set(names)) == 1:
+            return names[:1] * len(x)
+        rows = self.rows_of(module, x)
+        if isinstance(rows, list):
+            return [names[row] for row in rows]
+        if rows == 1:
+            raise ValueError(
+                f"{type(module).__name__} has tokens in its first dimension and rows in its second, where PEFT cannot mix "
+                "adapters other than plain LoRA: run the rows of each adapter in a call of their own."
+            )
+        return [name for name in names for _ in range(len(x) // len(names))]
+
+
+class NoAdapters(Sequence[str]):
+    """The names of rows for which PEFT's layers have no adapter to compute; they need no more than the number."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __getitem__(self, index: Any) -> Any:
+        return BASE_ROWS
+
+
+def _expansion(model: Any, named: Mapping[str, Any]) -> int:
+    """Returns how often `generate` repeats each row."""
+    given = next((value for value in named.values() if isinstance(value, GenerationConfig)), None)
+    configs = given, getattr(model, "generation_config", None)
+    numbers = []
+    for name in ("num_beams", "num_return_sequences"):
+        values = (named.get(name), *(getattr(config, name, None) for config in configs))
+        numbers.append(next((value for value in values if value is not None), 1))
+    return max(numbers)

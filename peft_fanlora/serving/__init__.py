@@ -1,0 +1,1 @@
+"""What both methods do to serve many tenants at once."""

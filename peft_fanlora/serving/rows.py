@@ -1,0 +1,226 @@
+"""Finds the rows of a batch in the inputs of a model's layers.
+
+Most layers see (rows, tokens, features), but not all: Longformer, LED and XLNet put the tokens first, experts see some of
+the tokens in an order of their own, vision towers see images, and relative positions are the same for all rows. Shapes do
+not tell these apart, since the number of rows may equal any other number. So a model is run twice on a few made-up rows,
+the second time in reverse order: where a layer's input comes out in reverse along a dimension, that dimension holds the
+rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .call import rows_and_tokens
+
+
+logger = logging.get_logger(__name__)
+
+_ROWS, _TOKENS = 3, 7  # of the made-up batch
+
+
+class Place(NamedTuple):
+    """Where a layer's input has the rows of the batch.
+
+    Attributes:
+        dimension: 0 or 1. Where it is 0, a row may have several entries, side by side.
+        is_flat: whether the input is (rows · tokens, features).
+    """
+
+    dimension: int
+    is_flat: bool = False
+
+
+class RowPlaces:
+    """Where each layer of a model sees the rows of a batch."""
+
+    def __init__(self) -> None:
+        self._measured: weakref.WeakKeyDictionary[nn.Module, Place | None] = weakref.WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # a copied model has layers of its own
+
+    def measure(self, model: nn.Module, layers: Collection[nn.Module], inputs: Mapping[str, Any]) -> None:
+        """Looks at those layers that were not looked at before; what cannot run on made-up rows is left as it is.
+
+        Args:
+            model: the adapted model; as it runs here, no adapter may tell the rows apart by anything but their content.
+            layers: the layers.
+            inputs: the arguments of the call that asks, by name, as an example for inputs that are not text.
+        """
+        new = [layer for layer in layers if layer not in self._measured]
+        if not new or torch.compiler.is_compiling():
+            return
+        try:
+            self._measured.update(_measured(model, new, inputs))
+        except Exception as error:
+            logger.debug("%s cannot run on made-up rows: %r", type(model).__name__, error)
+
+    def is_rows_first(self, layer: nn.Module) -> bool:
+        """Whether a layer is known to see (rows, …)."""
+        return self._measured.get(layer) == Place(0)
+
+    def dimension(self, layer: nn.Module, shape: torch.Size, rows: int, tokens: int | None) -> int | None:
+        """Returns the dimension of a layer's input that holds the rows; None where that is not certain.
+
+        Args:
+            layer: the layer.
+            shape: the shape of its input.
+            rows: the rows of the call.
+            tokens: the tokens of each row; None where that is unknown.
+        """
+        if layer not in self._measured:
+            return _by_shape(shape, rows, tokens)
+        place = self._measured[layer]
+        if place is None:
+            return None
+        if place.dimension == 1:
+            return 1 if len(shape) > 2 and shape[1] == rows else None
+        fits = shape[0] % rows == 0 if place.is_flat or len(shape) > 2 else shape[0] == rows
+        return 0 if fits else None
+
+
+def _by_shape(shape: torch.Size, rows: int, tokens: int | None) -> int | None:
+    """Returns the dimension of the rows where a shape leaves no other choice."""
+    if len(shape) < 3:
+        return 0 if shape[0] in (rows, rows * (tokens or 1)) else None
+    if shape[0] == rows and (shape[1] != rows or rows == 1):
+        return 0
+    return 1 if shape[1] == rows and shape[0] != rows and shape[0] >= (tokens or 1) else None
+
+
+def _measured(model: nn.Module, layers: list[nn.Module], inputs: Mapping[str, Any]) -> dict[nn.Module, Place | None]:
+    """Runs the model on made-up rows in order and in reverse, and compares what each layer sees."""
+    batch = _made_up(model, inputs)
+    with _undisturbed(model):
+        seen, seen_in_reverse = (
+            _inputs_of(layers, model, rows) for rows in (batch, {name: value.flip(0) for name, value in batch.items()})
+        )
+    names = {module: name for name, module in model.named_modules()}
+    _, tokens = rows_and_tokens(model, batch)
+    places = {}
+    for layer in layers:
+        pairs = zip(seen[layer], seen_in_reverse[layer], strict=False)
+        depth = containers(model, names[layer])
+        found = {_place(ordered, reverse, tokens, depth) for ordered, reverse in pairs}
+        is_certain = len(found) == 1 and len(seen[layer]) == len(seen_in_reverse[layer])
+        places[layer] = found.pop() if is_certain else None
+    return places
+
+
+def _made_up(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns the main input of some rows, and the decoder's where there is one."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = inspect.signature(model.forward).parameters
+    is_text = (
+        isinstance(model, PreTrainedModel) and "input_ids" in parameters and model.main_input_name != "input_values"
+    )
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    device = next((value.device for value in tensors.values()), next(model.parameters()).device)
+    made = {}
+    if is_text:
+        made["input_ids"] = _made_up_ids(model, generator)
+    else:
+        main = getattr(model, "main_input_name", None)
+        name = main if main in tensors else next(iter(tensors))
+        example = tensors[name].cpu()
+        shape = (_ROWS, *example.shape[1:])
+        if example.is_floating_point():
+            made[name] = torch.randn(shape, generator=generator).to(example.dtype)
+        else:
+            made[name] = example.flatten()[torch.randint(example.numel(), shape, generator=generator)]
+    if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder and "decoder_input_ids" in parameters:
+        made["decoder_input_ids"] = _made_up_ids(model, generator)
+    if "global_attention_mask" in parameters:  # without global tokens, the layers for these do not run
+        made["global_attention_mask"] = torch.zeros(_ROWS, _TOKENS, dtype=torch.long)
+        made["global_attention_mask"][:, 0] = 1
+    return {name: value.to(device) for name, value in made.items()}
+
+
+def _made_up_ids(model: Any, generator: torch.Generator) -> torch.Tensor:
+    """Returns text without special tokens but an end, which some classifiers look for."""
+    config = model.config.get_text_config()
+    special = {
+        value
+        for part in (model.config, config)
+        for name, value in part.to_dict().items()
+        if name.endswith(("token_id", "token_index")) and isinstance(value, int)
+    }
+    embeddings: Any = model.get_input_embeddings()
+    ordinary = torch.tensor([token for token in range(len(embeddings.weight)) if token not in special])
+    ids = ordinary[torch.randint(len(ordinary), (_ROWS, _TOKENS), generator=generator)]
+    if isinstance(config.eos_token_id, int):
+        ids[:, -1] = config.eos_token_id
+    return ids
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; training flags and random state are as before afterwards."""
+    training = [module for module in model.modules() if module.training]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _inputs_of(
+    layers: list[nn.Module], model: nn.Module, batch: Mapping[str, torch.Tensor]
+) -> dict[nn.Module, list[torch.Tensor]]:
+    """Returns what each layer sees in a call; another thread's calls do not count."""
+    seen: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in layers}
+    own = threading.get_ident()
+
+    def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if threading.get_ident() == own and isinstance(x, torch.Tensor):
+            seen[layer].append(x.detach().float() if x.is_floating_point() else x.unsqueeze(-1).float())
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
+        model(**batch)
+    return seen
+
+
+def containers(model: nn.Module, name: str) -> int:
+    """Returns how many lists a module is in: blocks are in one, and experts in the blocks' and in their own."""
+    parts = name.split(".")
+    parents = (model.get_submodule(".".join(parts[:length])) for length in range(len(parts)))
+    return sum(isinstance(parent, (nn.ModuleList, nn.ModuleDict)) for parent in parents)
+
+
+def _place(ordered: torch.Tensor, reverse: torch.Tensor, tokens: int | None, depth: int) -> Place | None:
+    """Returns where an input has the rows, given the same input for the rows in reverse."""
+    if ordered.shape != reverse.shape or ordered.dim() < 2:
+        return None
+    if len(ordered) % _ROWS == 0:
+        per_row = ordered.reshape(_ROWS, -1, *ordered.shape[1:])
+        if _are_equal(per_row.flip(0), reverse.reshape(per_row.shape)) and not _are_equal(per_row, per_row.flip(0)):
+            if ordered.dim() > 2:
+                return Place(0)
+            # A list of tokens, or of rows, may be some of them in an order of their own: an expert's always, in a block
+            # whatever has not all of them.
+            is_flat = per_row.shape[1] == tokens
+            return Place(0, is_flat) if depth < 1 or (is_flat and depth < 2) else None
+    is_second = ordered.dim() > 2 and ordered.shape[1] == _ROWS and _are_equal(ordered.flip(1), reverse)
+    return Place(1) if is_second and not _are_equal(ordered, reverse) else None
+
+
+def _are_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return bool((first - second).abs().max() <= 1e-2 * first.abs().max())
