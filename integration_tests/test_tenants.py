@@ -190,7 +190,7 @@ def test_loading_waits_for_the_calls_of_other_threads(saved: Path) -> None:
     assert order == ["call", "load"]
     handle.remove()
     model.base_model.model.register_forward_pre_hook(lambda *_: load_tenant(model, saved, "inner"))
-    with pytest.raises(RuntimeError, match="add and delete them between calls"):
+    with pytest.raises(RuntimeError, match="change them between calls"):
         logits(model, {"input_ids": ids})
 
 

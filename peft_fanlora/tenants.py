@@ -108,57 +108,62 @@ def changing(gate: CallGate, model: nn.Module, adapter_name: str) -> Iterator[No
 
 
 class CallGate:
-    """Keeps calls of a model and changes of its tenants apart."""
+    """Keeps calls of a model and changes of it apart."""
 
     def __init__(self) -> None:
         self._calls = 0
         self._closers = 0
         self._condition = threading.Condition()
-        self._own = _OwnCalls()
+        self._own = _Own()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()  # calls of a model are none of its copy
+        return type(self), ()  # calls of a model are not calls of its copy
 
     @contextmanager
     def passed(self) -> Iterator[None]:
-        """For the length of a call; calls do not keep each other out."""
-        if self._own.depth == 0:
+        """For the length of a call; calls do not keep each other out, nor does a change that the thread itself makes."""
+        is_outermost = not (self._own.calls or self._own.changes)
+        if is_outermost:
             with self._condition:
                 self._condition.wait_for(lambda: not self._closers)
                 self._calls += 1
-        self._own.depth += 1
+        self._own.calls += 1
         try:
             yield
         finally:
-            self._own.depth -= 1
-            if self._own.depth == 0:
+            self._own.calls -= 1
+            if is_outermost:
                 with self._condition:
                     self._calls -= 1
                     self._condition.notify_all()
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """For the length of a change: begins when no call is running, and lets none begin.
+        """For the length of a change: begins when no call is running, and lets none begin but the thread's own.
 
         Raises:
             RuntimeError: this thread is inside of a call.
         """
-        if self._own.depth:
+        if self._own.calls:
             raise RuntimeError(
-                "Adapters cannot come or go in the middle of a call of the model: add and delete them between calls."
+                "The model is in the middle of a call, during which adapters cannot come, go or be pruned: change them "
+                "between calls."
             )
         with self._condition:
             self._closers += 1
+            self._own.changes += 1
             try:
                 self._condition.wait_for(lambda: self._calls == 0)
                 yield
             finally:
+                self._own.changes -= 1
                 self._closers -= 1
                 self._condition.notify_all()
 
 
-class _OwnCalls(threading.local):
-    depth = 0
+class _Own(threading.local):
+    calls = 0
+    changes = 0
 
 
 @contextmanager

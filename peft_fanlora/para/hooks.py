@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..tenants import adapted_modules
 from .prompt import Inputs, Prompt, attended_tokens, causal_prompt, whole_input
 from .state import CachedVectors, Generation, ParaState, PromptPass
 from .wrappers import (
@@ -144,7 +145,7 @@ class CallHooks:
     def _open(self, module: nn.Module, named: dict[str, Any], prompt_mask: torch.Tensor | None) -> PromptPass:
         rows = self.state.current.rows
         adapters = self.state.active_adapters()
-        if not adapters:
+        if not adapters or self.state.current.measuring:
             return PromptPass()
         if rows is not None:
             adapters = tuple(dict.fromkeys(rows))
@@ -238,6 +239,8 @@ class CallHooks:
             memory = memory[0]
         if memory is not None and self.has_encoder_and_decoder:
             batch, tokens = memory.shape[:2]
+        if batch is not None and batch > 1 and (rows is not None or batch in (tokens, _token_shape(named)[1])):
+            self._find_rows(named)
         if batch is None or tokens is None:
             prompts = dict.fromkeys(ends, Prompt(None))
         else:
@@ -249,6 +252,15 @@ class CallHooks:
         segments = next((prompt.segments for prompt in prompts.values()), None)
         rows = None if rows is None else self._rows_for(rows, _num_rows(named) if batch is None else batch)
         return PromptPass(adapters, rows, prompts, batch, tokens=tokens, segments=segments, memory=memory)
+
+    def _find_rows(self, named: dict[str, Any]) -> None:
+        """Finds out where the layers see the rows, where the shape of their inputs may leave that open."""
+        current = self.state.current
+        current.measuring = True
+        try:
+            self.state.places.measure(self.model, list(adapted_modules(self.model)), named)
+        finally:
+            current.measuring = False
 
     def _inputs(
         self,

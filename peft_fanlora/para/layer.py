@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..serving.layers import is_observed
 from .config import ParaConfig
 from .generator import VectorGenerator
 from .state import ParaState, PromptPass
@@ -39,15 +40,16 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return shape  # type: ignore[return-value]
 
 
-def scale(result: torch.Tensor, vector: torch.Tensor, segments: torch.Tensor | None = None) -> torch.Tensor:
+def scale(
+    result: torch.Tensor, vector: torch.Tensor, segments: torch.Tensor | None = None, in_place: bool = False
+) -> torch.Tensor:
     """Returns the output of a projection times its adjusting vector, y' = l ⊙ y [S].
-
-    Without gradients this writes into `result`, so that a decoding step costs one multiplication in place.
 
     Args:
         result: y, (batch, …, outputs), or (batch * tokens, outputs) where a model flattens its tokens.
         vector: l, (batch, sequences, outputs).
         segments: the sequence of each token in a packed batch, (batch, tokens).
+        in_place: whether to write into `result`, which is quicker for a single token.
     """
     if segments is not None:
         rows = torch.arange(vector.shape[0], device=vector.device).unsqueeze(1)
@@ -57,9 +59,7 @@ def scale(result: torch.Tensor, vector: torch.Tensor, segments: torch.Tensor | N
         vector = vector.expand(batch, result.shape[0] // batch, outputs).reshape(-1, outputs)
     elif result.dim() > 3:
         vector = vector.reshape(vector.shape[0], *(1 for _ in result.shape[2:]), vector.shape[-1])
-    if torch.is_grad_enabled():
-        return (result * vector).to(result.dtype)
-    return result.mul_(vector)
+    return result.mul_(vector) if in_place else (result * vector).to(result.dtype)
 
 
 class ParaBlock:
@@ -106,7 +106,7 @@ class ParaBlock:
                 kind = adapter if call.rows is None else self.generator(adapter).kind
                 groups.setdefault(kind, []).append(adapter)
         for group in groups.values():
-            made = self._make_vectors(group, call, hidden)
+            made = self._make_vectors(layer, group, call, hidden)
             call.made.update({(self.name, adapter): made for adapter in group})
         vector = None
         distinct = {id(made): made for made in (call.made[self.name, adapter] for adapter in adapters)}
@@ -116,7 +116,9 @@ class ParaBlock:
         call.vectors[layer.name] = vector
         return vector
 
-    def _make_vectors(self, adapters: list[str], call: PromptPass, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _make_vectors(
+        self, layer: ParaLayer, adapters: list[str], call: PromptPass, hidden: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """Returns the vectors for the targets in the block: of one adapter, or of some of a mixed batch.
 
         In a mixed batch these are adapters whose generators are of one kind, and the rows of all others have 1.
@@ -125,7 +127,7 @@ class ParaBlock:
             ValueError: the hidden states do not have the tokens that the prompt mask speaks of.
         """
         generator = self.generator(adapters[0])
-        hidden = self._prompt_states(call, hidden)
+        hidden = self._prompt_states(layer, call, hidden)
         mask = call.prompts[generator.prompt_end].mask_for(hidden.shape[0], hidden.shape[1], hidden.device)
         if mask.shape[0] != hidden.shape[0] or mask.shape[2] != hidden.shape[1]:
             raise ValueError(
@@ -145,7 +147,7 @@ class ParaBlock:
             for target, vector in VectorGenerator.of_rows(generators, hidden[rows], mask[rows]).items()
         }
 
-    def _prompt_states(self, call: PromptPass, hidden: torch.Tensor) -> torch.Tensor:
+    def _prompt_states(self, layer: ParaLayer, call: PromptPass, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the hidden states to pool, (batch, tokens, d)."""
         if self.reads_memory:
             if call.memory is None:
@@ -155,9 +157,9 @@ class ParaBlock:
                 )
             return call.memory.to(hidden.device)
         batch = call.batch if call.batch is not None else hidden.shape[0]
-        if hidden.shape[0] != batch and hidden.dim() == 2 and hidden.shape[0] % batch == 0:
-            return hidden.reshape(batch, -1, hidden.shape[-1])
-        return hidden.reshape(hidden.shape[0], -1, hidden.shape[-1])
+        if layer.dimension_of_rows(call, hidden, batch) == 1:
+            hidden = hidden.transpose(0, 1)
+        return hidden.reshape(batch, -1, hidden.shape[-1])
 
 
 class ParaLayer(nn.Module, BaseTunerLayer):
@@ -170,18 +172,22 @@ class ParaLayer(nn.Module, BaseTunerLayer):
         name: its full name in the model.
         block: what it shares with the other targets of its block.
         slices: which of its outputs are scaled.
+        is_expert: whether it may be an expert of a mixture, which sees some of the tokens, in an order of its own.
     """
 
     adapter_layer_names = ("para_generator",)
     other_param_names = ("para_target",)
 
-    def __init__(self, base_layer: nn.Module, name: str, block: ParaBlock, slices: OutputSlices) -> None:
+    def __init__(
+        self, base_layer: nn.Module, name: str, block: ParaBlock, slices: OutputSlices, is_expert: bool = False
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = linear_shape(base_layer)
         self.name = name
         self.block = block
         self.slices = slices
+        self.is_expert = is_expert
         self.para_generator = nn.ModuleDict()
         self.para_target: dict[str, str] = {}
         self.merged_adapters: list[str] = []
@@ -252,12 +258,28 @@ class ParaLayer(nn.Module, BaseTunerLayer):
             vector = self.block.vector_for(self, call, x)
         if vector is None:
             return result
-        if result.dim() == 2 and call.num_tokens not in (None, len(result)):
+        in_place = not (torch.is_grad_enabled() or is_observed(self.base_layer))
+        if self.dimension_of_rows(call, result, len(vector)) == 1:
+            return scale(result.transpose(0, 1), vector, call.segments, in_place).transpose(0, 1)
+        return scale(result, vector, call.segments, in_place)
+
+    def dimension_of_rows(self, call: PromptPass, x: torch.Tensor, rows: int) -> int:
+        """Returns the dimension of the layer's input or output that holds the rows of the call.
+
+        Raises:
+            ValueError: that is not certain.
+        """
+        if x.dim() > 2 and len(x) == rows and (rows == 1 or x.shape[1] != rows):
+            return 0
+        is_some = x.dim() == 2 and ((self.is_expert and rows > 1) or call.num_tokens not in (None, len(x)))
+        dimension = None if is_some else self.block.state.places.dimension(self, x.shape, rows, call.tokens)
+        if dimension is None:
             raise ValueError(
-                f"{self.name} saw {len(result)} of the call's {call.num_tokens} tokens without their rows, so that PARA "
-                "cannot tell which vector each takes: leave the experts of a mixture out of target_modules."
+                f"{self.name} saw a tensor of the shape {tuple(x.shape)} in a call of {rows} rows, so that PARA cannot tell "
+                "which row's vector each entry takes: leave the experts of a mixture, vision towers and what all rows "
+                "share out of target_modules, with exclude_modules or a pattern."
             )
-        return scale(result, vector, call.segments)
+        return dimension
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuses: the vectors depend on the prompt.

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..tenants import BASE_ROWS, ServesTenants, adapted_modules, changing
+from ..serving.rows import containers
+from ..serving.whole_modules import WholeModules
+from ..tenants import ServesTenants, adapted_modules, changing
 from .hooks import CallHooks
 from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, ParaLinear, linear_shape
 from .state import ParaState
@@ -78,9 +78,7 @@ class ParaModel(ServesTenants, BaseTuner):
             if self._state.hooks is None:
                 self._state.hooks = CallHooks(model, self._state)
             self._state.hooks.install()
-        self._modules_saved_whole = [
-            module for module in adapted_modules(model) if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
+            WholeModules(self._state.rows_of).install(model)
 
     def _check_targets(self, model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
@@ -121,7 +119,7 @@ class ParaModel(ServesTenants, BaseTuner):
             return
         block = self._block_of(current_key)
         slices = scaled_outputs(getattr(self.model, "config", None), current_key, linear_shape(target)[1])
-        layer = ParaLinear(target, current_key, block, slices)
+        layer = ParaLinear(target, current_key, block, slices, is_expert=containers(self.model, current_key) > 1)
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
@@ -161,21 +159,8 @@ class ParaModel(ServesTenants, BaseTuner):
         Raises:
             ValueError: the model is training, or there is no adapter of some name.
         """
-        with self.call_gate.passed(), self._rows_named(kwargs.get("adapter_names")):
-            yield
-
-    @contextmanager
-    def _rows_named(self, names: Sequence[str] | None) -> Iterator[None]:
-        if names is None:
-            yield
-            return
-        rows = self.row_names(names)
-        with ExitStack() as stack:
-            stack.enter_context(self._state.mixing(rows))
-            for module in self._modules_saved_whole:
-                own = [name if name in module._adapters else BASE_ROWS for name in rows]
-                hook = partial(_pass_adapter_names, adapter_names=own)
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        names = kwargs.get("adapter_names")
+        with self.call_gate.passed(), nullcontext() if names is None else self._state.mixing(self.row_names(names)):
             yield
 
     def _check_merge_allowed(self) -> None:
@@ -191,12 +176,6 @@ class ParaModel(ServesTenants, BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return key.replace(f".para_generator.{adapter_name}.", ".para_generator.")
-
-
-def _pass_adapter_names(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": adapter_names}
 
 
 def _para_layers(model: nn.Module) -> Iterator[ParaLayer]:

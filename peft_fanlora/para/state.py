@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from ..serving.rows import RowPlaces
 from .prompt import Prompt
 
 
@@ -152,6 +154,7 @@ class _Current(threading.local):
     owner: Any = None
     generation: Generation | None = None
     rows: tuple[str, ...] | None = None
+    measuring: bool = False
 
 
 class ParaState:
@@ -160,6 +163,7 @@ class ParaState:
     Attributes:
         blocks: the adapted blocks by name.
         hooks: the hooks on the model.
+        places: where the layers see the rows of a call.
     """
 
     def __init__(self) -> None:
@@ -167,6 +171,7 @@ class ParaState:
         self.blocks: dict[str, ParaBlock] = {}
         self.current = _Current()
         self.hooks: CallHooks | None = None
+        self.places = RowPlaces()
 
     def __getstate__(self) -> dict[str, Any]:
         # What is running belongs to the threads of this model, not to a copy of it.
@@ -185,6 +190,24 @@ class ParaState:
         """Returns the different ways in which the prompts of these adapters end."""
         blocks = self.blocks.values()
         return {block.generator(name).prompt_end for block in blocks for name in adapters if name in block.owners}
+
+    def rows_of(self, module: nn.Module, x: torch.Tensor) -> Sequence[str] | None:
+        """Returns the adapter of each entry of a module's input in a mixed batch; None outside of one.
+
+        Raises:
+            ValueError: it is not certain where the input has the rows.
+        """
+        call = self.current.call
+        if call is None or call.rows is None:
+            return None
+        rows = len(call.rows)
+        if self.places.dimension(module, x.shape, rows, call.tokens) != 0:
+            raise ValueError(
+                f"{type(module).__name__} saw a tensor of the shape {tuple(x.shape)} in a mixed batch of {rows} rows, so that "
+                "PARA cannot tell which adapter's copy each entry takes: run the rows of each adapter in a call of their "
+                "own."
+            )
+        return [name for name in call.rows for _ in range(len(x) // rows)]
 
     @contextmanager
     def using(self, call: PromptPass) -> Iterator[None]:

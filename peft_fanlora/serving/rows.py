@@ -46,6 +46,7 @@ class RowPlaces:
 
     def __init__(self) -> None:
         self._measured: weakref.WeakKeyDictionary[nn.Module, Place | None] = weakref.WeakKeyDictionary()
+        self._tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()  # a copied model has layers of its own
@@ -58,9 +59,12 @@ class RowPlaces:
             layers: the layers.
             inputs: the arguments of the call that asks, by name, as an example for inputs that are not text.
         """
-        new = [layer for layer in layers if layer not in self._measured]
+        new = [layer for layer in layers if layer not in self._tried]
         if not new or torch.compiler.is_compiling():
             return
+        self._tried.update(new)
+        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+            return  # FSDP does not take a call within a call
         try:
             self._measured.update(_measured(model, new, inputs))
         except Exception as error:
