@@ -51,7 +51,8 @@ def load_tenant(model: PeftModel, model_id: Any, adapter_name: str, **kwargs: An
             f"load_tenant serves models with FanLoRA or PARA, and this one has {type(tuner).__name__}: use "
             "model.load_adapter."
         )
-    with changing(gate, tuner.model, adapter_name):
+    is_new = adapter_name not in model.peft_config  # over one that is there, PEFT may have to prune it
+    with gate.closed(), only_visible(tuner.model, adapter_name) if is_new else nullcontext():
         return model.load_adapter(model_id, adapter_name, **kwargs)
 
 

@@ -147,7 +147,10 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         class that the checkpoint does not know: the entry is put into the form that it needs.
         """
         entries: Any = state.stateful_callbacks
-        name, is_alone = type(self).__name__, sum(type(self) is type(c) for c in trainer.callback_handler.callbacks) == 1
+        name, is_alone = (
+            type(self).__name__,
+            sum(type(self) is type(c) for c in trainer.callback_handler.callbacks) == 1,
+        )
         saved = entries.get(name, []) if state.global_step else []
         saved = saved if isinstance(saved, list) else [saved]
         entries[name] = self.state() if is_alone else saved
