@@ -27,7 +27,7 @@ def fresh(**config: Any) -> PeftModel:
 
 def sft(
     folder: Path,
-    callback: FanLoraCallback,
+    *callbacks: FanLoraCallback,
     model: PeftModel | None = None,
     data: Dataset = TEXT,
     **arguments: Any,
@@ -40,7 +40,7 @@ def sft(
         train_dataset=data,
         eval_dataset=data.select(range(3)),
         processing_class=tokenizer(),
-        callbacks=[callback],
+        callbacks=list(callbacks),
     )
 
 
@@ -165,7 +165,7 @@ def test_scoring_does_not_disturb_the_run(tmp_path: Path) -> None:
     histories = []
     for prune_at in (5, 100):
         callback = FanLoraCallback(CALIBRATION, prune_at=prune_at, modules_per_layer=2)
-        trainer = sft(tmp_path, callback, fresh(lora_dropout=0.1), max_steps=6, logging_steps=1)
+        trainer = sft(tmp_path, callback, model=fresh(lora_dropout=0.1), max_steps=6, logging_steps=1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.train()
@@ -193,6 +193,89 @@ def test_resuming_before_and_after_the_prune(resume_at: int, tmp_path: Path) -> 
     found = {name: value for name, value in second.model.state_dict().items() if "lora_" in name}
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert {int(state["step"]) for state in second.optimizer.state.values()} == {6}
+
+
+def test_a_callback_used_again_prunes_each_run(tmp_path: Path) -> None:
+    """It once kept the first run's setting, and no later run pruned."""
+    callback = FanLoraCallback(CALIBRATION, prune_at=2, modules_per_layer=2)
+    settings, scores = [], []
+    for seed in range(2):
+        trainer = sft(tmp_path / str(seed), callback, max_steps=3, seed=seed, learning_rate=0.1, save_steps=1)
+        trainer.train()
+        assert len(trained_parameters(trainer)) == 2 * 6
+        assert trainer.model.peft_config["default"].setting is callback.setting
+        settings.append(callback.setting)
+        scores.append(callback.scores)
+    assert settings[0] != settings[1] and scores[0] is not scores[1]
+    with pytest.warns(UserWarning, match="ended at step 1 without pruning"):
+        sft(tmp_path / "short", callback, max_steps=1).train()
+    assert callback.setting is None and callback.scores is None
+
+    # the same object, resumed before and after the prune, in the same session
+    for resume_at in (1, 2):
+        resumed = sft(tmp_path / "1", callback, max_steps=3, seed=1, learning_rate=0.1)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "1" / f"checkpoint-{resume_at}"))
+        assert callback.setting == settings[1]
+        assert trained_parameters(resumed) == trained_parameters(trainer)
+
+
+def test_model_init_prunes_each_run(tmp_path: Path) -> None:
+    words = tokenizer()
+    rows = [words(text) for text in sentences(32)]
+    callback = FanLoraCallback(rows[:4], prune_at=1, modules_per_layer=2)
+    trainer = Trainer(
+        model_init=lambda: fresh(),
+        args=TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True),
+        data_collator=DataCollatorForLanguageModeling(words, mlm=False),
+        train_dataset=rows,
+        callbacks=[callback],
+    )
+    for _ in range(2):
+        trainer.train()
+        assert trainer.model.peft_config["default"].setting is callback.setting is not None
+        assert len(trained_parameters(trainer)) == 2 * 6
+
+
+def two_stages() -> list[FanLoraCallback]:
+    return [FanLoraCallback(CALIBRATION, prune_at=step, modules_per_layer=keep) for step, keep in ((2, 4), (4, 2))]
+
+
+@pytest.mark.support("resuming a run that prunes")
+@pytest.mark.parametrize("resume_at", [1, 2, 3, 4, 5])
+def test_resuming_a_run_that_prunes_in_two_stages(resume_at: int, tmp_path: Path) -> None:
+    whole = two_stages()
+    first = sft(tmp_path, *whole, max_steps=6, save_steps=1)
+    first.train()
+    assert [len(callback.setting.kept) for callback in whole] == [12, 6]
+    part = two_stages()[::-1]  # their order does not matter
+    second = sft(tmp_path, *part, max_steps=6, save_steps=1)
+    second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{resume_at}"))
+    assert [callback.setting for callback in part] == [callback.setting for callback in whole[::-1]]
+    assert trained_parameters(second) == trained_parameters(first)
+    found = {name: value for name, value in second.model.state_dict().items() if "lora_" in name}
+    expected = {name: value for name, value in first.model.state_dict().items() if "lora_" in name}
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    third = sft(tmp_path, *two_stages(), max_steps=7)  # from a checkpoint of a run that was itself resumed
+    third.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert trained_parameters(third) == trained_parameters(first)
+
+
+def test_a_second_stage_added_on_resuming(tmp_path: Path) -> None:
+    sft(tmp_path, two_stages()[0], max_steps=3, save_steps=3).train()
+    callbacks = two_stages()
+    sft(tmp_path, *callbacks, max_steps=6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [len(callback.setting.kept) for callback in callbacks] == [12, 6]
+
+
+def test_training_again_with_the_same_trainer_goes_on_pruned(tmp_path: Path) -> None:
+    callback = FanLoraCallback(CALIBRATION, prune_at=2, modules_per_layer=2)
+    trainer = sft(tmp_path, callback, max_steps=3, save_steps=1)
+    trainer.train()
+    setting, scores = callback.setting, callback.scores
+    with pytest.raises(ValueError, match="saved before pruning"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    trainer.train()
+    assert callback.setting is setting and callback.scores is scores
 
 
 def test_resuming_with_restored_callbacks(tmp_path: Path) -> None:
@@ -251,7 +334,7 @@ def test_at_the_very_end_nothing_is_trained_any_more(tmp_path: Path) -> None:
 def test_starting_from_a_setting_leaves_it_alone(tmp_path: Path) -> None:
     setting = FanLoraSetting.from_modules(TINY["llama"].base(), ["model.layers.0.mlp.up_proj"])
     callback = FanLoraCallback(CALIBRATION, prune_at=1, modules_per_layer=2)
-    trainer = sft(tmp_path, callback, fresh(setting=setting), max_steps=2)
+    trainer = sft(tmp_path, callback, model=fresh(setting=setting), max_steps=2)
     trainer.train()
     assert callback.setting == setting
     assert callback.scores is None
@@ -270,14 +353,14 @@ def test_other_models_are_refused_when_training_begins(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="trains a FanLoRA adapter, but the trainer's model is a PeftModelForCausalLM"
     ):
-        sft(tmp_path, FanLoraCallback(CALIBRATION, modules_per_layer=2), lora).train()
+        sft(tmp_path, FanLoraCallback(CALIBRATION, modules_per_layer=2), model=lora).train()
     with pytest.raises(ValueError, match="no calibration data"):
         sft(tmp_path, FanLoraCallback(None, modules_per_layer=2)).train()
     several = adapted()
     several.add_adapter("other", FanLoraConfig(task_type="CAUSAL_LM"))
     several.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"\['default', 'other'\] are active"):
-        sft(tmp_path, FanLoraCallback(CALIBRATION, modules_per_layer=2), several).train()
+        sft(tmp_path, FanLoraCallback(CALIBRATION, modules_per_layer=2), model=several).train()
 
 
 @pytest.mark.support("FanLoraCallback under FSDP, tensor parallelism or DeepSpeed", refused=True)

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_models import TINY, adapted, logits
 
-from peft_fanlora import export_lora
+from peft_fanlora import FanLoraConfig, export_lora
+from peft_fanlora.fanlora.reading import _hollow
 
 
 PLAIN_PEFT = """
@@ -62,6 +64,82 @@ def test_a_named_adapter(tmp_path: Path) -> None:
     model.add_adapter("other", model.peft_config["default"])
     export_lora(model, tmp_path, adapter_name="other")
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_after_the_vocabulary_grew_no_embedding_is_exported(tmp_path: Path) -> None:
+    """PEFT saves embeddings that are larger than the base model's on disk; vLLM and llama.cpp refuse them."""
+    TINY["llama"].base().save_pretrained(tmp_path / "base")
+    base = type(TINY["llama"].base()).from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(72)
+    model = adapted(base=base, target_modules=["q_proj", "up_proj", "lm_head"])
+    export_lora(model, tmp_path / "plain")
+    names = set(load_file(tmp_path / "plain" / "adapter_model.safetensors"))
+    assert len(names) == 2 * (2 * 3 + 1)
+    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in names)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("fault", ["factor", "missing", "unexpected", "alpha", "targets", "head"])
+def test_what_lora_reads_differently_is_not_exported(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong, the reader finds the earlier export or none."""
+    model = adapted("bert")
+    export_lora(model, tmp_path / "earlier")
+    before = files(tmp_path / "earlier")
+
+    def save(tensors: dict[str, torch.Tensor], path: Path, **arguments: Any) -> None:
+        name = next(name for name in tensors if ("classifier" if fault == "head" else "lora_B") in name)
+        if fault == "unexpected":
+            tensors["base_model.model.bert.lora_A.weight"] = tensors[name].clone()
+        elif fault == "missing":
+            del tensors[name]
+        elif fault in ("factor", "head"):
+            tensors[name] = tensors[name] * 1.001
+        save_file(tensors, path, **arguments)
+
+    def save_config(self: LoraConfig, folder: str, **arguments: Any) -> None:
+        if fault == "alpha":
+            self.lora_alpha *= 1.001
+        elif fault == "targets":
+            self.target_modules = set(sorted(self.target_modules)[1:])
+        original(self, folder, **arguments)
+
+    original = LoraConfig.save_pretrained
+    monkeypatch.setattr("peft_fanlora.fanlora.export.save_file", save)
+    monkeypatch.setattr(LoraConfig, "save_pretrained", save_config)
+    for folder in ("earlier", "new"):
+        with pytest.raises(RuntimeError, match="reads another adapter"):
+            export_lora(model, tmp_path / folder)
+    assert files(tmp_path / "earlier") == before
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_low_and_high_precision_read_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = adapted(rank_pattern={"up_proj": 2}, lora_alpha=3, use_rslora=True).to(dtype)
+    export_lora(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_reading_back_needs_no_memory_for_the_base_model(name: str) -> None:
+    model = adapted(name)
+    hollow = _hollow(model.get_base_model(), "default", {})
+    heads = sum(p.numel() for p in hollow.parameters() if p.is_contiguous() and p.numel() > 1)
+    assert sum(p.untyped_storage().nbytes() for p in hollow.parameters()) <= 4 * (
+        heads + len(list(hollow.parameters()))
+    )
+
+
+def test_other_adapters_do_not_matter_and_no_random_number_is_drawn(tmp_path: Path) -> None:
+    model = adapted("bert")
+    model.add_adapter("other", FanLoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    before = torch.get_rng_state()
+    export_lora(model, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.support("export of what plain LoRA cannot say", refused=True)

@@ -233,14 +233,14 @@ class TestRefusals:
         setting = setting_of(model)
 
         def hook(module: nn.Module, inputs: Any) -> None:
-            self.refused(model, setting, RuntimeError, "in the middle of a forward pass")
+            self.refused(model, setting, RuntimeError, "in the middle of a call")
 
         handle = model.get_base_model().model.layers[1].mlp.register_forward_pre_hook(hook)
         logits(model, TINY["llama"].batch())
         handle.remove()
         model.prune_modules(setting)
 
-    def test_in_the_middle_of_a_forward_of_another_thread(self) -> None:
+    def test_in_the_middle_of_the_base_model_s_forward_in_another_thread(self) -> None:
         import threading
 
         model = adapted()
@@ -252,11 +252,11 @@ class TestRefusals:
             done.wait(timeout=20)
 
         model.get_base_model().model.layers[1].mlp.register_forward_pre_hook(hook)
-        thread = threading.Thread(target=logits, args=(model, TINY["llama"].batch()))
+        thread = threading.Thread(target=logits, args=(model.get_base_model(), TINY["llama"].batch()))
         thread.start()
         assert inside.wait(timeout=20)
         try:
-            self.refused(model, setting, RuntimeError, "in the middle of a forward pass")
+            self.refused(model, setting, RuntimeError, "in the middle of a call")
         finally:
             done.set()
             thread.join()

@@ -7,8 +7,8 @@ it does so here, the adapters that are not concerned are taken out of the layers
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, cast
 
@@ -51,12 +51,13 @@ def load_tenant(model: PeftModel, model_id: Any, adapter_name: str, **kwargs: An
             f"load_tenant serves models with FanLoRA or PARA, and this one has {type(tuner).__name__}: use "
             "model.load_adapter."
         )
-    with changing(gate, tuner.model, adapter_name):
+    is_new = adapter_name not in model.peft_config  # over one that is there, PEFT may have to prune it
+    with gate.closed(), only_visible(tuner.model, adapter_name) if is_new else nullcontext():
         return model.load_adapter(model_id, adapter_name, **kwargs)
 
 
 class ServesTenants:
-    """What the tuners of both methods have in common: adapters that come and go between calls."""
+    """What the tuners of both methods have in common: adapters that come, go and change between calls."""
 
     model: Any
     active_adapters: list[str]
@@ -66,7 +67,10 @@ class ServesTenants:
     @cached_property
     def call_gate(self) -> CallGate:
         """Keeps calls of the model and changes of its tenants apart."""
-        return CallGate()
+        return CallGate(self._after_change)
+
+    def _after_change(self) -> None:
+        """Lets go of what depends on the adapters that there were before a change."""
 
     def row_names(self, adapter_names: Any) -> tuple[str, ...]:
         """Returns the adapter of each row as the caller names it, after checking that all are there.
@@ -99,6 +103,39 @@ class ServesTenants:
         with self.call_gate.closed(), nullcontext() if is_active else only_visible(self.model, adapter_name):
             super().delete_adapter(adapter_name)  # type: ignore[misc]
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Merges adapters into the base weights, see `peft.PeftModel.merge_adapter`."""
+        with self.call_gate.closed():
+            super().merge_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def unmerge_adapter(self) -> None:
+        """Takes merged adapters out of the base weights, see `peft.PeftModel.unmerge_adapter`."""
+        with self.call_gate.closed():
+            super().unmerge_adapter()  # type: ignore[misc]
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Activates adapters, see `peft.PeftModel.set_adapter`."""
+        with self._switching():
+            super().set_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def enable_adapter_layers(self) -> None:
+        """Switches the adapters on, see `peft.tuners.tuners_utils.BaseTuner.enable_adapter_layers`."""
+        with self._switching():
+            super().enable_adapter_layers()  # type: ignore[misc]
+
+    def disable_adapter_layers(self) -> None:
+        """Switches the adapters off, see `peft.tuners.tuners_utils.BaseTuner.disable_adapter_layers`."""
+        with self._switching():
+            super().disable_adapter_layers()  # type: ignore[misc]
+
+    def _switching(self) -> AbstractContextManager[None]:
+        """Keeps other threads' calls out of a switch; a call may switch adapters itself."""
+        return nullcontext() if self.call_gate.is_passed else self.call_gate.closed()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        with self.call_gate.closed():
+            return super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[misc]
+
 
 @contextmanager
 def changing(gate: CallGate, model: nn.Module, adapter_name: str) -> Iterator[None]:
@@ -108,16 +145,26 @@ def changing(gate: CallGate, model: nn.Module, adapter_name: str) -> Iterator[No
 
 
 class CallGate:
-    """Keeps calls of a model and changes of it apart."""
+    """Keeps calls of a model and changes of it apart.
 
-    def __init__(self) -> None:
+    Args:
+        after_change: called at the end of each change, before the next call.
+    """
+
+    def __init__(self, after_change: Callable[[], None] = lambda: None) -> None:
+        self._after_change = after_change
         self._calls = 0
         self._closers = 0
         self._condition = threading.Condition()
         self._own = _Own()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()  # calls of a model are not calls of its copy
+        return type(self), (self._after_change,)  # calls of a model are not calls of its copy
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether this thread is inside of a call."""
+        return self._own.calls > 0
 
     @contextmanager
     def passed(self) -> Iterator[None]:
@@ -144,7 +191,7 @@ class CallGate:
         Raises:
             RuntimeError: this thread is inside of a call.
         """
-        if self._own.calls:
+        if self.is_passed:
             raise RuntimeError(
                 "The model is in the middle of a call, during which adapters cannot come, go or be pruned: change them "
                 "between calls."
@@ -156,6 +203,7 @@ class CallGate:
                 self._condition.wait_for(lambda: self._calls == 0)
                 yield
             finally:
+                self._after_change()
                 self._own.changes -= 1
                 self._closers -= 1
                 self._condition.notify_all()

@@ -24,7 +24,8 @@ class FanLoraCallback(TrainerCallback, ExportableState):
     on with what is left: the optimizer keeps its state for exactly the remaining parameters, and the schedule of the
     learning rate is not touched. The sums of the scores over each role go to the trainer's log, and all scores to
     `trainer.state.log_history`. A run resumed from a checkpoint goes on pruned if the checkpoint was. The best
-    checkpoint of `load_best_model_at_end` is looked for anew after pruning. That training goes on after the choice,
+    checkpoint of `load_best_model_at_end` is looked for again after pruning. One object
+    may serve several runs, one after the other, and several objects one run, which then prunes in stages. That training goes on after the choice,
     in the same run, is ours; the paper fine-tunes fresh adapters on the setting [P].
 
     Under DistributedDataParallel each process scores its share of the calibration set, the scores are added up and all
@@ -119,19 +120,42 @@ class FanLoraCallback(TrainerCallback, ExportableState):
                 "single process, call score_modules and prune_modules, save it again, and begin the second run from "
                 "that. DistributedDataParallel needs no such detour."
             )
-        # A checkpoint of a run without this callback has no entry for it, which the trainer fails on when it saves.
-        checkpointed: Any = state.stateful_callbacks
-        checkpointed.setdefault(type(self).__name__, self.state())
         config = tuner.peft_config[adapter_name]
-        if config.setting is not None:
-            saved = checkpointed[type(self).__name__]["attributes"]["saved_setting"]
-            if saved is not None:
-                resumed = FanLoraSetting.from_dict(saved)  # has the scores, which the loaded weights do not tell
-                if resumed.kept.keys() == config.setting.kept.keys():
-                    config.setting = resumed
+        if config.setting is None or config.setting is not self.setting:
+            self.scores = None  # those of another run
+        self.setting, saved = None, self._saved_states(trainer, state)
+        if config.setting is None:
+            if self.method != "weight_norm":
+                check_calibration_data(self.calibration_dataset, trainer)
+        elif not saved:
             self.setting = config.setting
-        elif self.method != "weight_norm":
-            check_calibration_data(self.calibration_dataset, trainer)
+        elif not any(_setting_of(each) for each in saved):
+            raise ValueError(
+                f"The checkpoint of step {state.global_step} was saved before pruning, but the adapter has been pruned "
+                "since and cannot take the removed modules back. Make the model and the trainer again, and resume then."
+            )
+        else:
+            own = [each for each in saved if each["args"] == self.state()["args"]]
+            self.setting = _setting_of(own[-1]) if own else None
+            if self.setting is not None and self.setting.kept.keys() == config.setting.kept.keys():
+                config.setting = self.setting  # has the scores, which the loaded weights do not tell
+
+    def _saved_states(self, trainer: Trainer, state: TrainerState) -> list[dict[str, Any]]:
+        """Returns the states of such callbacks in the checkpoint that the run goes on from, the latest ones last.
+
+        The trainer has a list of states for several callbacks of a class, which each checkpoint adds to, and fails on a
+        class that the checkpoint does not know: the entry is put into the form that it needs.
+        """
+        entries: Any = state.stateful_callbacks
+        name, is_alone = (
+            type(self).__name__,
+            sum(type(self) is type(c) for c in trainer.callback_handler.callbacks) == 1,
+        )
+        saved = entries.get(name, []) if state.global_step else []
+        saved = saved if isinstance(saved, list) else [saved]
+        entries[name] = self.state() if is_alone else saved
+        # Arguments may have changed on the way, which does not matter where there is no other callback.
+        return [{**each, "args": self.state()["args"]} for each in saved] if is_alone else saved
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -173,6 +197,12 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         _wrap_again(trainer)
         trainer.state.best_metric = trainer.state.best_model_checkpoint = trainer.state.best_global_step = None
         _log(trainer, scores, self.setting)
+
+
+def _setting_of(state: dict[str, Any]) -> FanLoraSetting | None:
+    """Returns the setting that a callback's state in a checkpoint has, None if it was saved before pruning."""
+    saved = state["attributes"]["saved_setting"]
+    return None if saved is None else FanLoraSetting.from_dict(saved)
 
 
 def _fanlora_adapter(model: torch.nn.Module) -> tuple[FanLoraModel, str]:

@@ -1,19 +1,22 @@
 """A FanLoRA adapter as an ordinary LoRA adapter, which needs nothing of this package to be read."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.variants import MiCALinearVariant
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch.nn import functional
 
 from .config import FanLoraConfig
 from .model import FanLoraModel
-from .modules import adapted_layers, is_linear
+from .modules import adapted_layers, exact_names, is_linear
+from .reading import read_back
 
 
 _HEADS = {"classifier", "score"}
@@ -27,7 +30,10 @@ def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, ada
     names of the modules, such as vLLM and llama.cpp's converter. rsLoRA is written as the α that gives its factor
     α/√r. Where `rank_pattern` or `alpha_pattern` made the modules differ, all get the highest rank, by rows and columns
     of zeros, and the same factor, by scaling B. A trained classification head (`classifier`, `score`) goes along; PEFT
-    and vLLM read it. What plain LoRA can't say is refused instead of written differently.
+    and vLLM read it. What plain LoRA can't say is refused instead of written differently. Embeddings do not go along:
+    after the vocabulary grew, serve the adapter on a base model that was saved since.
+
+    PEFT's LoRA reads the result back before it takes its place in the folder.
 
     Args:
         model: a `PeftModel` with a FanLoRA adapter, pruned or not.
@@ -36,6 +42,7 @@ def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, ada
 
     Raises:
         ValueError: the model has no FanLoRA adapter of this name, it is merged, or it is more than plain LoRA.
+        RuntimeError: what LoRA reads back is not this adapter; the folder is as it was.
 
     Examples:
         >>> export_lora(model, "plain-lora")
@@ -51,11 +58,11 @@ def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, ada
 
     rank = max(layer.r[adapter_name] for layer in layers.values())
     scaling = max((layer.scaling[adapter_name] for layer in layers.values()), key=abs) or 1.0
-    alpha = scaling * rank
+    alpha, names = scaling * rank, exact_names(layers, tuner.model)
     plain = LoraConfig(
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
-        target_modules=sorted(layers),
+        target_modules=names if isinstance(names, str) else sorted(names),
         lora_dropout=config.lora_dropout,
         fan_in_fan_out=config.fan_in_fan_out,
         modules_to_save=config.modules_to_save,
@@ -64,17 +71,27 @@ def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, ada
         revision=config.revision,
         inference_mode=True,
     )
-    folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     for name, layer in layers.items():
         down, up = (f"base_model.model.{name}.lora_{part}.weight" for part in "AB")
         missing = rank - layer.r[adapter_name]
         tensors[down] = functional.pad(tensors[down], (0, 0, 0, missing))
         tensors[up] = functional.pad(tensors[up], (0, missing)) * (layer.scaling[adapter_name] / scaling)
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    plain.save_pretrained(str(folder))
+    with TemporaryDirectory() as written:
+        save_file(tensors, Path(written, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        plain.save_pretrained(written)
+        read_back(written, tuner.model, adapter_name)
+        _move(Path(written), Path(save_directory))
+
+
+def _move(written: Path, folder: Path) -> None:
+    """Lets the files of an export take the place of an earlier one's, each at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".export-") as beside:
+        files = [Path(shutil.copy(written / name, beside)) for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)]
+        for file in files:
+            file.replace(folder / file.name)
 
 
 def _refuse_more_than_plain_lora(config: FanLoraConfig, layers: Mapping[str, Any], adapter_name: str) -> None:

@@ -1,7 +1,5 @@
 """FanLoraModel: LoRA that can score its modules and drop the less important ones."""
 
-import random
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -10,24 +8,28 @@ from itertools import islice
 from operator import length_hint
 from typing import Any
 
-import numpy as np
 import peft
 import torch
 import transformers
 from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 
-from ..tenants import ServesTenants, changing
+from ..adapters import require_fit, require_usable_name, taken_back
+from ..tenants import ServesTenants, adapted_modules, changing
 from .batches import Batches
-from .config import FanLoraConfig
 from .gates import InitialFactors, factors
 from .importance import METHODS, Method, score
-from .modules import Module, adapted_layers, candidates, lora_modules, model_type, num_layers
+from .modules import Module, adapted_modules_of, exact_names, lora_modules, model_type, num_layers
 from .pruning import give_back, is_running, remove_adapter, rewrite_targets
 from .scores import ImportanceScores
+from .scoring import inference_state, prepared
 from .setting import FanLoraSetting
-from .targets import leave_out_unfit, linear_layers_in
+from .targets import exact_targets, follow_renamed_targets, leave_out_unfit, linear_layers_in
+
+
+_LORA_PARTS = {*LoraLayer.adapter_layer_names, "lora_dropout", "lora_magnitude_vector"}
 
 
 class FanLoraModel(ServesTenants, LoraModel):
@@ -50,38 +52,40 @@ class FanLoraModel(ServesTenants, LoraModel):
         """Adds the adapter's layers, on the modules of the configuration's setting where there is one.
 
         Raises:
-            ValueError: the setting does not fit the model, or disagrees with `target_modules`.
+            ValueError: the setting does not fit the model, or disagrees with `target_modules`; the name is one of a part
+                of the model.
         """
-        self._batches.forget()
-        with changing(self.call_gate, model, adapter_name):
+        is_known = any(adapter_name in layer._all_available_adapter_names() for layer in _lora_layers(model))
+        with (
+            changing(self.call_gate, model, adapter_name),
+            taken_back(self, model, adapter_name, is_known=is_known),
+        ):
+            if not is_known:
+                require_usable_name(model, adapter_name, _LORA_PARTS)
             self._inject(model, adapter_name, *args, **kwargs)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
+        targets = None
         if isinstance(config.setting, FanLoraSetting):
             setting = config.setting.resolve(model)
-            if str(config.target_modules).lower() == "all-linear":
-                config.target_modules = set(setting.names)
-            elif chosen := _disagreement(self, config, model, setting):
-                raise ValueError(
-                    f"`target_modules` and `setting` disagree, for instance about {chosen!r}: a setting already says "
-                    "which modules are adapted. Pass one of the two."
-                )
-            config.setting = setting
+            targets = exact_targets(self, config, model, setting)
+            config.target_modules, config.setting = targets, setting
         elif str(config.target_modules).lower() == "all-linear":
             if config.layers_to_transform not in (None, []):
-                config.target_modules = linear_layers_in(config.layers_to_transform, config.layers_pattern, model)
+                linear_layers_in(config, model)
             leave_out_unfit(config, model)
+        else:
+            follow_renamed_targets(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.target_modules = targets or config.target_modules  # PEFT shortens many names to what they end in
         if config.mutates_base_weights:
             initial = {name: factors(layer, adapter_name) for name, layer in lora_modules(model, adapter_name).items()}
             self._initial_factors[adapter_name] = {name: (A.clone(), B.clone()) for name, (A, B) in initial.items()}
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
         """Raises where LoRA has no effect, as on Mamba's fused layers; PEFT tells by the type LORA whom this concerns."""
-        as_lora = copy(peft_config)
-        as_lora.peft_type = PeftType.LORA
-        super()._check_target_module_compatiblity(as_lora, model, target_name)
+        super()._check_target_module_compatiblity(_as_lora(peft_config), model, target_name)
 
     @property
     def _initial_factors(self) -> dict[str, dict[str, InitialFactors]]:
@@ -91,6 +95,9 @@ class FanLoraModel(ServesTenants, LoraModel):
     @cached_property
     def _batches(self) -> Batches:
         return Batches()
+
+    def _after_change(self) -> None:
+        self._batches.forget()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -122,7 +129,6 @@ class FanLoraModel(ServesTenants, LoraModel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, see `peft.PeftModel.delete_adapter`."""
-        self._batches.forget()
         super().delete_adapter(adapter_name)
         self._initial_factors.pop(adapter_name, None)
 
@@ -131,14 +137,16 @@ class FanLoraModel(ServesTenants, LoraModel):
 
         The new adapter has the modules of all of them, and so the setting of none.
         """
-        settings = {name: self.peft_config[name].setting for name in adapters if name in self.peft_config}
+        configs = [self.peft_config[name] for name in adapters if name in self.peft_config]
+        before = [(config, config.setting, config.target_modules) for config in configs]
+        adapted = {key for name in adapters for key in adapted_modules_of(self.model, name)}
         try:
-            for name in settings:
-                self.peft_config[name].setting = None
+            for config in configs:
+                config.setting, config.target_modules = None, exact_names(adapted, self.model)
             super().add_weighted_adapter(adapters, *args, **kwargs)
         finally:
-            for name, setting in settings.items():
-                self.peft_config[name].setting = setting
+            for config, setting, target_modules in before:
+                config.setting, config.target_modules = setting, target_modules
 
     def score_modules(
         self,
@@ -170,6 +178,7 @@ class FanLoraModel(ServesTenants, LoraModel):
             A dict-like of scores by module name, higher is more important.
 
         Raises:
+            RuntimeError: the model is in the middle of a call.
             ValueError: an argument is out of range; there is no such adapter, it is merged or switched off, or several
                 are active and none is named; its weights are sharded by FSDP; the data has no labels; the loss is not
                 finite.
@@ -190,9 +199,9 @@ class FanLoraModel(ServesTenants, LoraModel):
         length = length_hint(dataloader, 0) or None
         total = length if num_batches is None else min(num_batches, length or num_batches)
 
-        with _inference_state(self, adapter_name):
+        with self.call_gate.closed(), inference_state(self, adapter_name):
             loaded = () if dataloader is None else dataloader  # a streamed one has no length, and so no truth value
-            batches = (_prepared(batch, self.model) for batch in islice(loaded, num_batches))
+            batches = (prepared(batch, self.model) for batch in islice(loaded, num_batches))
             values, num_tokens = score(
                 self.model,
                 layers,
@@ -240,16 +249,20 @@ class FanLoraModel(ServesTenants, LoraModel):
             ValueError: there is no such adapter, it is merged or several are active and none is named; the setting
                 keeps a module that the adapter does not have; the setting does not fit the model; the adapter's
                 weights are sharded by FSDP.
-            RuntimeError: the model is in the middle of a forward pass.
+            RuntimeError: the model is in the middle of a call.
         """
         if not isinstance(setting, FanLoraSetting):
             raise ValueError(
                 f"`setting` is a {type(setting).__name__}; pass what `scores.select(...)` or "
                 "`FanLoraSetting.from_pretrained(...)` returns."
             )
-        if is_running(self.model):
+        with self.call_gate.closed():
+            return self._prune(setting, adapter_name)
+
+    def _prune(self, setting: FanLoraSetting, adapter_name: str | None) -> FanLoraSetting:
+        if is_running(self.model):  # a call of the base model itself
             raise RuntimeError(
-                "The model is in the middle of a forward pass, whose layers cannot be removed; prune between steps."
+                "The model is in the middle of a call, whose layers cannot be removed: prune between calls."
             )
         adapter_name = self._require_usable_adapter(adapter_name)
         layers = self._require_modules(adapter_name)
@@ -270,7 +283,6 @@ class FanLoraModel(ServesTenants, LoraModel):
                     "can't be undone exactly. Use init_lora_weights=True on quantised models that will be pruned."
                 )
 
-        self._batches.forget()
         for name in dropped:
             if name in initial:
                 give_back(layers[name], adapter_name, initial.pop(name))
@@ -282,26 +294,17 @@ class FanLoraModel(ServesTenants, LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Prepares saved weights for loading, as in LoRA; an adapter of the same name is pruned as they are.
+        """Prepares saved weights for loading, as in LoRA: names of older versions of the architecture are converted.
 
-        A trainer resumes by loading a checkpoint over the adapter that the script has just made, on all modules. If
-        the checkpoint was saved after pruning, its modules are fewer, and the others would stay in the model untrained.
+        Raises:
+            ValueError: no tensor fits the adapter.
         """
-        tuner = getattr(model, "base_model", None)
-        if isinstance(tuner, FanLoraModel) and state_dict:
-            layers = lora_modules(tuner.model, adapter_name)
-            saved = {
-                key.partition(".lora_")[0].removeprefix("base_model.model.") for key in state_dict if ".lora_" in key
-            }
-            kept = [name for name in layers if name in saved]
-            if kept and saved <= adapted_layers(tuner.model, adapter_name).keys() and len(kept) < len(layers):
-                warnings.warn(
-                    f"The weights to load have {len(kept)} of the {len(layers)} modules of adapter {adapter_name!r}: they "
-                    "were saved after pruning, so the adapter is pruned to these modules.",
-                    stacklevel=2,
-                )
-                tuner.prune_modules(FanLoraSetting.from_modules(tuner.model, kept), adapter_name=adapter_name)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state_dict = convert_peft_adapter_state_dict_for_transformers(
+            model, _as_lora(config), state_dict, adapter_name=adapter_name
+        )
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        require_fit(remapped, adapter_name, cls.prefix)
+        return remapped
 
     @classmethod
     def _convert_state_dict_for_initial_model(
@@ -333,7 +336,7 @@ class FanLoraModel(ServesTenants, LoraModel):
             (adapter_name,) = self.active_adapters
         if adapter_name not in self.peft_config:
             raise ValueError(f"There is no adapter {adapter_name!r}; this model has {sorted(self.peft_config)}.")
-        lora_layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        lora_layers = list(_lora_layers(self.model))
         if any(layer.merged for layer in lora_layers):
             raise ValueError("The adapter is merged into the base weights; call `unmerge_adapter()` first.")
         if any(layer.disable_adapters for layer in lora_layers):
@@ -356,49 +359,12 @@ class FanLoraModel(ServesTenants, LoraModel):
         return layers
 
 
-def _disagreement(tuner: FanLoraModel, config: FanLoraConfig, model: nn.Module, setting: FanLoraSetting) -> str | None:
-    """Returns a candidate that `target_modules` adapts and the setting does not, or the other way round."""
-    targeted = {name for name in candidates(model) if tuner._check_target_module_exists(config, name)}
-    return next(iter(sorted(targeted ^ set(setting.names))), None)
+def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+    return (module for module in adapted_modules(model) if isinstance(module, LoraLayer))
 
 
-@contextmanager
-def _inference_state(tuner: FanLoraModel, adapter_name: str) -> Iterator[None]:
-    """The model in eval mode with one adapter active and no parameter to train, and everything as before afterwards."""
-    training = [(module, module.training) for module in tuner.modules()]
-    requires_grad = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
-    active = tuner.active_adapter
-    devices = {parameter.device for parameter in tuner.parameters() if parameter.device.type == "cuda"}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices):
-            tuner.set_adapter(adapter_name)
-            tuner.requires_grad_(False)
-            tuner.eval()
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        tuner.set_adapter(active)
-        for module, flag in training:
-            module.training = flag
-        for parameter, flag in requires_grad:
-            parameter.requires_grad = flag
-
-
-def _prepared(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Moves a batch to the model's device, and switches the KV cache off where the model has one.
-
-    Raises:
-        ValueError: the batch is no dict.
-    """
-    if not isinstance(batch, Mapping):
-        raise ValueError(
-            f"The dataloader gave a {type(batch).__name__} instead of a dict of the forward's arguments; use the data "
-            "collator of your trainer. A single batch goes into a list: score_modules([batch])."
-        )
-    device = next(model.parameters()).device
-    moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    if getattr(getattr(model, "config", None), "use_cache", False):
-        moved.setdefault("use_cache", False)
-    return moved
+def _as_lora(config: Any) -> Any:
+    """Returns a copy of a configuration of type LORA, for what PEFT does for that type alone."""
+    as_lora = copy(config)
+    as_lora.peft_type = PeftType.LORA
+    return as_lora

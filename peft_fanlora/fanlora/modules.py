@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -110,10 +111,58 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     }
 
 
+def adapted_modules_of(model: nn.Module, adapter_name: str) -> set[str]:
+    """Returns the names of the modules that carry the adapter; its `target_parameters` are not modules."""
+    layers = adapted_layers(model, adapter_name)
+    return {name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)}
+
+
+def exact_names(names: Iterable[str], model: nn.Module) -> set[str] | str:
+    """Returns a `target_modules` that adapts the modules of these names and no others.
+
+    That is the names, or a regular expression where another module of the model ends in one of them: PEFT would adapt
+    `draft.layers.0.q_proj` for the name `layers.0.q_proj` as well.
+    """
+    exact = set(names)
+    for name, _ in model.named_modules():
+        parts = name.split(".")
+        if name not in exact and any(".".join(parts[start:]) in exact for start in range(1, len(parts))):
+            return "|".join(map(re.escape, sorted(exact)))
+    return exact
+
+
 def num_layers(model: nn.Module, modules: Iterable[Module]) -> dict[str, int]:
     """Returns how many blocks each of the modules' stacks has in `model`, adapted or not."""
     stacks = dict.fromkeys(module.stack for module in modules)
     return {stack: len(list(model.get_submodule(stack).children())) if stack else 1 for stack in stacks}
+
+
+def counterpart(stack: str, available: Iterable[str], model: nn.Module) -> str:
+    """Returns the one stack of a model that stands for `stack`.
+
+    It has the same name, or the same but for what a head or a wrapper puts in front, or that name in a larger model.
+    That a name ends in another is not enough: the layers of `draft.layers` are not those of `layers`.
+    """
+    found = (
+        [other for other in available if other == stack]
+        or [other for other in available if _unwrapped(other, model) == _unwrapped(stack, model)]
+        or [other for other in available if stack and other.endswith(f".{stack}")]
+    )
+    if len(found) != 1:
+        raise ValueError(
+            f"The setting has modules in {stack!r}, but the model's blocks are in {sorted(available)}: "
+            "the setting belongs to another architecture."
+        )
+    return found[0]
+
+
+def _unwrapped(stack: str, model: nn.Module) -> str:
+    """Returns the name of a stack as the bare model has it, without a head or a wrapper."""
+    outer = {"base_model", "model", "module", "_orig_mod", "pretrained_model", getattr(model, "base_model_prefix", "")}
+    parts = stack.split(".")
+    while len(parts) > 1 and parts[0] in outer:
+        parts = parts[1:]
+    return ".".join(parts)
 
 
 def layers_by_role(modules: Iterable[Module], *, with_stack: bool) -> dict[str, list[int]]:

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import _get_submodules
 from torch import nn
 
 from .gates import InitialFactors
-from .modules import adapted_layers
+from .modules import adapted_modules_of, exact_names
 from .setting import FanLoraSetting
 
 
@@ -53,11 +52,10 @@ def rewrite_targets(tuner: LoraModel, adapter_name: str, setting: FanLoraSetting
     The adapter gets a configuration of its own: others may share the old one, as the frozen copy does that TRL compares
     a policy with.
     """
-    layers = adapted_layers(tuner.model, adapter_name)
-    names = {name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)}  # those: target_parameters
+    names = adapted_modules_of(tuner.model, adapter_name)
     config: Any = copy.deepcopy(tuner.peft_config[adapter_name])
     tuner.peft_config[adapter_name] = config
-    config.target_modules = names
+    config.target_modules = exact_names(names, tuner.model)
     config.setting = setting
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     for pattern in (config.rank_pattern, config.alpha_pattern):

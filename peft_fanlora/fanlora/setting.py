@@ -16,7 +16,16 @@ from torch import nn
 from ..cards import card
 from ..cards.fanlora import setting_part
 from ..hub import push
-from .modules import Module, candidates, layers_by_role, model_type, num_layers, num_parameters_per_rank, ranges
+from .modules import (
+    Module,
+    candidates,
+    counterpart,
+    layers_by_role,
+    model_type,
+    num_layers,
+    num_parameters_per_rank,
+    ranges,
+)
 
 
 SETTING_NAME = "fanlora_setting.json"
@@ -108,7 +117,12 @@ class FanLoraSetting:
             )
         available = candidates(model)
         depths = num_layers(model, map(Module.parse, available))
-        stacks = {stack: _counterpart(stack, depths) for stack in self.num_layers}
+        stacks = {stack: counterpart(stack, depths, model) for stack in self.num_layers}
+        if len(set(stacks.values())) < len(stacks):
+            raise ValueError(
+                f"The setting has modules in {sorted(stacks)}, which are one stack in the model, {sorted(depths)}: the "
+                "setting belongs to another architecture."
+            )
 
         def transfer(modules: Mapping[Module, float | None]) -> dict[Module, float | None]:
             scores = {}
@@ -304,19 +318,6 @@ class FanLoraSetting:
 def _relative_layer(layer: int, depth: int, source_depth: int) -> int:
     """Returns the layer of `source_depth` layers that lies at the relative depth of `layer` among `depth` layers."""
     return round(layer * (source_depth - 1) / (depth - 1)) if depth > 1 else 0
-
-
-def _counterpart(stack: str, available: Iterable[str]) -> str:
-    """Returns the one stack of a model that stands for `stack`: of the same name, or one name ending in the other."""
-    found = [other for other in available if other == stack] or [
-        other for other in available if f".{other}".endswith(f".{stack}") or f".{stack}".endswith(f".{other}")
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"The setting has modules in {stack!r}, but the model's blocks are in {sorted(available)}: "
-            "the setting belongs to another architecture."
-        )
-    return found[0]
 
 
 def _require(names: Iterable[str], available: Mapping[str, nn.Module]) -> None:

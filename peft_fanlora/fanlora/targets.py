@@ -1,20 +1,25 @@
-"""What "all-linear" means for FanLoRA: the linear layers of the blocks asked for, without those that LoRA cannot adapt."""
+"""Which modules of a model a configuration names: what "all-linear" means for FanLoRA, and what a setting asks for."""
 
 import re
+from copy import copy
 from typing import Any
 
-from peft import TaskType
+from peft import PeftType, TaskType
+from peft.tuners.lora import LoraModel
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from .modules import Module, candidates
+from .modules import Module, candidates, exact_names
+from .setting import FanLoraSetting
 
 
-def linear_layers_in(layers: int | list[int], pattern: str | list[str] | None, model: nn.Module) -> set[str]:
-    """Returns the linear layers of some blocks: what "all-linear" is to mean beside `layers_to_transform`.
+def linear_layers_in(config: Any, model: nn.Module) -> None:
+    """Names the linear layers of some blocks: what "all-linear" is to mean beside `layers_to_transform`.
 
     Raises:
         ValueError: the model has no linear layer in these blocks.
     """
+    layers, pattern = config.layers_to_transform, config.layers_pattern
     indices = {layers} if isinstance(layers, int) else set(layers)
     stacks = {pattern} if isinstance(pattern, str) else set(pattern or ())
     modules = map(Module.parse, candidates(model))
@@ -28,7 +33,9 @@ def linear_layers_in(layers: int | list[int], pattern: str | list[str] | None, m
             f"layers_to_transform={layers!r} (layers_pattern={pattern!r}) leaves no linear layer of this model: pass "
             "indices of its blocks, counted from 0."
         )
-    return names
+    config.target_modules = exact_names(names, model)
+    if isinstance(config.target_modules, str):  # an expression, which says the layers itself
+        config.layers_to_transform = config.layers_pattern = None
 
 
 def leave_out_unfit(config: Any, model: nn.Module) -> None:
@@ -44,8 +51,54 @@ def leave_out_unfit(config: Any, model: nn.Module) -> None:
             unfit.append(name)
     if not unfit:
         return
-    excluded = config.exclude_modules or []
-    if isinstance(excluded, str):
+    excluded, exact = config.exclude_modules or [], exact_names(unfit, model)
+    if isinstance(excluded, str) or isinstance(exact, str):
+        if not isinstance(excluded, str):
+            excluded = rf"(.*\.)?({'|'.join(map(re.escape, excluded)) or '(?!)'})"
         config.exclude_modules = "|".join((f"(?:{excluded})", *map(re.escape, unfit)))
     else:
         config.exclude_modules = [*excluded, *unfit]
+
+
+def exact_targets(tuner: LoraModel, config: Any, model: nn.Module, setting: FanLoraSetting) -> set[str] | str:
+    """Returns the `target_modules` of an adapter on a setting: its modules, and what was adapted beside the candidates.
+
+    Raises:
+        ValueError: the setting disagrees with the `target_modules` that the configuration has.
+    """
+    targets = config.target_modules
+    if str(targets).lower() == "all-linear":
+        return exact_names(setting.names, model)
+    if not isinstance(targets, str) and set(targets) <= {name for name, _ in model.named_modules()}:
+        targets = exact_names(targets, model)  # as they are saved: full names
+    exact = copy(config)
+    exact.target_modules = targets
+    targeted = {name for name in candidates(model) if tuner._check_target_module_exists(exact, name)}
+    if chosen := sorted(targeted ^ set(setting.names)):
+        raise ValueError(
+            f"`target_modules` and `setting` disagree, for instance about {chosen[0]!r}: a setting already says which "
+            "modules are adapted. Pass one of the two."
+        )
+    return targets
+
+
+def follow_renamed_targets(config: Any, model: nn.Module) -> None:
+    """Lets targets that an older version of the architecture had name what has become of them, as PEFT does for LORA.
+
+    Where every target is there, nothing is converted: names of today would be taken for those of an older version.
+    """
+    names = [name for name, _ in model.named_modules()]
+    targets = config.target_modules or ()
+    if isinstance(targets, str):
+        found = any(re.fullmatch(targets, name) for name in names)
+    else:
+        ends = {
+            ".".join(parts[start:]) for parts in (name.split(".") for name in names) for start in range(len(parts))
+        }
+        found = set(targets) <= ends
+    if not found:
+        peft_type, config.peft_type = config.peft_type, PeftType.LORA
+        try:
+            convert_peft_config_for_transformers(config, model, conversions=None)
+        finally:
+            config.peft_type = peft_type

@@ -7,11 +7,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..adapters import require_fit, require_usable_name, taken_back
 from ..serving.rows import containers
 from ..serving.whole_modules import WholeModules
 from ..tenants import ServesTenants, adapted_modules, changing
@@ -67,14 +69,12 @@ class ParaModel(ServesTenants, BaseTuner):
         """
         with changing(self.call_gate, model, adapter_name):
             known = any(adapter_name in layer.para_target for layer in _para_layers(model))
-            try:
+            with taken_back(self, model, adapter_name, is_known=known):
+                if not known:
+                    require_usable_name(model, adapter_name, _part_names(adapter_name))
                 self._check_targets(model, adapter_name)
                 self._state = _state_of(model)
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-            except Exception:
-                if not known:
-                    self.peft_config.pop(adapter_name, None)
-                raise
             if self._state.hooks is None:
                 self._state.hooks = CallHooks(model, self._state)
             self._state.hooks.install()
@@ -83,10 +83,6 @@ class ParaModel(ServesTenants, BaseTuner):
     def _check_targets(self, model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
         config = self._prepare_adapter_config(config, self.get_model_config(model))
-        if "." in adapter_name:
-            raise ValueError(
-                f"adapter_name={adapter_name!r} contains a dot, which parameter names cannot: leave it out."
-            )
         inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for name, module in model.named_modules():
             if not name or name.startswith(inside) or isinstance(module, ParaLayer):
@@ -174,8 +170,40 @@ class ParaModel(ServesTenants, BaseTuner):
         return model
 
     @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Prepares saved weights for loading; names of older versions of the architecture are converted, as for LoRA.
+
+        Raises:
+            ValueError: no tensor fits the adapter.
+        """
+        state_dict = _follow_renamed_modules(model, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        require_fit(remapped, adapter_name, cls.prefix)
+        return remapped
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return key.replace(f".para_generator.{adapter_name}.", ".para_generator.")
+
+
+def _part_names(adapter_name: str) -> set[str]:
+    """Returns the names in a PARA layer that an adapter's must not be; those of up-projections have the target's."""
+    up = {adapter_name} if adapter_name.startswith("up_") else set()
+    return {"para_generator", "down", "query", "activation", *up}
+
+
+def _follow_renamed_modules(
+    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Renames saved tensors by the modules that they are for. PEFT converts names of LoRA's tensors, so it is shown such."""
+    modules = list(dict.fromkeys(key.partition(".para_")[0] for key in state_dict if ".para_" in key))
+    shown = {f"{module}.lora_A.weight": torch.tensor(index) for index, module in enumerate(modules)}
+    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), shown, adapter_name=adapter_name)
+    renamed = {modules[int(index)]: key.removesuffix(".lora_A.weight") for key, index in found.items()}
+    parts = ((key.partition(".para_"), tensor) for key, tensor in state_dict.items())
+    return {renamed.get(module, module) + dot + rest: tensor for (module, dot, rest), tensor in parts}
 
 
 def _para_layers(model: nn.Module) -> Iterator[ParaLayer]:

@@ -1,0 +1,101 @@
+"""What holds for an adapter of either method: which names it may have, and that its tensors find their places."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+_PEFT_PARTS = {"model", "base_layer", "weight", "bias", "original_module", "modules_to_save", "token_adapter"}
+"""What else PEFT has in the names of an adapted model's parameters."""
+
+
+@contextmanager
+def taken_back(tuner: Any, model: Any, adapter_name: str, *, is_known: bool) -> Iterator[None]:
+    """Takes the configuration of an adapter back if it could not be added.
+
+    Args:
+        tuner: has the configuration already.
+        model: the model to adapt.
+        adapter_name: the adapter's name.
+        is_known: whether the model had the adapter before.
+    """
+    try:
+        yield
+    except Exception:
+        if not is_known:
+            tuner.peft_config.pop(adapter_name, None)
+            if not getattr(model, "peft_config", None) and hasattr(model, "_hf_peft_config_loaded"):
+                model._hf_peft_config_loaded = False  # transformers' `add_adapter` sets it before anything else
+        raise
+
+
+def require_usable_name(model: nn.Module, adapter_name: str, own_parts: Collection[str]) -> None:
+    """Refuses a name that the model uses for its own parts.
+
+    PEFT tells the adapters of a model apart by looking for `.name.` in the names of parameters. With an adapter "mlp"
+    the files of all other adapters would lack what is in a module called `mlp`.
+
+    Args:
+        model: the model to adapt.
+        adapter_name: the name of the new adapter.
+        own_parts: how the method calls parts of its layers.
+
+    Raises:
+        ValueError: the name is empty, has a dot or is the name of a part.
+    """
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is empty or contains a dot, which parameter names cannot: leave it out."
+        )
+    if adapter_name in _PEFT_PARTS.union(own_parts, _parts_of(model)):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is also the name of a part of this model. PEFT would take that part's "
+            f"parameters for this adapter's, and leave them out of the files of all others: choose another name, such as "
+            f"'adapter-{adapter_name}'."
+        )
+
+
+def _parts_of(model: nn.Module) -> Iterator[str]:
+    """Yields the names of the base model's modules and parameters, each within its parent."""
+    waiting = [model]
+    while waiting:
+        module: Any = waiting.pop()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            waiting.append(module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module)
+        else:
+            yield from (*module._modules, *module._parameters, *module._buffers)
+            waiting.extend(module.children())
+
+
+def require_fit(state_dict: Mapping[str, Any], adapter_name: str, prefix: str) -> None:
+    """Checks that saved tensors have found their places in the model; tensors for half of the places are welcome.
+
+    Args:
+        state_dict: the tensors, with the adapter's name in the names of all those that have a place.
+        adapter_name: the adapter's name.
+        prefix: how the method's own names begin.
+
+    Raises:
+        ValueError: no tensor has a place: the adapter would do nothing at all.
+    """
+    saved = [key for key in state_dict if f".{prefix}" in key]
+    strange = [key for key in saved if f".{adapter_name}." not in f"{key}."]
+    if not strange:
+        return
+    what = f"{len(strange)} of the {len(saved)} tensors to load, such as {strange[0]!r},"
+    if len(strange) == len(saved):
+        raise ValueError(
+            f"{what} have no place in adapter {adapter_name!r}: it would do nothing. Load it on the model that it was "
+            "trained on; where the model's modules have been renamed since, pass load_adapter a `key_mapping`."
+        )
+    warnings.warn(
+        f"{what} have no place in adapter {adapter_name!r} and are left out: it does not adapt these modules.",
+        stacklevel=4,
+    )
