@@ -14,7 +14,7 @@ from para_models import IDS, LLAMA, awaken, generate, leading, para, tiny, token
 from peft import get_peft_model
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, Fp8QuantizedLayer
 
 from peft_fanlora import ParaConfig
 from peft_fanlora.para.caches import holds_tokens
@@ -142,7 +142,8 @@ class TestEveryKindOfCache:
 
     @pytest.mark.parametrize("kind", ["lazy", "dynamic", "static", "fp8", "sliding"])
     @torch.no_grad()
-    def test_each_class_of_caches(self, kind: str) -> None:
+    def test_each_class_of_caches(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Fp8QuantizedLayer, "fp8_dtype", torch.float32)  # keeps what it quantises exact
         model = para("gemma3_text" if kind == "sliding" else "llama")
         config = model.config
         cache = {
@@ -155,11 +156,7 @@ class TestEveryKindOfCache:
         whole = tokens(2, 16)
         model(whole[:, :PROMPT], past_key_values=cache)
         steps = [model(whole[:, i : i + 1], past_key_values=cache).logits for i in range(PROMPT, 16)]
-        found, expected = torch.cat(steps, 1), forced(model, whole)[:, PROMPT:]
-        if kind == "fp8":
-            assert (found - expected).abs().max() < 0.1 * expected.abs().max()
-        else:
-            close(found, expected)
+        close(torch.cat(steps, 1), forced(model, whole)[:, PROMPT:])
 
     @torch.no_grad()
     def test_a_static_cache_that_is_allocated_early_is_empty(self) -> None:

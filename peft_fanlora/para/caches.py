@@ -127,8 +127,8 @@ class CachedVectors:
         """Repeats each row, as the cache does."""
         self.select(torch.arange(self.batch or 0).repeat_interleave(times))
 
-    def check_rows(self, batch: int | None) -> None:
-        """Checks that a call has the rows of the cache.
+    def check_call(self, batch: int | None, rows: tuple[str, ...] | None, adapters: tuple[str, ...]) -> None:
+        """Checks that a call has the rows of the cache, and their adapters.
 
         Raises:
             ValueError: it has others.
@@ -137,6 +137,12 @@ class CachedVectors:
             raise ValueError(
                 f"The cache holds the prompts of {self.batch} rows, but this call has {batch}: PARA cannot tell which "
                 "prompt each row goes on with. Fill a new cache with the prompts of these rows."
+            )
+        if self.rows != rows or (rows is None and set(self.adapters) != set(adapters)):
+            raise ValueError(
+                f"The cache was filled with the adapters {list(self.rows or self.adapters)}, but "
+                f"{list(rows or adapters)} are active now: a prompt's vectors serve the adapter that made them. "
+                "Start from an empty cache after switching adapters."
             )
 
 

@@ -197,14 +197,8 @@ class CallHooks:
         """
         kept = usable(kept, self.state.identifier)
         batch, tokens = _token_shape(named)
-        kept.check_rows(batch)
         expected = kept.rows if rows is None else self._rows_for(rows, batch)
-        if kept.rows != expected or (kept.rows is None and set(kept.adapters) != set(adapters)):
-            raise ValueError(
-                f"The cache was filled with the adapters {list(kept.rows or kept.adapters)}, but "
-                f"{list(expected or adapters)} are active now: a prompt's vectors serve the adapter that made them. "
-                "Start from an empty cache after switching adapters."
-            )
+        kept.check_call(batch, expected, adapters)
         length = kept.length(cache)
         if not (self.has_encoder_and_decoder or is_compiled_step(length, tokens)):
             cached = kept.prompt_length + kept.continued if length is None else int(length)
