@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from para_models import IDS, LLAMA, awaken, generate, leading, para, tiny, tokens
+from para_models import ENCODER_DECODER, IDS, LLAMA, awaken, generate, leading, para, tiny, tokens
 from peft import get_peft_model
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, StaticCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, Fp8QuantizedLayer
 
 from peft_fanlora import ParaConfig
-from peft_fanlora.para.caches import holds_tokens
+from peft_fanlora.para.caches import cache_in, holds_tokens
 
 
 PROMPT = 6
@@ -88,7 +88,6 @@ def through_pickle(cache: Any) -> Any:
 
 
 class TestEveryKindOfCache:
-    @pytest.mark.support("state-space, linear-attention and hybrid models")
     @pytest.mark.parametrize("name", sorted(STATEFUL))
     @torch.no_grad()
     def test_a_loop_equals_one_pass_where_layers_keep_states(self, name: str) -> None:
@@ -167,6 +166,29 @@ class TestEveryKindOfCache:
         whole = tokens(2, PROMPT + 1)
         model(whole[:, :PROMPT], past_key_values=cache)
         close(model(whole[:, PROMPT:], past_key_values=cache).logits, forced(model, whole)[:, PROMPT:])
+
+    @torch.no_grad()
+    def test_a_decoder_with_cross_attention_counts_its_own_tokens(self) -> None:
+        """Guards against the length of the encoder's output being taken for the cached tokens."""
+        torch.manual_seed(0)
+        base = tf.BartForCausalLM(tf.BartConfig(**ENCODER_DECODER, is_decoder=True, is_encoder_decoder=False))
+        model = awaken(
+            get_peft_model(base, ParaConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"]))
+        )
+        model.eval()
+        memory, whole = torch.randn(2, 3, 32), tokens(2, PROMPT + 3)
+        cache = model(whole[:, :PROMPT], encoder_hidden_states=memory, use_cache=True).past_key_values
+        steps = [
+            model(whole[:, i : i + 1], encoder_hidden_states=memory, past_key_values=cache).logits
+            for i in range(PROMPT, PROMPT + 3)
+        ]
+        close(torch.cat(steps, 1), forced(model, whole, encoder_hidden_states=memory)[:, PROMPT:])
+        cache.crop(-PROMPT)
+        with pytest.raises(ValueError, match="cropped to 3 tokens"):
+            model(tokens(2, 1, seed=9), encoder_hidden_states=memory, past_key_values=cache)
+
+    def test_a_state_that_is_no_cache(self) -> None:
+        assert cache_in({"state": torch.zeros(2, 3), "past_key_values": None}) is None
 
 
 class TestRows:

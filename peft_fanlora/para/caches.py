@@ -58,10 +58,17 @@ class CachedVectors:
         kept = getattr(_holder(cache), _ON_CACHE, None)
         return kept if kept is not None and getattr(kept.carrier(cache), _ON_CACHE, None) is kept else None
 
-    def keep_on(self, cache: Any) -> None:
-        """Stores the vectors on the cache, where they replace those of an earlier prompt."""
+    def keep_on(self, cache: Any, of_encoder: bool = False) -> None:
+        """Stores the vectors on the cache, where they replace those of an earlier prompt.
+
+        Args:
+            cache: the cache that the prompt's call filled.
+            of_encoder: whether the prompt is the encoder's, so that they belong to the keys of the cross-attention.
+        """
         layers = _layers(cache)
         holding = [index for index, layer in enumerate(layers) if _holds(layer)]
+        if of_encoder:
+            holding.reverse()
         # A layer that counts its tokens can say how far it was cropped.
         counting = [index for index in holding if hasattr(layers[index], "get_seq_length")]
         self.anchor = next(iter(counting + holding), None)
@@ -178,7 +185,7 @@ def is_compiled_step(length: Any, tokens: int | None) -> bool:
 def _following(kind: type) -> type:
     """Returns the subclass of a class of caches, or of their layers, that tells the vectors what happens to them."""
     told = {name: note for name, note in _NOTES.items() if hasattr(kind, name)}
-    told.update({name: _write for name in dir(kind) if name.startswith(("update", "set_"))})
+    told.update({name: _write for name in dir(kind) if name.startswith(("update", "set_"))})  # `set_` is MiniMax's
     methods = {name: _with_note(getattr(kind, name), note) for name, note in told.items()}
     # transformers enters each class of layers that has a `_layer_type` of its own in its tables.
     body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "followed": kind, "_layer_type": None}
@@ -218,7 +225,7 @@ def _reset(kept: CachedVectors, carrier: Any, method: Callable[..., Any]) -> Non
 
 
 def _crop(kept: CachedVectors, carrier: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    before, amount = _length(carrier), next(iter((*args, *kwargs.values())))
+    before, amount = _length(carrier), next(iter((*args, *kwargs.values())), 0)
     method(carrier, *args, **kwargs)
     # What was cropped is read off the length, which some layers do not count, or do not correct.
     kept.lost = kept.lost or (amount < 0 and before == _length(carrier))
@@ -249,7 +256,8 @@ def cache_in(values: Any) -> Any:
         return next((value for value in values if hasattr(value, "get_seq_length")), None)
     get = values.get if isinstance(values, dict) else functools.partial(getattr, values)
     named = (get(name, None) for name in ALL_CACHE_NAMES)
-    return next((value for value in named if value is not None), None)
+    # The `state` of a model for robots is a tensor.
+    return next((value for value in named if not isinstance(value, (torch.Tensor, type(None)))), None)
 
 
 def holds_tokens(cache: Any) -> bool:
@@ -267,9 +275,9 @@ def _holder(cache: Any) -> Any:
 
 
 def _layers(cache: Any) -> list[Any]:
-    """Returns the layers of a cache, those that hold the encoder's output first."""
+    """Returns the layers of a cache, those of the cross-attention last."""
     if hasattr(cache, "cross_attention_cache"):
-        return [*cache.cross_attention_cache.layers, *cache.self_attention_cache.layers]
+        return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
     return getattr(cache, "layers", [])
 
 

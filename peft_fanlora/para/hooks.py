@@ -140,7 +140,7 @@ class CallHooks:
             prompt_length=length,
             prompt_ids=None if ids is None or self.has_encoder_and_decoder else ids[:, :length].clone(),
             continued=tokens > length,
-        ).keep_on(cache)
+        ).keep_on(cache, self.has_encoder_and_decoder)
 
     def _named(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the arguments of a call by name."""
