@@ -16,8 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..tenants import adapted_modules
+from .caches import CachedVectors, cache_in, holds_tokens, is_compiled_step, usable
 from .prompt import Inputs, Prompt, attended_tokens, causal_prompt, whole_input
-from .state import CachedVectors, Generation, ParaState, PromptPass
+from .state import Generation, ParaState, PromptPass
 from .wrappers import (
     CHECKPOINT_FUNCTION,
     PromptKeepingCheckpoint,
@@ -114,24 +115,33 @@ class CallHooks:
         if current.owner is not module:
             return
         current.call = current.owner = None
-        if output is None or call.from_cache or not call.adapters or call.segments is not None:
+        if output is None or not call.adapters or call.segments is not None:
             return
-        cache = _cache_in(self._named(module, args, kwargs)) or _cache_in(output)
+        named = self._named(module, args, kwargs)
+        cache = cache_in(named)
+        if call.from_cache:
+            if (kept := CachedVectors.of(cache)) is not None:
+                kept.go_on(cache)
+            return
+        cache = cache_in(output) if cache is None else cache
         if cache is not None and call.vectors:
-            self._keep(call, cache)
+            self._keep(call, cache, named.get("input_ids"))
 
     @torch.compiler.disable
-    def _keep(self, call: PromptPass, cache: Any) -> None:
+    def _keep(self, call: PromptPass, cache: Any, ids: torch.Tensor | None) -> None:
         """Stores a call's vectors on the cache that it filled."""
         tokens = call.tokens or 0
+        length = max((prompt.length(tokens) for prompt in call.prompts.values()), default=tokens)
         CachedVectors(
             model=self.state.identifier,
             adapters=call.adapters,
             rows=call.rows,
             vectors=call.vectors,
             batch=call.batch,
-            prompt_length=max((prompt.length(tokens) for prompt in call.prompts.values()), default=tokens),
-        ).keep_on(cache)
+            prompt_length=length,
+            prompt_ids=None if ids is None or self.has_encoder_and_decoder else ids[:, :length].clone(),
+            continued=tokens > length,
+        ).keep_on(cache, self.has_encoder_and_decoder)
 
     def _named(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Returns the arguments of a call by name."""
@@ -145,30 +155,38 @@ class CallHooks:
     def _open(self, module: nn.Module, named: dict[str, Any], prompt_mask: torch.Tensor | None) -> PromptPass:
         rows = self.state.current.rows
         adapters = self.state.active_adapters()
+        cache = cache_in(named)
+        kept = None if cache is None else CachedVectors.of(cache)
         if not adapters or self.state.current.measuring:
+            if kept is not None:
+                kept.lost = True  # tokens of the base model follow
             return PromptPass()
         if rows is not None:
             adapters = tuple(dict.fromkeys(rows))
-        cache = _cache_in(named)
-        if cache is not None and self._is_filled(cache, _token_shape(named)[1]):
-            return self._read(named, cache, adapters, rows, prompt_mask)
+        if cache is not None and self._is_filled(cache, kept, _token_shape(named)[1]):
+            return self._read(named, cache, kept, adapters, rows, prompt_mask)
         return self._fill(module, named, adapters, rows, prompt_mask)
 
-    def _is_filled(self, cache: Any, tokens: int | None) -> bool:
+    def _is_filled(self, cache: Any, kept: CachedVectors | None, tokens: int | None) -> bool:
         """Says whether a call of so many tokens a row goes on from what a cache holds."""
-        kept = CachedVectors.of(cache)
-        if kept is None or not _is_compiled_step(cache, tokens):
-            return int(cache.get_seq_length()) > 0
-        torch._assert_async(
-            cache.get_seq_length() >= (1 if self.has_encoder_and_decoder else kept.prompt_length),
-            "The static cache no longer holds the prompt that its PARA vectors were made from: pass a new cache.",
-        )
+        if kept is None:
+            return holds_tokens(cache)
+        length: Any = None if self.has_encoder_and_decoder else kept.length(cache)
+        if is_compiled_step(length, tokens):
+            torch._assert_async(
+                length >= kept.prompt_length,
+                "The static cache no longer holds the prompt that its PARA vectors were made from: pass a new cache.",
+            )
+            return True
+        if kept.lost or (length is not None and length == 0):
+            return holds_tokens(cache)
         return True
 
     def _read(
         self,
         named: dict[str, Any],
         cache: Any,
+        kept: CachedVectors | None,
         adapters: tuple[str, ...],
         rows: tuple[str, ...] | None,
         prompt_mask: torch.Tensor | None,
@@ -178,25 +196,18 @@ class CallHooks:
         Raises:
             ValueError: the cache does not hold the vectors that this call needs.
         """
-        kept = CachedVectors.of(cache)
-        if kept is None or kept.model != self.state.identifier:
-            raise ValueError(
-                "The cache was not filled by a call of this model with its PARA adapter active, so that it holds no "
-                "vectors of a prompt: a prefix that another model, or the base model, computed cannot be reused. "
-                "Start from an empty cache, with the adapter active."
-            )
+        kept = usable(kept, self.state.identifier)
         batch, tokens = _token_shape(named)
-        vectors = kept.vectors_for(batch)
         expected = kept.rows if rows is None else self._rows_for(rows, batch)
-        if kept.rows != expected or (kept.rows is None and set(kept.adapters) != set(adapters)):
-            raise ValueError(
-                f"The cache was filled with the adapters {list(kept.rows or kept.adapters)}, but "
-                f"{list(expected or adapters)} are active now: a prompt's vectors serve the adapter that made them. "
-                "Start from an empty cache after switching adapters."
-            )
-        if not (self.has_encoder_and_decoder or _is_compiled_step(cache, tokens)):
-            self._refuse_longer_prompt(kept, int(cache.get_seq_length()), tokens, prompt_mask)
-        return PromptPass(adapters, expected, batch=batch, tokens=tokens, vectors=vectors, from_cache=True)
+        kept.check_call(batch, expected, adapters)
+        length = kept.length(cache)
+        if not (self.has_encoder_and_decoder or is_compiled_step(length, tokens)):
+            cached = kept.prompt_length + kept.continued if length is None else int(length)
+            again = kept.prompt_tokens_again(cached, named.get("input_ids"))
+            if not again or again != tokens:
+                mask = None if prompt_mask is None else prompt_mask[:, again:]
+                self._refuse_longer_prompt(kept, cached + again, None if tokens is None else tokens - again, mask)
+        return PromptPass(adapters, expected, batch=batch, tokens=tokens, vectors=kept.vectors, from_cache=True)
 
     def _refuse_longer_prompt(
         self, kept: CachedVectors, cached: int, tokens: int | None, prompt_mask: torch.Tensor | None
@@ -325,26 +336,9 @@ def _can_generate(model: Any) -> bool:
     return bool(can_generate is not None and can_generate())
 
 
-def _cache_in(values: Any) -> Any:
-    """Returns the KV cache among a call's arguments, or in its output."""
-    if isinstance(values, tuple):
-        return next((value for value in values if hasattr(value, "get_seq_length")), None)
-    cache = values.get("past_key_values") if isinstance(values, dict) else getattr(values, "past_key_values", None)
-    return cache if hasattr(cache, "get_seq_length") else None
-
-
 def _num_rows(named: dict[str, Any]) -> int | None:
     """Returns the rows of a call that has no tokens: those of its first tensor."""
     return next((len(value) for value in named.values() if isinstance(value, torch.Tensor) and value.dim()), None)
-
-
-def _is_compiled_step(cache: Any, tokens: int | None) -> bool:
-    """Says whether torch.compile traces a call of one token a row, with a static cache.
-
-    Such a cache keeps its length in a tensor. To read it would break the graph at each step, and there is nothing to
-    find out: one token after a prompt is never in doubt.
-    """
-    return torch.compiler.is_compiling() and tokens == 1 and isinstance(cache.get_seq_length(), torch.Tensor)
 
 
 def _token_shape(named: dict[str, Any]) -> tuple[int | None, int | None]:

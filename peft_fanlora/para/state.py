@@ -1,8 +1,7 @@
-"""What PARA remembers: for the length of one call, and for the life of a KV cache.
+"""What PARA remembers for the length of one call.
 
 `ParaState` belongs to one adapted model; its layers and hooks share it. What is current in it is kept apart for each
-thread. The vectors of a prompt are stored on the cache that its call filled, so that they are copied with the cache
-and die with it.
+thread. What outlives the call is stored on the cache that it filled, see `caches`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 
 Vectors = dict[str, torch.Tensor | None]
-_ON_CACHE = "para_vectors"
 
 
 @dataclass
@@ -68,58 +66,6 @@ class PromptPass:
     def renewed(self) -> PromptPass:
         """Returns the same call before its vectors were made: checkpointing makes them once more, with gradients."""
         return self if self.from_cache else replace(self, vectors={}, made={})
-
-
-@dataclass
-class CachedVectors:
-    """What lives with a KV cache.
-
-    Attributes:
-        model: the identifier of the model that filled the cache.
-        adapters: the adapters that were active then.
-        rows: the adapter of each row, in a mixed batch.
-        vectors: the vectors that they made.
-        batch: the rows of the call.
-        prompt_length: the token slots that the prompt took.
-    """
-
-    model: str
-    adapters: tuple[str, ...]
-    rows: tuple[str, ...] | None
-    vectors: Vectors
-    batch: int | None
-    prompt_length: int
-
-    @staticmethod
-    def of(cache: Any) -> CachedVectors | None:
-        """Returns what an earlier call left on a cache."""
-        return getattr(cache, _ON_CACHE, None)
-
-    def keep_on(self, cache: Any) -> None:
-        """Stores the vectors on the cache, where they replace those of an earlier prompt."""
-        setattr(cache, _ON_CACHE, self)
-
-    def vectors_for(self, batch: int | None) -> Vectors:
-        """Returns the vectors for a call of `batch` rows; each row may have been repeated since, as for sampling.
-
-        Raises:
-            ValueError: the rows of the call are no repetition of the cache's.
-        """
-        if batch is None or self.batch is None or batch == self.batch:
-            return self.vectors
-        if batch % self.batch:
-            raise ValueError(
-                f"The cache holds the prompts of {self.batch} rows, but this call has {batch}: PARA cannot tell which "
-                "prompt each row goes on with. Fill a new cache with the prompts of these rows."
-            )
-        times = batch // self.batch
-        self.vectors = {
-            name: None if vector is None else vector.repeat_interleave(times, 0)
-            for name, vector in self.vectors.items()
-        }
-        self.rows = None if self.rows is None else tuple(name for name in self.rows for _ in range(times))
-        self.batch = batch
-        return self.vectors
 
 
 @dataclass(frozen=True)
