@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .prompt import Inputs, Prompt, attended_tokens, causal_prompt, whole_input
+from .inputs import inputs_of
+from .prompt import Prompt, causal_prompt, whole_input
 from .state import CachedVectors, Generation, ParaState, PromptPass
 from .wrappers import (
     CHECKPOINT_FUNCTION,
@@ -23,9 +24,6 @@ from .wrappers import (
     PromptKeepingGenerate,
     first_not_none,
 )
-
-
-_ENCODER_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
 
 
 class CallHooks:
@@ -241,49 +239,20 @@ class CallHooks:
         if batch is None or tokens is None:
             prompts = dict.fromkeys(ends, Prompt(None))
         else:
-            inputs = self._inputs(named, batch, tokens, memory, prompt_mask)
+            generation = self.state.current.generation
+            inputs = inputs_of(module, named, (batch, tokens), memory, prompt_mask, generation, self.is_causal)
             if self.is_causal:
                 prompts = {end: causal_prompt(inputs, end, module.training) for end in ends}
             else:
                 prompts = dict.fromkeys(ends, whole_input(inputs))
         segments = next((prompt.segments for prompt in prompts.values()), None)
+        if segments is not None and self.has_encoder_and_decoder:
+            raise ValueError(
+                "The call packs several sequences into a row, but PARA cannot tell which tokens of the decoder belong to "
+                "which of them: give each sequence a row of its own, or leave out what says where each begins."
+            )
         rows = None if rows is None else self._rows_for(rows, _num_rows(named) if batch is None else batch)
         return PromptPass(adapters, rows, prompts, batch, tokens=tokens, segments=segments, memory=memory)
-
-    def _inputs(
-        self,
-        named: dict[str, Any],
-        batch: int,
-        tokens: int,
-        memory: torch.Tensor | None,
-        prompt_mask: torch.Tensor | None,
-    ) -> Inputs:
-        ids = named.get("input_ids")
-        first = first_not_none(memory, *(named.get(name) for name in _ENCODER_INPUTS))
-        device = first.device
-        mask = named.get("encoder_attention_mask")
-        mask = named.get("attention_mask") if mask is None else mask
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != tokens and not self.is_causal:
-            # A mask over samples of sound or pixels says nothing about the encoder's tokens.
-            mask = None
-        generation = self.state.current.generation
-        if generation is not None and not generation.owns(ids):
-            generation = None
-        if prompt_mask is None and generation is not None and generation.prompt_mask is not None:
-            prompt_mask = _fit(generation.prompt_mask, batch, tokens)
-        if prompt_mask is not None and tuple(prompt_mask.shape) != (batch, tokens):
-            raise ValueError(
-                f"prompt_mask has the shape {tuple(prompt_mask.shape)}, but the call has {batch} rows of {tokens} "
-                "tokens: pass one bool for each token, True where it belongs to the prompt."
-            )
-        return Inputs(
-            attended=attended_tokens(mask, batch, tokens, device),
-            input_ids=ids if memory is None else None,
-            position_ids=named.get("position_ids"),
-            labels=named.get("labels"),
-            prompt_mask=None if prompt_mask is None else prompt_mask.to(device).bool(),
-            generated_from=None if generation is None else generation.length,
-        )
 
     def _rows_for(self, rows: tuple[str, ...], batch: int | None) -> tuple[str, ...]:
         """Returns the adapter of each row of a call; within `generate` each row may have been repeated.
@@ -344,11 +313,3 @@ def _token_shape(named: dict[str, Any]) -> tuple[int | None, int | None]:
         if isinstance(value := named.get(name), torch.Tensor) and value.dim() >= 2:
             return value.shape[0], None
     return None, None
-
-
-def _fit(prompt_mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
-    """Returns the prompt mask of a generation for a call whose rows are repeated and whose tokens go on."""
-    if batch % prompt_mask.shape[0] or tokens < prompt_mask.shape[1]:
-        return prompt_mask
-    mask = prompt_mask.repeat_interleave(batch // prompt_mask.shape[0], 0)
-    return torch.cat((mask, mask.new_zeros(batch, tokens - mask.shape[1])), 1)
