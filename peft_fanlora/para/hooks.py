@@ -128,6 +128,7 @@ class CallHooks:
             vectors=call.vectors,
             batch=call.batch,
             prompt_length=max((prompt.length(tokens) for prompt in call.prompts.values()), default=tokens),
+            tokens=tokens,
         ).keep_on(cache)
 
     def _named(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -192,30 +193,41 @@ class CallHooks:
                 "Start from an empty cache after switching adapters."
             )
         if not (self.has_encoder_and_decoder or _is_compiled_step(cache, tokens)):
-            self._refuse_longer_prompt(kept, int(cache.get_seq_length()), tokens, prompt_mask)
+            self._refuse_longer_prompt(kept, int(cache.get_seq_length()), tokens, named.get("input_ids"), prompt_mask)
         return PromptPass(adapters, expected, batch=batch, tokens=tokens, vectors=vectors, from_cache=True)
 
     def _refuse_longer_prompt(
-        self, kept: CachedVectors, cached: int, tokens: int | None, prompt_mask: torch.Tensor | None
+        self,
+        kept: CachedVectors,
+        cached: int,
+        tokens: int | None,
+        input_ids: torch.Tensor | None,
+        prompt_mask: torch.Tensor | None,
     ) -> None:
         """Raises where a call brings more of a prompt whose vectors are already made.
 
-        The first token after a prompt is never in doubt, and neither is a call within the `generate` of that prompt,
-        or of a model that drafts for another: there several accepted tokens come back at once.
+        A single token after a prompt is never in doubt, nor are several that begin with the one that `generate` gave,
+        nor those of the `generate` of that prompt, or of a model that drafts for another: there several accepted tokens
+        come back at once.
         """
         generation = self.state.current.generation or Generation()
-        beyond_prompt = cached > kept.prompt_length or (cached == kept.prompt_length and (tokens or 1) < 2)
-        within_prompt = generation.length is not None and generation.length <= kept.prompt_length
-        if prompt_mask is None:
-            longer = not (beyond_prompt or within_prompt or generation.drafts)
-        else:
+        several = (tokens or 1) > 1
+        same_prompt = generation.drafts or (generation.length is not None and generation.length <= kept.tokens)
+        if prompt_mask is None and several and not same_prompt:
+            prompt_mask = generation.marked_from(kept.prompt_length)
+        if prompt_mask is not None:
             longer = bool(prompt_mask.any())
+        elif cached == kept.prompt_length:
+            longer = several and not (same_prompt or kept.goes_on_with(input_ids))
+        else:
+            longer = cached < kept.prompt_length and not same_prompt
         if longer:
             raise ValueError(
                 f"The cache holds {cached} tokens and the vectors of a prompt of {kept.prompt_length}, and this call "
                 f"brings {tokens} more tokens: were they prompt too, the vectors would have to be made from all of "
                 "it. Pass the whole prompt in one call (no prefill_chunk_size, no prefix from another prompt). If the "
-                "tokens go on from the prompt, say so with prompt_mask=torch.zeros(batch, tokens, dtype=torch.bool)."
+                "tokens go on from the prompt, say so with prompt_mask=torch.zeros_like(input_ids, dtype=torch.bool), "
+                "which the model and `generate` take."
             )
 
     @torch.compiler.disable  # where a prompt ends depends on the data, which no graph can follow

@@ -45,10 +45,11 @@ def inputs_of(
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != shape[1] and not is_causal:
         # A mask over samples of sound or pixels says nothing about the encoder's tokens.
         mask = None
-    if generation is not None and not generation.owns(ids):
-        generation = None
-    if prompt_mask is None and generation is not None and generation.prompt_mask is not None:
-        prompt_mask = _fit(generation.prompt_mask, *shape)
+    generated_from = None
+    if generation is not None:
+        generated_from, is_own = generation.prompt_of(ids, shape[1])
+        if is_own and prompt_mask is None and generation.prompt_mask is not None:
+            prompt_mask = _fit(generation.prompt_mask, *shape)
     if prompt_mask is not None and tuple(prompt_mask.shape) != shape:
         raise ValueError(
             f"prompt_mask has the shape {tuple(prompt_mask.shape)}, but the call has {shape[0]} rows of {shape[1]} "
@@ -63,7 +64,7 @@ def inputs_of(
         numbers=numbered_sequences(named, mask, attended),
         labels=named.get("labels"),
         prompt_mask=None if prompt_mask is None else prompt_mask.to(device).bool(),
-        generated_from=None if generation is None else generation.length,
+        generated_from=generated_from,
     )
 
 
