@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .inputs import inputs_of
+from .inputs import choices_as_rows, inputs_of
 from .prompt import Prompt, causal_prompt, whole_input
 from .state import CachedVectors, Generation, ParaState, PromptPass
 from .wrappers import (
@@ -91,8 +91,7 @@ class CallHooks:
             current.call = current.owner = None
         if current.call is not None:
             return None
-        prompt_mask = kwargs.get("prompt_mask")
-        current.call = self._open(module, self._named(module, args, kwargs), prompt_mask)
+        current.call = self._open(module, self._named(module, args, kwargs))
         current.owner = module
         if module.training:
             self._keep_prompts_in_checkpoints()
@@ -140,13 +139,17 @@ class CallHooks:
             self.argument_names[kind] = list(inspect.signature(module.forward).parameters)
         return {**dict(zip(self.argument_names[kind], args, strict=False)), **kwargs}
 
-    def _open(self, module: nn.Module, named: dict[str, Any], prompt_mask: torch.Tensor | None) -> PromptPass:
+    def _open(self, module: nn.Module, named: dict[str, Any]) -> PromptPass:
         rows = self.state.current.rows
         adapters = self.state.active_adapters()
         if not adapters:
             return PromptPass()
+        named, choices = choices_as_rows(module, named)
+        prompt_mask = named.get("prompt_mask")
         if rows is not None:
             adapters = tuple(dict.fromkeys(rows))
+            if len(rows) * choices == _token_shape(named)[0]:
+                rows = tuple(name for name in rows for _ in range(choices))
         cache = _cache_in(named)
         if cache is not None and self._is_filled(cache, _token_shape(named)[1]):
             return self._read(named, cache, adapters, rows, prompt_mask)
