@@ -20,10 +20,10 @@ from transformers import (
 from peft_fanlora import ParaConfig
 
 
-def teacher_forced(model, sequences, prompt_length, **kwargs):
-    """Logits of the generated tokens in one pass over the whole sequences."""
+def teacher_forced(model, sequences, prompt_length, since=None, **kwargs):
+    """Logits of the tokens after the prompt, or since another one, in one pass over the whole sequences."""
     logits = model(sequences, prompt_mask=leading(sequences, prompt_length), **kwargs).logits
-    return logits[:, prompt_length - 1 : -1]
+    return logits[:, (since or prompt_length) - 1 : -1]
 
 
 def close(a, b):
@@ -363,6 +363,17 @@ class TestRefusals:
         assert cache.get_seq_length() == 6
 
     @torch.no_grad()
+    def test_a_prompt_whose_last_token_is_left_to_generate(self):
+        """Guards against a prompt in two parts, whose second part looks like a decoding step."""
+        model, prompt = para(), tokens(2, 6)
+        cache = model(prompt[:, :-1], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="vectors of a prompt of 5"):
+            generate(model, prompt, past_key_values=cache)
+        says = {"prompt_mask": torch.zeros_like(prompt, dtype=torch.bool)}
+        generated = generate(model, prompt, past_key_values=cache, **says)
+        close(torch.stack(generated.logits, 1), teacher_forced(model, generated.sequences, 5, since=6))
+
+    @torch.no_grad()
     def test_a_prefix_that_generate_filled(self):
         """Guards against any text after a prompt of `generate` being taken for its answer."""
         model = para()
@@ -476,7 +487,7 @@ def test_a_call_within_generate_has_its_own_prompt():
 NEGATIVE = {
     "the last token": None,
     "another prompt": tokens(2, 4, seed=5),
-    "the prompt's beginning": tokens(2, 6)[:, :2],
+    "the prompt's beginning": tokens(2, 6)[:, :5],
     "the prompt and more": torch.cat((tokens(2, 6), tokens(2, 4, seed=5)), 1),
     "the prompt and a token": torch.cat((tokens(2, 6), tokens(2, 1, seed=5)), 1),
     "the prompt": tokens(2, 6),

@@ -119,7 +119,7 @@ class CallHooks:
     @torch.compiler.disable
     def _keep(self, call: PromptPass, cache: Any) -> None:
         """Stores a call's vectors on the cache that it filled."""
-        tokens = call.tokens or 0
+        tokens, generation = call.tokens or 0, self.state.current.generation
         CachedVectors(
             model=self.state.identifier,
             adapters=call.adapters,
@@ -128,6 +128,7 @@ class CallHooks:
             batch=call.batch,
             prompt_length=max((prompt.length(tokens) for prompt in call.prompts.values()), default=tokens),
             tokens=tokens,
+            generation=None if generation is None else generation.identifier,
         ).keep_on(cache)
 
     def _named(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -209,19 +210,21 @@ class CallHooks:
     ) -> None:
         """Raises where a call brings more of a prompt whose vectors are already made.
 
-        A single token after a prompt is never in doubt, nor are several that begin with the one that `generate` gave,
-        nor those of the `generate` of that prompt, or of a model that drafts for another: there several accepted tokens
-        come back at once.
+        A single token after a prompt is in doubt where it is the last of the prompt of another `generate`. What begins
+        with the token that `generate` gave is a further turn. Within the `generate` of the prompt, or of a model that
+        drafts for another, several accepted tokens come back at once.
         """
         generation = self.state.current.generation or Generation()
-        several = (tokens or 1) > 1
-        same_prompt = generation.drafts or (generation.length is not None and generation.length <= kept.tokens)
-        if prompt_mask is None and several and not same_prompt:
+        length, brought = generation.length, tokens or 1
+        same_prompt = generation.drafts or generation.identifier == kept.generation
+        same_prompt = same_prompt or (length is not None and length <= kept.tokens)
+        in_doubt = not same_prompt and (brought > 1 or length == cached + brought)
+        if prompt_mask is None and in_doubt:
             prompt_mask = generation.marked_from(kept.prompt_length)
         if prompt_mask is not None:
             longer = bool(prompt_mask.any())
         elif cached == kept.prompt_length:
-            longer = several and not (same_prompt or kept.goes_on_with(input_ids))
+            longer = in_doubt and not kept.goes_on_with(input_ids)
         else:
             longer = cached < kept.prompt_length and not same_prompt
         if longer:

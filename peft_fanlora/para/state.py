@@ -80,6 +80,7 @@ class CachedVectors:
         batch: the rows of the call.
         prompt_length: the token slots that the prompt took.
         tokens: the tokens of each row of the call.
+        generation: the identifier of the `generate` that the call belonged to; None outside of one.
         answer: the first token that `generate` gave to each row, (batch, 1); None where it is not known.
     """
 
@@ -90,6 +91,7 @@ class CachedVectors:
     batch: int | None
     prompt_length: int
     tokens: int
+    generation: str | None = None
     answer: torch.Tensor | None = None
 
     @staticmethod
@@ -164,6 +166,7 @@ class Generation:
         prompt_mask: the prompt as the caller gives it, bool (batch, length).
         drafts: whether it drafts tokens for another model's `generate`.
         others: the other texts that its logits processors go on with, such as the negative prompt of guidance.
+        identifier: tells it from every other, also where a cache was saved meanwhile.
     """
 
     length: int | None = None
@@ -171,6 +174,7 @@ class Generation:
     prompt_mask: torch.Tensor | None = None
     drafts: bool = False
     others: list[Text] = field(default_factory=list)
+    identifier: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def prompt_of(self, input_ids: torch.Tensor | None, tokens: int) -> tuple[int | None, bool]:
         """Returns the prompt's length for a call that fills a cache, or has none, and whether the prompt is its own.
