@@ -158,6 +158,83 @@ def test_the_other_tasks_of_an_encoder(auto):
         model(tokens(), labels=labels).loss.backward()
 
 
+CHOICES = torch.stack((tokens(2, 9, seed=1), tokens(2, 9, seed=2), tokens(2, 9, seed=3)), 1)
+
+
+def multiple_choice(name: str = "bert", adapters: tuple[str, ...] = ("default",)) -> nn.Module:
+    torch.manual_seed(0)
+    config_class, fields = ENCODERS[name]
+    base = tf.AutoModelForMultipleChoice.from_config(config_class(**fields))
+    for parameter in base.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.25)
+    model = get_peft_model(base, ParaConfig(r=4))
+    for seed, adapter in enumerate(adapters):
+        if adapter not in model.peft_config:
+            model.add_adapter(adapter, ParaConfig(r=4))
+        awaken(model, adapter, seed=seed)
+    return model.eval()
+
+
+def each_choice(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, **kwargs) -> torch.Tensor:
+    """Returns the logits of choices that are passed one at a time."""
+    logits = [
+        model(input_ids=row[None, i : i + 1], attention_mask=attended[None, i : i + 1], **kwargs).logits
+        for row, attended in zip(ids, mask, strict=True)
+        for i in range(ids.shape[1])
+    ]
+    return torch.cat(logits).view(ids.shape[:2])
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v2", "distilbert", "roberta"])
+@torch.no_grad()
+def test_multiple_choice(name):
+    """Guards against a choice that is taken for a token: the model makes a row of each."""
+    model, mask = multiple_choice(name), torch.ones_like(CHOICES)
+    mask[0, 1, 6:] = 0
+    logits = model(input_ids=CHOICES, attention_mask=mask, labels=torch.tensor([0, 2])).logits
+    torch.testing.assert_close(logits, each_choice(model, CHOICES, mask), atol=1e-5, rtol=1e-5)
+    cut = each_choice(model, CHOICES[:1, 1:2, :6], mask[:1, 1:2, :6])
+    torch.testing.assert_close(logits[:1, 1:2], cut, atol=1e-5, rtol=1e-5)
+    embeds = model.get_input_embeddings()(CHOICES)
+    torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits, logits, atol=1e-5, rtol=1e-5)
+    with model.disable_adapter():
+        assert (model(input_ids=CHOICES, attention_mask=mask).logits - logits).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_multiple_choice_with_a_prompt_mask_and_with_an_adapter_for_each_row():
+    model, mask = multiple_choice(adapters=("default", "second")), torch.ones_like(CHOICES)
+    prompt = torch.arange(9).expand(2, 3, 9) < torch.tensor([3, 5, 7]).view(1, 3, 1)
+    logits = model(input_ids=CHOICES, prompt_mask=prompt).logits
+    for i in range(3):
+        alone = model(input_ids=CHOICES[:, i : i + 1], prompt_mask=prompt[:, i : i + 1]).logits
+        torch.testing.assert_close(logits[:, i : i + 1], alone, atol=1e-5, rtol=1e-5)
+    mixed = model(input_ids=CHOICES, attention_mask=mask, adapter_names=["second", "default"]).logits
+    torch.testing.assert_close(mixed[1:], each_choice(model, CHOICES[1:], mask[1:]), atol=1e-5, rtol=1e-5)
+    model.set_adapter("second")
+    torch.testing.assert_close(mixed[:1], each_choice(model, CHOICES[:1], mask[:1]), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="got 3 and 6 respectively"):
+        model(input_ids=CHOICES, adapter_names=["second", "default", "second"])
+
+
+@torch.no_grad()
+def test_a_causal_model_with_choices():
+    """Each choice has a prompt of its own, which the labels show."""
+    torch.manual_seed(0)
+    config_class, fields = CAUSAL["gpt2"]
+    base = tf.GPT2DoubleHeadsModel(config_class(**fields))
+    model = awaken(get_peft_model(base, ParaConfig(r=4))).eval()
+    labels = CHOICES.clone()
+    for i in range(3):
+        labels[:, i, : i + 3] = -100
+    last = torch.full((2, 3), 8)
+    logits = model(CHOICES, mc_token_ids=last, labels=labels).logits
+    for i in range(3):
+        alone = model(CHOICES[:, i : i + 1], mc_token_ids=last[:, :1], labels=labels[:, i : i + 1]).logits
+        torch.testing.assert_close(logits[:, i : i + 1], alone, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.support("sequence classification")
 def test_a_causal_backbone_that_classifies_reads_its_whole_input():
     torch.manual_seed(0)

@@ -7,17 +7,23 @@ import weakref
 
 import pytest
 import torch
-from para_models import CAUSAL, awaken, generate, leading, para, tiny, tokens
+from para_models import CAUSAL, GREEDY, VOCAB, awaken, generate, leading, para, tiny, tokens
 from peft import get_peft_model
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    StaticCache,
+    TextIteratorStreamer,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from peft_fanlora import ParaConfig
 
 
-def teacher_forced(model, sequences, prompt_length, **kwargs):
-    """Logits of the generated tokens in one pass over the whole sequences."""
+def teacher_forced(model, sequences, prompt_length, since=None, **kwargs):
+    """Logits of the tokens after the prompt, or since another one, in one pass over the whole sequences."""
     logits = model(sequences, prompt_mask=leading(sequences, prompt_length), **kwargs).logits
-    return logits[:, prompt_length - 1 : -1]
+    return logits[:, (since or prompt_length) - 1 : -1]
 
 
 def close(a, b):
@@ -193,6 +199,56 @@ def test_a_second_turn_keeps_the_vectors_of_the_first_prompt():
     close(torch.stack(generated.logits, 1), expected)
 
 
+@pytest.mark.parametrize("kind", ["one token", "end of text"])
+@pytest.mark.parametrize("given", ["whole text", "new tokens"])
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_a_second_turn_after_an_answer_of_one_token(rows, given, kind):
+    """The answer is not in the cache yet, so that it comes with the question, as more of a prompt would."""
+    model = para()
+    first, question = tokens(rows, 6), tokens(rows, 4, seed=9)
+    cache = DynamicCache(config=model.config)
+    answer = generate(model, first, new=1).sequences
+    end = (
+        {"max_new_tokens": 1} if kind == "one token" else {"max_new_tokens": 9, "eos_token_id": answer[:, -1].tolist()}
+    )
+    model.generate(first, attention_mask=torch.ones_like(first), past_key_values=cache, **GREEDY, **end)
+    assert cache.get_seq_length() == 6
+    second = torch.cat((answer, question), 1)
+    mask = torch.ones_like(second)
+    expected = generate(model, second, prompt_mask=leading(second, 6))
+    ids = second if given == "whole text" else second[:, 6:]
+    generated = generate(model, ids, past_key_values=cache, attention_mask=mask)
+    close(torch.stack(generated.logits, 1), torch.stack(expected.logits, 1))
+    assert torch.equal(generated.sequences[:, -6:], expected.sequences[:, -6:])
+
+
+@torch.no_grad()
+def test_a_second_turn_on_the_cache_that_generate_returns():
+    model = para()
+    first, question = tokens(2, 6), tokens(2, 4, seed=9)
+    answered = generate(model, first, new=1, do_sample=True, num_return_sequences=2)
+    second = torch.cat((answered.sequences, question.repeat_interleave(2, 0)), 1)
+    logits = model(second[:, 6:], past_key_values=answered.past_key_values).logits
+    close(logits, model(second, prompt_mask=leading(second, 6)).logits[:, 6:])
+
+
+@torch.no_grad()
+def test_generate_takes_the_word_of_prompt_mask_for_a_second_turn():
+    """Guards against an error whose advice cannot be followed: here nothing tells an answer from more prompt."""
+    model = para()
+    first = tokens(2, 6)
+    second = torch.cat((first, tokens(2, 5, seed=9)), 1)
+    expected = torch.stack(generate(model, second, prompt_mask=leading(second, 6)).logits, 1)
+    for says in (torch.zeros_like(second, dtype=torch.bool), leading(second, 6)):
+        cache = model(first, use_cache=True).past_key_values
+        generated = generate(model, second, past_key_values=cache, prompt_mask=says)
+        close(torch.stack(generated.logits, 1), expected)
+    cache = model(first, use_cache=True).past_key_values
+    new = {"attention_mask": torch.ones_like(second), "prompt_mask": torch.zeros(2, 5, dtype=torch.bool)}
+    close(torch.stack(generate(model, second[:, 6:], past_key_values=cache, **new).logits, 1), expected)
+
+
 @torch.no_grad()
 def test_a_copied_cache_goes_on_by_itself():
     """Guards against vectors that are looked up by the identity of the cache, which a copy does not share."""
@@ -298,6 +354,54 @@ class TestRefusals:
             generate(model, prompt, past_key_values=cache)
 
     @torch.no_grad()
+    def test_a_prefix_whose_rest_is_passed_alone(self):
+        """Guards against a prompt that looks short, because a cache holds its beginning."""
+        model = para()
+        cache = model(tokens(1, 6), use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="prefix from another prompt"):
+            generate(model, tokens(1, 4, seed=4), past_key_values=cache, attention_mask=torch.ones(1, 10).long())
+        assert cache.get_seq_length() == 6
+
+    @torch.no_grad()
+    def test_a_prompt_whose_last_token_is_left_to_generate(self):
+        """Guards against a prompt in two parts, whose second part looks like a decoding step."""
+        model, prompt = para(), tokens(2, 6)
+        cache = model(prompt[:, :-1], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="vectors of a prompt of 5"):
+            generate(model, prompt, past_key_values=cache)
+        says = {"prompt_mask": torch.zeros_like(prompt, dtype=torch.bool)}
+        generated = generate(model, prompt, past_key_values=cache, **says)
+        close(torch.stack(generated.logits, 1), teacher_forced(model, generated.sequences, 5, since=6))
+
+    @torch.no_grad()
+    def test_a_prefix_that_generate_filled(self):
+        """Guards against any text after a prompt of `generate` being taken for its answer."""
+        model = para()
+        cache = DynamicCache(config=model.config)
+        answered = generate(model, tokens(1, 6), new=1, past_key_values=cache).sequences
+        answered[:, -1] = (answered[:, -1] + 1) % 80
+        prompt = torch.cat((answered, tokens(1, 4, seed=9)), 1)
+        with pytest.raises(ValueError, match="prefix from another prompt"):
+            generate(model, prompt, past_key_values=cache)
+
+    @torch.no_grad()
+    def test_a_prompt_mask_that_marks_more_than_the_cache_knows(self):
+        model = para()
+        cache = DynamicCache(config=model.config)
+        answer = generate(model, tokens(1, 6), past_key_values=cache).sequences
+        second = torch.cat((answer, tokens(1, 4, seed=9)), 1)
+        with pytest.raises(ValueError, match="vectors of a prompt of 6"):
+            generate(model, second, past_key_values=cache, prompt_mask=leading(second, 9))
+
+    @torch.no_grad()
+    def test_a_prompt_mask_of_another_shape_in_generate(self):
+        model = para()
+        with pytest.raises(
+            ValueError, match=r"prompt_mask has the shape \(2, 3\), but generate was given 2 rows of 7"
+        ):
+            generate(model, tokens(), prompt_mask=torch.ones(2, 3, dtype=torch.bool))
+
+    @torch.no_grad()
     def test_a_prefix_of_the_base_model(self):
         model = para()
         with model.disable_adapter():
@@ -369,8 +473,6 @@ def test_a_call_within_generate_has_its_own_prompt():
             seen.append(model(other).logits)
             return scores
 
-    from transformers import LogitsProcessorList
-
     prompt = tokens(1, 4)
     model.generate(
         prompt,
@@ -380,6 +482,59 @@ def test_a_call_within_generate_has_its_own_prompt():
     )
     for logits in seen:
         close(logits, expected)
+
+
+NEGATIVE = {
+    "the last token": None,
+    "another prompt": tokens(2, 4, seed=5),
+    "the prompt's beginning": tokens(2, 6)[:, :5],
+    "the prompt and more": torch.cat((tokens(2, 6), tokens(2, 4, seed=5)), 1),
+    "the prompt and a token": torch.cat((tokens(2, 6), tokens(2, 1, seed=5)), 1),
+    "the prompt": tokens(2, 6),
+}
+
+
+@pytest.mark.parametrize("processor", [False, True], ids=["guidance_scale", "logits processor"])
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("negative", sorted(NEGATIVE))
+@torch.no_grad()
+def test_guidance_equals_two_teacher_forced_passes(negative, use_cache, processor):
+    """Guards against a negative prompt that grows with the answer, or is cut at the length of the prompt."""
+    model, ids, scale = para(), NEGATIVE[negative], 1.7
+    prompt = tokens(2, 6)
+    if processor:
+        guide = UnbatchedClassifierFreeGuidanceLogitsProcessor(
+            scale, model.get_base_model(), unconditional_ids=ids, use_cache=use_cache
+        )
+        guidance = {"logits_processor": LogitsProcessorList([guide])}
+    else:
+        guidance = {"guidance_scale": scale, "negative_prompt_ids": ids}
+    mask = leading(prompt, 3)
+    kwargs = {**GREEDY, "use_cache": use_cache, "prompt_mask": mask, "eos_token_id": VOCAB, "output_scores": True}
+    generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, **guidance, **kwargs)
+    if ids is None:
+        ids = prompt[:, -1:]
+    answers = generated.sequences[:, 6:]
+    sure = model(generated.sequences, prompt_mask=leading(generated.sequences, 3)).logits[:, 5:-1].log_softmax(-1)
+    both = torch.cat((ids, answers), 1)
+    length = 3 if negative == "the prompt" else ids.shape[1]
+    unsure = model(both, prompt_mask=leading(both, length)).logits[:, ids.shape[1] - 1 : -1].log_softmax(-1)
+    close(torch.stack(generated.scores, 1), scale * (sure - unsure) + unsure)
+
+
+@pytest.mark.parametrize("beams", [{}, {"num_beams": 3, "num_return_sequences": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("use_cache", [True, False])
+@torch.no_grad()
+def test_generation_without_a_prompt(use_cache, beams):
+    """Guards against a prompt that grows with the answer where `generate` begins from the first token alone."""
+    model = para()
+    generated = model.generate(**GREEDY, max_new_tokens=6, min_new_tokens=6, use_cache=use_cache, **beams)
+    if beams:
+        cached = model.generate(**GREEDY, max_new_tokens=6, min_new_tokens=6, **beams)
+        assert torch.equal(generated.sequences, cached.sequences)
+        close(generated.sequences_scores, cached.sequences_scores)
+    else:
+        close(torch.stack(generated.logits, 1), teacher_forced(model, generated.sequences, 1))
 
 
 @torch.no_grad()

@@ -34,6 +34,9 @@ class CachedVectors:
         batch: the rows of the cache; None where that is unknown.
         prompt_length: the token slots that the prompt took.
         prompt_ids: the ids in these slots, (batch, prompt_length); None where they are unknown.
+        tokens: the tokens of each row of the call that filled the cache.
+        generation: the identifier of the `generate` that the call belonged to; None outside of one.
+        answer: the first token that `generate` gave to each row, (batch, 1); None where it is not known.
         anchor: which layer of the cache carries the vectors; None where the cache has no layers.
         continued: whether tokens came after the prompt, for a cache that does not count them.
         written: whether something wrote into the cache since the last call of the model.
@@ -47,6 +50,9 @@ class CachedVectors:
     batch: int | None
     prompt_length: int
     prompt_ids: torch.Tensor | None = None
+    tokens: int = 0
+    generation: str | None = None
+    answer: torch.Tensor | None = None
     anchor: int | None = None
     continued: bool = False
     written: bool = False
@@ -119,6 +125,13 @@ class CachedVectors:
             )
         return again
 
+    def goes_on_with(self, input_ids: torch.Tensor | None) -> bool:
+        """Says whether tokens begin with the one that `generate` gave, as a further turn does and more prompt does not."""
+        answer = self.answer
+        return (
+            answer is not None and input_ids is not None and torch.equal(input_ids[:, :1], answer.to(input_ids.device))
+        )
+
     def select(self, index: Any) -> None:
         """Takes the rows that an index names, as the cache does."""
         rows = next((len(vector) for vector in self.vectors.values() if vector is not None), self.batch or 0)
@@ -127,7 +140,9 @@ class CachedVectors:
             name: None if vector is None else vector[index.to(vector.device)] for name, vector in self.vectors.items()
         }
         self.rows = None if self.rows is None else tuple(self.rows[row] for row in index.tolist())
-        self.prompt_ids = None if self.prompt_ids is None else self.prompt_ids[index.to(self.prompt_ids.device)]
+        self.prompt_ids, self.answer = (
+            None if ids is None else ids[index.to(ids.device)] for ids in (self.prompt_ids, self.answer)
+        )
         self.batch = None if self.batch is None else len(index)
 
     def repeat(self, times: int) -> None:

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from ..tenants import adapted_modules
 from .caches import CachedVectors, cache_in, holds_tokens, is_compiled_step, usable
-from .prompt import Inputs, Prompt, attended_tokens, causal_prompt, whole_input
+from .inputs import choices_as_rows, inputs_of
+from .prompt import Prompt, causal_prompt, whole_input
 from .state import Generation, ParaState, PromptPass
 from .wrappers import (
     CHECKPOINT_FUNCTION,
@@ -25,9 +26,6 @@ from .wrappers import (
     PromptKeepingGenerate,
     first_not_none,
 )
-
-
-_ENCODER_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
 
 
 class CallHooks:
@@ -95,8 +93,7 @@ class CallHooks:
             current.call = current.owner = None
         if current.call is not None:
             return None
-        prompt_mask = kwargs.get("prompt_mask")
-        current.call = self._open(module, self._named(module, args, kwargs), prompt_mask)
+        current.call = self._open(module, self._named(module, args, kwargs))
         current.owner = module
         if module.training:
             self._keep_prompts_in_checkpoints()
@@ -130,7 +127,7 @@ class CallHooks:
     @torch.compiler.disable
     def _keep(self, call: PromptPass, cache: Any, ids: torch.Tensor | None) -> None:
         """Stores a call's vectors on the cache that it filled."""
-        tokens = call.tokens or 0
+        tokens, generation = call.tokens or 0, self.state.current.generation
         length = max((prompt.length(tokens) for prompt in call.prompts.values()), default=tokens)
         CachedVectors(
             model=self.state.identifier,
@@ -140,6 +137,8 @@ class CallHooks:
             batch=call.batch,
             prompt_length=length,
             prompt_ids=None if ids is None or self.has_encoder_and_decoder else ids[:, :length].clone(),
+            tokens=tokens,
+            generation=None if generation is None else generation.identifier,
             continued=tokens > length,
         ).keep_on(cache, self.has_encoder_and_decoder)
 
@@ -152,7 +151,7 @@ class CallHooks:
             self.argument_names[kind] = list(inspect.signature(module.forward).parameters)
         return {**dict(zip(self.argument_names[kind], args, strict=False)), **kwargs}
 
-    def _open(self, module: nn.Module, named: dict[str, Any], prompt_mask: torch.Tensor | None) -> PromptPass:
+    def _open(self, module: nn.Module, named: dict[str, Any]) -> PromptPass:
         rows = self.state.current.rows
         adapters = self.state.active_adapters()
         cache = cache_in(named)
@@ -161,8 +160,12 @@ class CallHooks:
             if kept is not None:
                 kept.lost = True  # tokens of the base model follow
             return PromptPass()
+        named, choices = choices_as_rows(module, named)
+        prompt_mask = named.get("prompt_mask")
         if rows is not None:
             adapters = tuple(dict.fromkeys(rows))
+            if len(rows) * choices == _token_shape(named)[0]:
+                rows = tuple(name for name in rows for _ in range(choices))
         if cache is not None and self._is_filled(cache, kept, _token_shape(named)[1]):
             return self._read(named, cache, kept, adapters, rows, prompt_mask)
         return self._fill(module, named, adapters, rows, prompt_mask)
@@ -202,34 +205,49 @@ class CallHooks:
         kept.check_call(batch, expected, adapters)
         length = kept.length(cache)
         if not (self.has_encoder_and_decoder or is_compiled_step(length, tokens)):
+            ids = named.get("input_ids")
             cached = kept.prompt_length + kept.continued if length is None else int(length)
-            again = kept.prompt_tokens_again(cached, named.get("input_ids"))
+            again = kept.prompt_tokens_again(cached, ids)
             if not again or again != tokens:
-                mask = None if prompt_mask is None else prompt_mask[:, again:]
-                self._refuse_longer_prompt(kept, cached + again, None if tokens is None else tokens - again, mask)
+                ids, mask = (None if value is None else value[:, again:] for value in (ids, prompt_mask))
+                brought = None if tokens is None else tokens - again
+                self._refuse_longer_prompt(kept, cached + again, brought, ids, mask)
         return PromptPass(adapters, expected, batch=batch, tokens=tokens, vectors=kept.vectors, from_cache=True)
 
     def _refuse_longer_prompt(
-        self, kept: CachedVectors, cached: int, tokens: int | None, prompt_mask: torch.Tensor | None
+        self,
+        kept: CachedVectors,
+        cached: int,
+        tokens: int | None,
+        input_ids: torch.Tensor | None,
+        prompt_mask: torch.Tensor | None,
     ) -> None:
         """Raises where a call brings more of a prompt whose vectors are already made.
 
-        The first token after a prompt is never in doubt, and neither is a call within the `generate` of that prompt,
-        or of a model that drafts for another: there several accepted tokens come back at once.
+        A single token after a prompt is in doubt where it is the last of the prompt of another `generate`. What begins
+        with the token that `generate` gave is a further turn. Within the `generate` of the prompt, or of a model that
+        drafts for another, several accepted tokens come back at once.
         """
         generation = self.state.current.generation or Generation()
-        beyond_prompt = cached > kept.prompt_length or (cached == kept.prompt_length and (tokens or 1) < 2)
-        within_prompt = generation.length is not None and generation.length <= kept.prompt_length
-        if prompt_mask is None:
-            longer = not (beyond_prompt or within_prompt or generation.drafts)
-        else:
+        length, brought = generation.length, tokens or 1
+        same_prompt = generation.drafts or generation.identifier == kept.generation
+        same_prompt = same_prompt or (length is not None and length <= kept.tokens)
+        in_doubt = not same_prompt and (brought > 1 or length == cached + brought)
+        if prompt_mask is None and in_doubt:
+            prompt_mask = generation.marked_from(kept.prompt_length)
+        if prompt_mask is not None:
             longer = bool(prompt_mask.any())
+        elif cached == kept.prompt_length:
+            longer = in_doubt and not kept.goes_on_with(input_ids)
+        else:
+            longer = cached < kept.prompt_length and not same_prompt
         if longer:
             raise ValueError(
                 f"The cache holds {cached} tokens and the vectors of a prompt of {kept.prompt_length}, and this call "
                 f"brings {tokens} more tokens: were they prompt too, the vectors would have to be made from all of "
                 "it. Pass the whole prompt in one call (no prefill_chunk_size, no prefix from another prompt). If the "
-                "tokens go on from the prompt, say so with prompt_mask=torch.zeros(batch, tokens, dtype=torch.bool)."
+                "tokens go on from the prompt, say so with prompt_mask=torch.zeros_like(input_ids, dtype=torch.bool), "
+                "which the model and `generate` take."
             )
 
     @torch.compiler.disable  # where a prompt ends depends on the data, which no graph can follow
@@ -255,12 +273,18 @@ class CallHooks:
         if batch is None or tokens is None:
             prompts = dict.fromkeys(ends, Prompt(None))
         else:
-            inputs = self._inputs(named, batch, tokens, memory, prompt_mask)
+            generation = self.state.current.generation
+            inputs = inputs_of(module, named, (batch, tokens), memory, prompt_mask, generation, self.is_causal)
             if self.is_causal:
                 prompts = {end: causal_prompt(inputs, end, module.training) for end in ends}
             else:
                 prompts = dict.fromkeys(ends, whole_input(inputs))
         segments = next((prompt.segments for prompt in prompts.values()), None)
+        if segments is not None and self.has_encoder_and_decoder:
+            raise ValueError(
+                "The call packs several sequences into a row, but PARA cannot tell which tokens of the decoder belong to "
+                "which of them: give each sequence a row of its own, or leave out what says where each begins."
+            )
         rows = None if rows is None else self._rows_for(rows, _num_rows(named) if batch is None else batch)
         return PromptPass(adapters, rows, prompts, batch, tokens=tokens, segments=segments, memory=memory)
 
@@ -272,41 +296,6 @@ class CallHooks:
             self.state.places.measure(self.model, list(adapted_modules(self.model)), named)
         finally:
             current.measuring = False
-
-    def _inputs(
-        self,
-        named: dict[str, Any],
-        batch: int,
-        tokens: int,
-        memory: torch.Tensor | None,
-        prompt_mask: torch.Tensor | None,
-    ) -> Inputs:
-        ids = named.get("input_ids")
-        first = first_not_none(memory, *(named.get(name) for name in _ENCODER_INPUTS))
-        device = first.device
-        mask = named.get("encoder_attention_mask")
-        mask = named.get("attention_mask") if mask is None else mask
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != tokens and not self.is_causal:
-            # A mask over samples of sound or pixels says nothing about the encoder's tokens.
-            mask = None
-        generation = self.state.current.generation
-        if generation is not None and not generation.owns(ids):
-            generation = None
-        if prompt_mask is None and generation is not None and generation.prompt_mask is not None:
-            prompt_mask = _fit(generation.prompt_mask, batch, tokens)
-        if prompt_mask is not None and tuple(prompt_mask.shape) != (batch, tokens):
-            raise ValueError(
-                f"prompt_mask has the shape {tuple(prompt_mask.shape)}, but the call has {batch} rows of {tokens} "
-                "tokens: pass one bool for each token, True where it belongs to the prompt."
-            )
-        return Inputs(
-            attended=attended_tokens(mask, batch, tokens, device),
-            input_ids=ids if memory is None else None,
-            position_ids=named.get("position_ids"),
-            labels=named.get("labels"),
-            prompt_mask=None if prompt_mask is None else prompt_mask.to(device).bool(),
-            generated_from=None if generation is None else generation.length,
-        )
 
     def _rows_for(self, rows: tuple[str, ...], batch: int | None) -> tuple[str, ...]:
         """Returns the adapter of each row of a call; within `generate` each row may have been repeated.
@@ -350,11 +339,3 @@ def _token_shape(named: dict[str, Any]) -> tuple[int | None, int | None]:
         if isinstance(value := named.get(name), torch.Tensor) and value.dim() >= 2:
             return value.shape[0], None
     return None, None
-
-
-def _fit(prompt_mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
-    """Returns the prompt mask of a generation for a call whose rows are repeated and whose tokens go on."""
-    if batch % prompt_mask.shape[0] or tokens < prompt_mask.shape[1]:
-        return prompt_mask
-    mask = prompt_mask.repeat_interleave(batch // prompt_mask.shape[0], 0)
-    return torch.cat((mask, mask.new_zeros(batch, tokens - mask.shape[1])), 1)

@@ -11,7 +11,8 @@ prompt of a causal model is decided here alone, in this order, for each sequence
 
 Training with none of these raises. In multi-turn data the rules find the first prompt and nothing after it, because
 its vectors serve the whole sequence, as they do in generation. Packed batches hold several sequences in a row, and
-each has a prompt of its own. An encoder's prompt is its whole attended input.
+each has a prompt of its own. The prompt of an encoder, or of a model without a language head, is its whole attended
+input.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .packing import is_square, sequences
 
 
 IGNORED = -100
@@ -58,7 +61,9 @@ class Inputs:
     Attributes:
         attended: bool, which tokens are not padding.
         input_ids: the token ids.
-        position_ids: the positions, which restart at 0 for each sequence of a packed batch.
+        position_ids: the positions, which start again for each sequence of a packed batch; also (rows, batch, tokens).
+        by_jumps: whether every jump of the positions begins a sequence.
+        numbers: a number for each token that grows where the call says by other means that a sequence begins.
         labels: the labels of the tokens, where -100 marks those without a loss.
         prompt_mask: bool, the prompt as the caller gives it.
         generated_from: how many of the tokens are the prompt of the running `generate`; None outside of one.
@@ -67,6 +72,8 @@ class Inputs:
     attended: torch.Tensor
     input_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+    by_jumps: bool = False
+    numbers: torch.Tensor | None = None
     labels: torch.Tensor | None = None
     prompt_mask: torch.Tensor | None = None
     generated_from: int | None = None
@@ -87,16 +94,18 @@ def attended_tokens(attention_mask: Any, batch: int, tokens: int, device: torch.
     if isinstance(attention_mask, torch.Tensor):
         if attention_mask.dim() == 2 and attention_mask.shape[1] >= tokens:
             return attention_mask[:, -tokens:].to(device).bool()
-        if attention_mask.dim() == 4 and min(attention_mask.shape[-2:]) >= tokens:
+        if is_square(attention_mask, tokens):
             own = attention_mask[:, 0, :tokens, :tokens].diagonal(dim1=-2, dim2=-1).to(device)
             return (own if own.dtype == torch.bool else own == 0).expand(batch, tokens)
     return torch.ones(batch, tokens, dtype=torch.bool, device=device)
 
 
 def whole_input(inputs: Inputs) -> Prompt:
-    """Returns the prompt of an encoder: all attended tokens, or the `prompt_mask`."""
-    mask = inputs.attended if inputs.prompt_mask is None else inputs.prompt_mask & inputs.attended
-    return Prompt(mask.unsqueeze(1))
+    """Returns the prompt of each sequence of an encoder: all attended tokens, or those of the `prompt_mask`."""
+    segments = _segments(inputs)
+    member = _members(segments, inputs.attended)
+    mask = member if inputs.prompt_mask is None else member & inputs.prompt_mask.unsqueeze(1)
+    return Prompt(mask, segments if member.shape[1] > 1 else None)
 
 
 def causal_prompt(inputs: Inputs, prompt_end: tuple[int, ...] | None, training: bool) -> Prompt:
@@ -130,12 +139,8 @@ def causal_prompt(inputs: Inputs, prompt_end: tuple[int, ...] | None, training: 
 
 
 def _segments(inputs: Inputs) -> torch.Tensor:
-    """Numbers the sequences of each row, (batch, tokens): a new one starts where the position is 0 again."""
-    positions = inputs.position_ids
-    if positions is None or positions.dim() != 2 or positions.shape[1] != inputs.attended.shape[1]:
-        return torch.zeros_like(inputs.attended, dtype=torch.long)
-    starts = (positions.to(inputs.attended.device) == 0) & inputs.attended
-    return (starts.cumsum(1) - 1).clamp(min=0)
+    """Numbers the sequences of each row, (batch, tokens)."""
+    return sequences(inputs.attended, inputs.position_ids, inputs.by_jumps, inputs.numbers)
 
 
 def _members(segments: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:

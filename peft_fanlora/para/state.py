@@ -68,31 +68,75 @@ class PromptPass:
         return self if self.from_cache else replace(self, vectors={}, made={})
 
 
-@dataclass(frozen=True)
+@dataclass
+class Text:
+    """A text that calls without a cache bring from its beginning, again and again, while `generate` adds to it.
+
+    Attributes:
+        prompt: the ids that it began with, (batch, tokens).
+        expected: how many tokens its next call has.
+    """
+
+    prompt: torch.Tensor
+    expected: int
+
+    def begins(self, input_ids: torch.Tensor) -> bool:
+        """Says whether each row begins with the prompt; each row of the prompt may have been repeated."""
+        own, batch = self.prompt, input_ids.shape[0]
+        if input_ids.shape[1] < own.shape[1] or batch % own.shape[0]:
+            return False
+        own = own.to(input_ids.device).repeat_interleave(batch // own.shape[0], 0)
+        return torch.equal(input_ids[:, : own.shape[1]], own)
+
+
+@dataclass
 class Generation:
     """A running `generate`.
 
     Attributes:
-        length: the tokens of its prompt; None where it begins with none, or where the encoder reads it.
+        length: the tokens of its prompt, also those that a cache holds; None until its first call where it begins with
+            none, and where the encoder reads it.
         input_ids: the prompt's ids, (batch, length), which tell its calls from others that are made meanwhile.
         prompt_mask: the prompt as the caller gives it, bool (batch, length).
         drafts: whether it drafts tokens for another model's `generate`.
+        others: the other texts that its logits processors go on with, such as the negative prompt of guidance.
+        identifier: tells it from every other, also where a cache was saved meanwhile.
     """
 
     length: int | None = None
     input_ids: torch.Tensor | None = None
     prompt_mask: torch.Tensor | None = None
     drafts: bool = False
+    others: list[Text] = field(default_factory=list)
+    identifier: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def owns(self, input_ids: torch.Tensor | None) -> bool:
-        """Says whether a call that fills a cache, or has none, is one of this generation's."""
-        if input_ids is None or self.input_ids is None:
-            return True
-        own, batch = self.input_ids, input_ids.shape[0]
-        if input_ids.shape[1] < own.shape[1] or batch % own.shape[0]:
-            return False
-        own = own.to(input_ids.device).repeat_interleave(batch // own.shape[0], 0)
-        return torch.equal(input_ids[:, : own.shape[1]], own)
+    def prompt_of(self, input_ids: torch.Tensor | None, tokens: int) -> tuple[int | None, bool]:
+        """Returns the prompt's length for a call that fills a cache, or has none, and whether the prompt is its own.
+
+        Args:
+            input_ids: the ids of the call.
+            tokens: how many tokens each row has.
+
+        Returns:
+            None and False where the call has a text of its own, all of which is prompt.
+        """
+        if input_ids is not None:
+            for text in self.others:
+                if text.expected == tokens and text.begins(input_ids):
+                    text.expected += 1
+                    return text.prompt.shape[1], False
+        if self.length is None:
+            self.length, self.input_ids = tokens, input_ids
+        if input_ids is None or self.input_ids is None or Text(self.input_ids, tokens).begins(input_ids):
+            return self.length, True
+        self.others.append(Text(input_ids, tokens + 1))
+        return None, False
+
+    def marked_from(self, slot: int) -> torch.Tensor | None:
+        """Returns the caller's prompt_mask from a token slot on; the mask may leave out tokens that a cache holds."""
+        if self.prompt_mask is None or self.length is None:
+            return None
+        return self.prompt_mask[:, max(slot - self.length + self.prompt_mask.shape[1], 0) :]
 
 
 class _Current(threading.local):

@@ -7,13 +7,13 @@ its prompt is. Both wrappers belong to one instance of a model, and go when the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from .state import Generation, ParaState
+from .caches import CachedVectors
+from .state import Generation, ParaState, Text
 
 
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
@@ -84,22 +84,62 @@ class PromptKeepingGenerate:
             )
         generation = self._generation(args, kwargs, prompt_mask)
         if getattr(config, "is_assistant", False):
-            generation = replace(generation, drafts=True)
+            generation.drafts = True
         with self.state.generating(generation):
-            return generate(*args, **kwargs)
+            output = generate(*args, **kwargs)
+        self._remember_answer(generation, first_not_none(kwargs.get("past_key_values"), output), output)
+        return output
 
     def _generation(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], prompt_mask: torch.Tensor | None
     ) -> Generation:
+        """Returns what the arguments of `generate` say about its prompt.
+
+        Raises:
+            ValueError: the prompt_mask has another shape than the prompt.
+        """
         if getattr(self.model.config, "is_encoder_decoder", False):
             return Generation(prompt_mask=prompt_mask)
         ids = first_not_none(args[0] if args else None, kwargs.get("inputs"), kwargs.get("input_ids"))
         embeds = kwargs.get("inputs_embeds")
-        if embeds is not None:
-            return Generation(embeds.shape[1], prompt_mask=prompt_mask)
-        if ids is None:
-            return Generation()
-        return Generation(ids.shape[1], ids, prompt_mask)
+        prompt = first_not_none(embeds, ids)
+        others = [Text(other, other.shape[1]) for other in _negative_prompts(kwargs) if not _same(other, ids)]
+        if prompt is None:
+            return Generation(prompt_mask=prompt_mask, others=others)
+        if prompt_mask is not None and prompt_mask.shape != prompt.shape[:2]:
+            raise ValueError(
+                f"prompt_mask has the shape {tuple(prompt_mask.shape)}, but generate was given {prompt.shape[0]} rows of "
+                f"{prompt.shape[1]} tokens: pass one bool for each token, True where it belongs to the prompt."
+            )
+        # Where a cache holds the beginning, the mask speaks of all tokens, and the ids may be the new ones alone.
+        attention_mask = kwargs.get("attention_mask")
+        attended = attention_mask.shape[-1] if isinstance(attention_mask, torch.Tensor) else 0
+        length = max(prompt.shape[1], attended)
+        return Generation(length, ids if embeds is None else None, prompt_mask, others=others)
+
+    def _remember_answer(self, generation: Generation, holder: Any, output: Any) -> None:
+        """Stores with a cache the first token that was generated after the prompt that filled it."""
+        cache = getattr(holder, "past_key_values", holder)
+        kept = None if isinstance(cache, torch.Tensor) else CachedVectors.of(cache)
+        sequences = getattr(output, "sequences", output)
+        if kept is None or generation.input_ids is None or generation.length != kept.tokens:
+            return
+        given = generation.input_ids.shape[1]
+        if isinstance(sequences, torch.Tensor) and len(sequences) == kept.batch and sequences.shape[1] > given:
+            kept.answer = sequences[:, given : given + 1].clone()
+
+
+def _negative_prompts(kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """Yields the ids that guidance starts from in a `generate` with these arguments."""
+    if isinstance(ids := kwargs.get("negative_prompt_ids"), torch.Tensor):
+        yield ids
+    for processor in kwargs.get("logits_processor") or ():
+        if isinstance(ids := getattr(processor, "unconditional_context", {}).get("input_ids"), torch.Tensor):
+            yield ids
+
+
+def _same(ids: torch.Tensor, others: torch.Tensor | None) -> bool:
+    return others is not None and torch.equal(ids, others.to(ids.device))
 
 
 def first_not_none(*values: Any) -> Any:

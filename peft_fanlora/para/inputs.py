@@ -1,0 +1,99 @@
+"""Reads what a call says about its tokens from its arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .packing import is_square, jumps_begin_sequences, numbered_sequences
+from .prompt import Inputs, attended_tokens
+from .state import Generation
+from .wrappers import first_not_none
+
+
+_ENCODER_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
+
+
+def choices_as_rows(module: nn.Module, named: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Returns a call's arguments as the layers of a multiple-choice model see them, and how many choices a row has.
+
+    Such a model takes its tokens as (batch, choices, tokens) and makes a row of each choice. The third dimension of a
+    model of sound may hold codebooks instead.
+    """
+    ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
+    for value, dims in ((ids, 3), (embeds, 4)):
+        if isinstance(value, torch.Tensor) and value.dim() == dims and not _has_codebooks(module):
+            shape = value.shape[:2]
+            flat = {
+                name: each.flatten(0, 1)
+                for name, each in named.items()
+                if isinstance(each, torch.Tensor) and each.dim() > 2 and each.shape[:2] == shape
+            }
+            return {**named, **flat}, shape[1]
+    return named, 1
+
+
+def inputs_of(
+    module: nn.Module,
+    named: dict[str, Any],
+    shape: tuple[int, int],
+    memory: torch.Tensor | None,
+    prompt_mask: torch.Tensor | None,
+    generation: Generation | None,
+    is_causal: bool,
+) -> Inputs:
+    """Returns what a call that makes vectors says about its tokens.
+
+    Args:
+        module: the model that is called.
+        named: its arguments by name.
+        shape: the rows and tokens of the call.
+        memory: the output of the encoder of an encoder-decoder model, where the call brings it.
+        prompt_mask: the prompt as the caller gives it.
+        generation: the running `generate`.
+        is_causal: whether the model generates text from left to right.
+
+    Raises:
+        ValueError: the prompt_mask has another shape.
+    """
+    ids = named.get("input_ids")
+    device = first_not_none(memory, *(named.get(name) for name in _ENCODER_INPUTS)).device
+    mask = first_not_none(named.get("encoder_attention_mask"), named.get("attention_mask"))
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != shape[1] and not is_causal:
+        # A mask over samples of sound or pixels says nothing about the encoder's tokens.
+        mask = None
+    generated_from = None
+    if generation is not None:
+        generated_from, is_own = generation.prompt_of(ids, shape[1])
+        if is_own and prompt_mask is None and generation.prompt_mask is not None:
+            prompt_mask = _fit(generation.prompt_mask, *shape)
+    if prompt_mask is not None and tuple(prompt_mask.shape) != shape:
+        raise ValueError(
+            f"prompt_mask has the shape {tuple(prompt_mask.shape)}, but the call has {shape[0]} rows of {shape[1]} "
+            "tokens: pass one bool for each token, True where it belongs to the prompt."
+        )
+    attended = attended_tokens(mask, *shape, device)
+    return Inputs(
+        attended=attended,
+        input_ids=ids if memory is None else None,
+        position_ids=None if memory is not None or is_square(mask, shape[1]) else named.get("position_ids"),
+        by_jumps=mask is None and jumps_begin_sequences(module, named),
+        numbers=numbered_sequences(named, mask, attended),
+        labels=named.get("labels"),
+        prompt_mask=None if prompt_mask is None else prompt_mask.to(device).bool(),
+        generated_from=generated_from,
+    )
+
+
+def _has_codebooks(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "config", None), "num_codebooks")
+
+
+def _fit(prompt_mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+    """Returns the prompt mask of a generation for a call whose rows are repeated and whose tokens go on."""
+    if batch % prompt_mask.shape[0] or tokens < prompt_mask.shape[1]:
+        return prompt_mask
+    mask = prompt_mask.repeat_interleave(batch // prompt_mask.shape[0], 0)
+    return torch.cat((mask, mask.new_zeros(batch, tokens - mask.shape[1])), 1)
