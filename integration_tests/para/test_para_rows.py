@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 from para_models import awaken, para, tokens
 from peft import PeftModel, get_peft_model
-from test_rows import DEBERTA, LED, LONGFORMER, SWITCH, by_row, ids
+from test_rows import DEBERTA, GEMMA3, LED, LONGFORMER, SWITCH, by_row, ids, with_items
 from tiny_models import VOCAB
 from torch import nn
 
@@ -70,6 +70,30 @@ def test_what_all_rows_share_is_refused(rows: int) -> None:
     model = made(tf.DebertaV2ForSequenceClassification, DEBERTA, ["query_proj", "value_proj"])
     with torch.no_grad(), pytest.raises(ValueError, match=r"query_proj saw a tensor of the shape \((1|8), 8, 16\)"):
         model(input_ids=ids(rows, 7))
+
+
+@pytest.mark.parametrize("items", [[1, 1], [2, 1], [2, 0]])
+def test_images_are_not_rows(items: list[int]) -> None:
+    """Three images of two rows were taken for three rows, by `generate`, which encodes them by itself."""
+    model = made(tf.Gemma3ForConditionalGeneration, GEMMA3, r".*language_model.*(q_proj|v_proj|up_proj)")
+    batch, alone = with_items(items, (3, 16, 16), "pixel_values")
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with torch.no_grad():
+        logits = model(**batch, adapter_names=NAMES).logits
+        mixed = model.generate(**batch, adapter_names=NAMES, **options)
+        for row, name in enumerate(NAMES):
+            model.set_adapter(name)
+            torch.testing.assert_close(logits[row], model(**alone[row]).logits[0], rtol=1e-5, atol=1e-5)
+            assert mixed[row].equal(model.generate(**alone[row], **options)[0])
+
+
+def test_a_tower_has_no_rows() -> None:
+    model = made(tf.Gemma3ForConditionalGeneration, GEMMA3, r".*(q_proj|v_proj|fc1)")
+    batch, _ = with_items([2, 1], (3, 16, 16), "pixel_values")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"vision_tower.* saw a tensor of the shape \(3, 16, 16\)"):
+        model(**batch, adapter_names=NAMES)
+    with pytest.raises(ValueError, match=r"vision_tower.* runs over images or sounds"):
+        model.generate(**batch, adapter_names=NAMES, max_new_tokens=2)
 
 
 def observe_with_a_hook(layer: nn.Module, seen: list[torch.Tensor]) -> Callable[[], None]:

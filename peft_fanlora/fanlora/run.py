@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
 
-from ..serving.call import row_of_each_item, rows_and_tokens
+from ..serving.call import choices_as_rows, expansion, row_of_each_item, rows_and_tokens
 from ..tenants import BASE_ROWS
 
 
@@ -30,7 +29,7 @@ class Run:
     def __init__(self, batch: Batch, model: nn.Module, named: dict[str, Any], is_checked: bool) -> None:
         self.batch = batch
         self.model = model
-        self.expansion = _expansion(model, named)
+        self.expansion = expansion(model, named)
         self.is_mixed = not isinstance(batch.names, str)
         self.is_checked = is_checked
         self.repeats = 1
@@ -43,20 +42,19 @@ class Run:
         Raises:
             ValueError: they are not those that there are names for.
         """
+        named, choices = choices_as_rows(self.model, named)
         found, self.tokens = rows_and_tokens(self.model, named)
         if not self.is_mixed:
             return
         num_rows = len(self.batch.names)
-        found = num_rows if found is None else found
+        found = num_rows if found is None else found // choices
         self.repeats = found // num_rows
         if found not in (num_rows, num_rows * self.expansion):
             raise ValueError(
                 f"adapter_names has {num_rows} names, but the call has {found} rows: pass one name for each row, "
                 f"{BASE_ROWS!r} for those without an adapter."
             )
-        choices = named.get("input_ids")
-        if isinstance(choices, torch.Tensor) and choices.dim() == 3:  # of multiple choice, which become rows
-            self.repeats *= choices.shape[1]
+        self.repeats *= choices
         self.items = row_of_each_item(self.model, named, num_rows * self.repeats)
 
     def rows_of(self, layer: Any, x: torch.Tensor) -> int | list[int]:
@@ -112,14 +110,3 @@ class NoAdapters(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         return BASE_ROWS
-
-
-def _expansion(model: Any, named: Mapping[str, Any]) -> int:
-    """Returns how often `generate` repeats each row."""
-    given = next((value for value in named.values() if isinstance(value, GenerationConfig)), None)
-    configs = given, getattr(model, "generation_config", None)
-    numbers = []
-    for name in ("num_beams", "num_return_sequences"):
-        values = (named.get(name), *(getattr(config, name, None) for config in configs))
-        numbers.append(next((value for value in values if value is not None), 1))
-    return max(numbers)

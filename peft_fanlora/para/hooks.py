@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..serving.call import choices_as_rows, rows_and_tokens
 from ..tenants import adapted_modules
 from .caches import CachedVectors, cache_in, holds_tokens, is_compiled_step, usable
-from .inputs import choices_as_rows, inputs_of
+from .inputs import inputs_of
 from .prompt import Prompt, causal_prompt, whole_input
 from .state import Generation, ParaState, PromptPass
 from .wrappers import (
@@ -285,7 +286,10 @@ class CallHooks:
                 "The call packs several sequences into a row, but PARA cannot tell which tokens of the decoder belong to "
                 "which of them: give each sequence a row of its own, or leave out what says where each begins."
             )
-        rows = None if rows is None else self._rows_for(rows, _num_rows(named) if batch is None else batch)
+        if rows is not None:
+            if batch is None and module is not self.model and self.model.main_input_name not in named:
+                return PromptPass(adapters, has_no_rows=True)
+            rows = self._rows_for(rows, rows_and_tokens(self.model, named)[0] if batch is None else batch)
         return PromptPass(adapters, rows, prompts, batch, tokens=tokens, segments=segments, memory=memory)
 
     def _find_rows(self, named: dict[str, Any]) -> None:
@@ -305,13 +309,14 @@ class CallHooks:
         """
         if batch is None or batch == len(rows):
             return rows
-        if self.state.current.generation is None or not rows or batch % len(rows):
+        generation = self.state.current.generation
+        if generation is None or batch != len(rows) * generation.expansion:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(rows)} and {batch} respectively: pass one name for each row, "
                 "'__base__' for those without an adapter."
             )
-        return tuple(name for name in rows for _ in range(batch // len(rows)))
+        return tuple(name for name in rows for _ in range(generation.expansion))
 
     def _keep_prompts_in_checkpoints(self) -> None:
         for module in self.model.modules():
@@ -323,11 +328,6 @@ class CallHooks:
 def _can_generate(model: Any) -> bool:
     can_generate = getattr(model, "can_generate", None)
     return bool(can_generate is not None and can_generate())
-
-
-def _num_rows(named: dict[str, Any]) -> int | None:
-    """Returns the rows of a call that has no tokens: those of its first tensor."""
-    return next((len(value) for value in named.values() if isinstance(value, torch.Tensor) and value.dim()), None)
 
 
 def _token_shape(named: dict[str, Any]) -> tuple[int | None, int | None]:

@@ -16,25 +16,6 @@ from .wrappers import first_not_none
 _ENCODER_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
 
 
-def choices_as_rows(module: nn.Module, named: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Returns a call's arguments as the layers of a multiple-choice model see them, and how many choices a row has.
-
-    Such a model takes its tokens as (batch, choices, tokens) and makes a row of each choice. The third dimension of a
-    model of sound may hold codebooks instead.
-    """
-    ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
-    for value, dims in ((ids, 3), (embeds, 4)):
-        if isinstance(value, torch.Tensor) and value.dim() == dims and not _has_codebooks(module):
-            shape = value.shape[:2]
-            flat = {
-                name: each.flatten(0, 1)
-                for name, each in named.items()
-                if isinstance(each, torch.Tensor) and each.dim() > 2 and each.shape[:2] == shape
-            }
-            return {**named, **flat}, shape[1]
-    return named, 1
-
-
 def inputs_of(
     module: nn.Module,
     named: dict[str, Any],
@@ -85,10 +66,6 @@ def inputs_of(
         prompt_mask=None if prompt_mask is None else prompt_mask.to(device).bool(),
         generated_from=generated_from,
     )
-
-
-def _has_codebooks(module: nn.Module) -> bool:
-    return hasattr(getattr(module, "config", None), "num_codebooks")
 
 
 def _fit(prompt_mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:

@@ -100,6 +100,11 @@ class ParaBlock:
             hidden: the layer's input, which is pooled if the layer is the first of an adapter's that the call reaches.
         """
         adapters = [name for name in dict.fromkeys(call.rows or call.adapters) if name in layer.para_target]
+        if call.has_no_rows and adapters:
+            raise ValueError(
+                f"{layer.name} runs over images or sounds, of which PARA cannot tell whose row each belongs to in a mixed "
+                "batch: run the rows of each adapter in a call of their own, or leave the tower out of target_modules."
+            )
         groups: dict[Any, list[str]] = {}
         for adapter in adapters:
             if (self.name, adapter) not in call.made:
@@ -156,7 +161,7 @@ class ParaBlock:
                     "encoder_outputs or encoder_hidden_states."
                 )
             return call.memory.to(hidden.device)
-        batch = call.batch if call.batch is not None else hidden.shape[0]
+        batch = call.batch or len(call.rows or hidden)
         if layer.dimension_of_rows(call, hidden, batch) == 1:
             hidden = hidden.transpose(0, 1)
         return hidden.reshape(batch, -1, hidden.shape[-1])

@@ -45,6 +45,7 @@ class PromptPass:
         segments: the sequence of each token in a packed batch, (batch, tokens); else None.
         memory: the encoder's output, which the decoder of an encoder-decoder model pools.
         from_cache: whether the vectors were made by an earlier call.
+        has_no_rows: whether it is the call of a tower alone, whose images or sounds are not the rows of a mixed batch.
     """
 
     adapters: tuple[str, ...] = ()
@@ -57,6 +58,7 @@ class PromptPass:
     segments: torch.Tensor | None = None
     memory: torch.Tensor | None = None
     from_cache: bool = False
+    has_no_rows: bool = False
 
     @property
     def num_tokens(self) -> int | None:
@@ -99,6 +101,7 @@ class Generation:
         input_ids: the prompt's ids, (batch, length), which tell its calls from others that are made meanwhile.
         prompt_mask: the prompt as the caller gives it, bool (batch, length).
         drafts: whether it drafts tokens for another model's `generate`.
+        expansion: how often it repeats each row.
         others: the other texts that its logits processors go on with, such as the negative prompt of guidance.
         identifier: tells it from every other, also where a cache was saved meanwhile.
     """
@@ -107,6 +110,7 @@ class Generation:
     input_ids: torch.Tensor | None = None
     prompt_mask: torch.Tensor | None = None
     drafts: bool = False
+    expansion: int = 1
     others: list[Text] = field(default_factory=list)
     identifier: str = field(default_factory=lambda: uuid.uuid4().hex)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..serving.call import expansion
 from .caches import CachedVectors
 from .state import Generation, ParaState, Text
 
@@ -85,6 +86,7 @@ class PromptKeepingGenerate:
         generation = self._generation(args, kwargs, prompt_mask)
         if getattr(config, "is_assistant", False):
             generation.drafts = True
+        generation.expansion = expansion(self.model, {"generation_config": config, **kwargs})
         with self.state.generating(generation):
             output = generate(*args, **kwargs)
         self._remember_answer(generation, first_not_none(kwargs.get("past_key_values"), output), output)

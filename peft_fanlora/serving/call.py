@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 
 _TEXT = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
@@ -28,6 +29,26 @@ def _argument_names(kind: Any) -> list[str]:
     return list(inspect.signature(kind.forward).parameters)[1:]
 
 
+def choices_as_rows(model: nn.Module, named: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Returns a call's arguments as the layers of a multiple-choice model see them, and how many choices a row has.
+
+    Such a model takes its tokens as (batch, choices, tokens) and makes a row of each choice. The third dimension of a
+    model of sound may hold codebooks instead.
+    """
+    has_codebooks = hasattr(getattr(model, "config", None), "num_codebooks")
+    ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
+    for value, dims in ((ids, 3), (embeds, 4)):
+        if isinstance(value, torch.Tensor) and value.dim() == dims and not has_codebooks:
+            shape = value.shape[:2]
+            flat = {
+                name: each.flatten(0, 1)
+                for name, each in named.items()
+                if isinstance(each, torch.Tensor) and each.dim() > 2 and each.shape[:2] == shape
+            }
+            return {**named, **flat}, shape[1]
+    return named, 1
+
+
 def rows_and_tokens(model: nn.Module, named: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """Returns how many rows a call has, and how many tokens each of them has; None for what its arguments do not say.
 
@@ -39,7 +60,7 @@ def rows_and_tokens(model: nn.Module, named: Mapping[str, Any]) -> tuple[int | N
     """
     for name in _TEXT:
         if isinstance(value := named.get(name), torch.Tensor) and value.dim() >= 2:
-            return value.shape[0], value.shape[-1 if name.endswith("ids") else -2]
+            return value.shape[0], value.shape[1]
     main = named.get(getattr(model, "main_input_name", None) or "")
     tensors = (value for value in (main, *named.values()) if isinstance(value, torch.Tensor) and value.dim())
     first = next(tensors, None)
@@ -88,3 +109,19 @@ def _rows_of_items(ids: torch.Tensor, items: int, placeholders: list[int]) -> li
     else:
         in_row = [1] * items
     return [row for row, number in enumerate(in_row) for _ in range(number)]
+
+
+def expansion(model: Any, named: Mapping[str, Any]) -> int:
+    """Returns how often `generate` repeats each row, one after the other; guidance may repeat the whole batch instead.
+
+    Args:
+        model: the model.
+        named: the arguments of `generate`.
+    """
+    given = next((value for value in named.values() if isinstance(value, GenerationConfig)), None)
+    configs = given, getattr(model, "generation_config", None)
+    numbers = []
+    for name in ("num_beams", "num_return_sequences"):
+        values = (named.get(name), *(getattr(config, name, None) for config in configs))
+        numbers.append(next((value for value in values if value is not None), 1))
+    return max(numbers)
