@@ -20,7 +20,7 @@ from ..tenants import adapted_modules
 from .caches import CachedVectors, cache_in, holds_tokens, is_compiled_step, usable
 from .inputs import inputs_of
 from .prompt import Prompt, causal_prompt, whole_input
-from .state import Generation, ParaState, PromptPass
+from .state import ParaState, PromptPass
 from .wrappers import (
     CHECKPOINT_FUNCTION,
     PromptKeepingCheckpoint,
@@ -229,12 +229,15 @@ class CallHooks:
         with the token that `generate` gave is a further turn. Within the `generate` of the prompt, or of a model that
         drafts for another, several accepted tokens come back at once.
         """
-        generation = self.state.current.generation or Generation()
-        length, brought = generation.length, tokens or 1
-        same_prompt = generation.drafts or generation.identifier == kept.generation
-        same_prompt = same_prompt or (length is not None and length <= kept.tokens)
-        in_doubt = not same_prompt and (brought > 1 or length == cached + brought)
-        if prompt_mask is None and in_doubt:
+        generation, brought = self.state.current.generation, tokens or 1
+        same_prompt, completes = False, False
+        if generation is not None:
+            length = generation.length
+            same_prompt = generation.drafts or generation.identifier == kept.generation
+            same_prompt = same_prompt or (length is not None and length <= kept.tokens)
+            completes = length == cached + brought
+        in_doubt = not same_prompt and (brought > 1 or completes)
+        if prompt_mask is None and in_doubt and generation is not None:
             prompt_mask = generation.marked_from(kept.prompt_length)
         if prompt_mask is not None:
             longer = bool(prompt_mask.any())
