@@ -264,6 +264,19 @@ class TestRows:
         close(model(whole[:, PROMPT:], past_key_values=cache, adapter_names=["default", "second"]).logits, expected)
 
     @torch.no_grad()
+    def test_of_the_base_model_in_a_mixed_batch(self) -> None:
+        """Guards against rows that are counted by vectors which the base model's rows don't have."""
+        model = para()
+        prompt = tokens(2, PROMPT)
+        cache = model(prompt, adapter_names=["__base__"] * 2, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        whole = torch.cat((prompt.flip(0), tokens(2, 1, seed=5)), 1)
+        found = model(whole[:, PROMPT:], past_key_values=cache, adapter_names=["__base__"] * 2).logits
+        with model.disable_adapter():
+            close(found, model(whole).logits[:, PROMPT:])
+
+    @torch.no_grad()
     def test_of_an_encoder_and_a_decoder(self) -> None:
         model = para("t5", task_type="SEQ_2_SEQ_LM")
         prompt, decoded = tokens(2, PROMPT), tokens(2, 3, seed=4)

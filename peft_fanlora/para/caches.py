@@ -132,10 +132,12 @@ class CachedVectors:
             answer is not None and input_ids is not None and torch.equal(input_ids[:, :1], answer.to(input_ids.device))
         )
 
-    def select(self, index: Any) -> None:
-        """Takes the rows that an index names, as the cache does."""
-        rows = next((len(vector) for vector in self.vectors.values() if vector is not None), self.batch or 0)
-        index = torch.arange(rows)[index.cpu() if isinstance(index, torch.Tensor) else index]
+    def select(self, index: Any, times: int = 1) -> None:
+        """Takes the rows that an index names, each of them so many times, as the cache does."""
+        rows = torch.arange(
+            next((len(vector) for vector in self.vectors.values() if vector is not None), self.batch or 0)
+        )
+        index = rows[index.cpu() if isinstance(index, torch.Tensor) else index].repeat_interleave(times)
         self.vectors = {
             name: None if vector is None else vector[index.to(vector.device)] for name, vector in self.vectors.items()
         }
@@ -144,10 +146,6 @@ class CachedVectors:
             None if ids is None else ids[index.to(ids.device)] for ids in (self.prompt_ids, self.answer)
         )
         self.batch = None if self.batch is None else len(index)
-
-    def repeat(self, times: int) -> None:
-        """Repeats each row, as the cache does."""
-        self.select(torch.arange(self.batch or 0).repeat_interleave(times))
 
     def check_call(self, batch: int | None, rows: tuple[str, ...] | None, adapters: tuple[str, ...]) -> None:
         """Checks that a call has the rows of the cache, and their adapters.
@@ -253,7 +251,7 @@ def _select(kept: CachedVectors, carrier: Any, method: Callable[..., Any], index
 
 def _repeat(kept: CachedVectors, carrier: Any, method: Callable[..., Any], repeats: int) -> None:
     method(carrier, repeats)
-    kept.repeat(repeats)
+    kept.select(slice(None), repeats)
 
 
 _NOTES: dict[str, Callable[..., Any]] = {
