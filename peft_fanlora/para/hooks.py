@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..serving.continuous_batching import FIX, is_paged
 from ..tenants import adapted_modules
 from .prompt import Inputs, Prompt, attended_tokens, causal_prompt, whole_input
 from .state import CachedVectors, Generation, ParaState, PromptPass
@@ -149,6 +150,14 @@ class CallHooks:
             return PromptPass()
         if rows is not None:
             adapters = tuple(dict.fromkeys(rows))
+        if is_paged(named):
+            step = self.state.current.step
+            if step is None:
+                raise ValueError(
+                    "This continuous batching does not tell PARA which request each token belongs to: take the manager "
+                    f"that the adapted model's own init_continuous_batching returns, or {FIX}."
+                )
+            return step.open(named["input_ids"], adapters, self.state)
         cache = _cache_in(named)
         if cache is not None and self._is_filled(cache, _token_shape(named)[1]):
             return self._read(named, cache, adapters, rows, prompt_mask)

@@ -24,6 +24,7 @@ from .prompt import Prompt
 if TYPE_CHECKING:
     from .hooks import CallHooks
     from .layer import ParaBlock
+    from .packed import PackedStep
 
 
 Vectors = dict[str, torch.Tensor | None]
@@ -47,6 +48,7 @@ class PromptPass:
         segments: the sequence of each token in a packed batch, (batch, tokens); else None.
         memory: the encoder's output, which the decoder of an encoder-decoder model pools.
         from_cache: whether the vectors were made by an earlier call.
+        step: the step of continuous batching that the call is, whose row holds the tokens of many requests.
     """
 
     adapters: tuple[str, ...] = ()
@@ -59,6 +61,7 @@ class PromptPass:
     segments: torch.Tensor | None = None
     memory: torch.Tensor | None = None
     from_cache: bool = False
+    step: PackedStep | None = None
 
     @property
     def num_tokens(self) -> int | None:
@@ -155,6 +158,8 @@ class _Current(threading.local):
     generation: Generation | None = None
     rows: tuple[str, ...] | None = None
     measuring: bool = False
+    step: PackedStep | None = None
+    step_before: PackedStep | None = None
 
 
 class ParaState:
@@ -235,3 +240,12 @@ class ParaState:
             yield
         finally:
             self.current.rows = before
+
+    @contextmanager
+    def decoding(self, step: PackedStep) -> Iterator[None]:
+        """Tells the call inside of the context which request each of its tokens belongs to."""
+        self.current.step = step
+        try:
+            yield
+        finally:
+            self.current.step, self.current.step_before = None, step
