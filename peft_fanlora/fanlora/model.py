@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 
-from ..adapters import require_fit, require_usable_name, taken_back
+from ..adapters import require_fit, require_usable_names, taken_back
 from ..tenants import ServesTenants, adapted_modules, changing
 from .batches import Batches
 from .gates import InitialFactors, factors
@@ -61,7 +61,7 @@ class FanLoraModel(ServesTenants, LoraModel):
             taken_back(self, model, adapter_name, is_known=is_known),
         ):
             if not is_known:
-                require_usable_name(model, adapter_name, _LORA_PARTS)
+                require_usable_names(model, adapter_name, self.peft_config, _LORA_PARTS)
             self._inject(model, adapter_name, *args, **kwargs)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
