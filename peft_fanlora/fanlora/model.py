@@ -194,6 +194,10 @@ class FanLoraModel(ServesTenants, LoraModel):
                 raise ValueError(f"`{argument}` is {value}; it has to be at least 1.")
         if dataloader is None and method != "weight_norm":
             raise ValueError(f"method={method!r} needs calibration data; pass a dataloader.")
+        if isinstance(dataloader, str) or not (
+            dataloader is None or hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")
+        ):
+            raise ValueError(f"`dataloader` is {dataloader!r}; pass an iterable of batches, such as a DataLoader.")
         adapter_name = self._require_usable_adapter(adapter_name)
         layers = self._require_modules(adapter_name)
         length = length_hint(dataloader, 0) or None
