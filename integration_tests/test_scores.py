@@ -340,6 +340,30 @@ def test_heads_embeddings_and_towers_are_no_candidates() -> None:
     assert len(candidates(vit)) == 6
 
 
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "stack"),
+    [
+        ("VideoLlavaForConditionalGeneration", "VideoLlavaConfig", "model.language_model.layers"),
+        ("Idefics2ForConditionalGeneration", "Idefics2Config", "model.text_model.layers"),
+        ("InstructBlipForConditionalGeneration", "InstructBlipConfig", "language_model.model.decoder.layers"),
+        ("GraniteSpeechForConditionalGeneration", "GraniteSpeechConfig", "model.language_model.layers"),
+        ("Phi4MultimodalForCausalLM", "Phi4MultimodalConfig", "model.layers"),
+        ("GitForCausalLM", "GitConfig", "git.encoder.layer"),
+    ],
+)
+def test_of_a_multimodal_model_the_language_model_alone_is_chosen_among(
+    model_class: str, config_class: str, stack: str
+) -> None:
+    """Towers and connectors of these were candidates once; the models have no memory here, and their usual sizes."""
+    import transformers
+
+    from peft_fanlora.fanlora.modules import Module, candidates
+
+    with torch.device("meta"):
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)())
+    assert {Module.parse(name).stack for name in candidates(model)} == {stack}
+
+
 def test_streamed_batches() -> None:
     """Guards against asking a loader for its length, which one over a stream does not have."""
     batch = TINY["llama"].batch()
