@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` need nothing but Python 3.10+ and make: the first run sets up `.venv`.
+# `make quickstart` and `make test` need nothing but Python 3.11+ and make: the first run sets up `.venv`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ test-peft: $(READY)
 	$(BIN)/python integration_tests/peft_suite/run.py --results benchmarks/results/peft-tests.json
 	$(BIN)/python integration_tests/peft_suite/page.py
 
-# Needs Python 3.11+ and 4 GB: vLLM's CPU build has an environment of its own.
+# Needs 4 GB: vLLM's CPU build has an environment of its own.
 test-vllm: $(VLLM)/ready
 	$(VLLM)/bin/python -m pytest -m vllm integration_tests/vllm_engine
 

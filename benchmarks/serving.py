@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +29,7 @@ from shapes import Shape, load
 from transformers import set_seed
 
 
-class Measure(str, Enum):
+class Measure(StrEnum):
     """What can be measured."""
 
     decode = "decode"

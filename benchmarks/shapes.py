@@ -1,7 +1,7 @@
 """The models that benchmarks run on: real weights, or random ones in a Llama shape, which need no download."""
 
 import sys
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ _SHAPES = {
 }
 
 
-class Shape(str, Enum):
+class Shape(StrEnum):
     """What `--shape` takes: SmolLM2's own weights, or random ones of its shape, Llama-3.2-1B's, or LLaMA-2-7B's."""
 
     smollm2 = "smollm2"

@@ -66,6 +66,10 @@ def test_names_of_the_methods_own_parts(config: Any, name: str) -> None:
     model = get_peft_model(TINY["llama"].base(), config(r=2))
     with pytest.raises(ValueError, match="part of this model"):
         model.add_adapter(name, config(r=2))
+    alone = get_peft_model(TINY["llama"].base(), config(r=2), adapter_name=name)  # nothing is mixed up there
+    with pytest.raises(ValueError, match=f"'{name}' is also the name of a part of this model"):
+        alone.add_adapter("second", config(r=2))
+    assert list(alone.peft_config) == [name]
 
 
 @both

@@ -267,15 +267,20 @@ def test_a_second_stage_added_on_resuming(tmp_path: Path) -> None:
     assert [len(callback.setting.kept) for callback in callbacks] == [12, 6]
 
 
-def test_training_again_with_the_same_trainer_goes_on_pruned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("save_only_model", [False, True])
+def test_training_again_with_the_same_trainer_goes_on_pruned(save_only_model: bool, tmp_path: Path) -> None:
     callback = FanLoraCallback(CALIBRATION, prune_at=2, modules_per_layer=2)
-    trainer = sft(tmp_path, callback, max_steps=3, save_steps=1)
+    trainer = sft(tmp_path, callback, max_steps=3, save_steps=1, save_only_model=save_only_model)
     trainer.train()
     setting, scores = callback.setting, callback.scores
-    with pytest.raises(ValueError, match="saved before pruning"):
+    reason = "saved before pruning" if save_only_model else "doesn't match the size of optimizer's group"
+    with pytest.warns(UserWarning, match="30 of the 42 tensors"), pytest.raises(ValueError, match=reason):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    trainer = sft(tmp_path, callback, model=trainer.model, max_steps=3)
     trainer.train()
-    assert callback.setting is setting and callback.scores is scores
+    assert trainer.model.peft_config["default"].setting is callback.setting
+    assert callback.setting == setting
+    assert callback.scores is (None if save_only_model else scores)
 
 
 def test_resuming_with_restored_callbacks(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from tiny_models import TINY, adapted, logits, randomize
 from torch.utils.data import DataLoader, IterableDataset
@@ -234,6 +235,9 @@ def test_a_named_adapter_is_scored_alone() -> None:
         model.score_modules([batch], progress=False)
 
 
+LISTS = r"`input_ids` of a calibration batch is a list instead of a tensor, as in a row of a dataset .* DataLoader\("
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -244,6 +248,20 @@ def test_a_named_adapter_is_scored_alone() -> None:
         ({"dataloader": None}, "needs calibration data"),
         ({"dataloader": []}, "no label tokens"),
         ({"dataloader": TINY["llama"].batch()}, r"gave a str instead of a dict .* score_modules\(\[batch\]\)"),
+        ({"dataloader": "my-data"}, "`dataloader` is 'my-data'; pass an iterable of batches"),
+        ({"dataloader": 3}, "`dataloader` is 3; pass an iterable of batches"),
+        ({"dataloader": (batch for batch in ())}, "is empty, as a generator is after its first use"),
+        ({"dataloader": [{name: value.tolist() for name, value in TINY["llama"].batch().items()}]}, LISTS),
+        ({"dataloader": [{**TINY["llama"].batch(), "labels": [[1, 2, 3]] * 3}]}, "`labels` .* is a list instead of"),
+        ({"dataloader": Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]})}, LISTS),
+        (
+            {"dataloader": [{"input_ids": torch.arange(3), "labels": torch.arange(3)}]},
+            r"shape \(3,\), that of a single row",
+        ),
+        ({"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(3, 3).long()}]}, "has 2 rows"),
+        ({"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2, 4).long()}]}, "each token"),
+        ({"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2).long()}]}, "each token"),
+        ({"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.tensor(1)}]}, "has 2 rows"),
         ({"dataloader": [(torch.ones(1, 3), torch.ones(1, 3))]}, "gave a tuple instead of a dict"),
         ({"dataloader": [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]}, "no `labels`, only"),
     ],
@@ -320,6 +338,30 @@ def test_heads_embeddings_and_towers_are_no_candidates() -> None:
     assert len(candidates(TINY["bert"].base())) == 18
     vit = transformers.ViTModel(transformers.ViTConfig(**vision, image_size=8, patch_size=4))
     assert len(candidates(vit)) == 6
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "stack"),
+    [
+        ("VideoLlavaForConditionalGeneration", "VideoLlavaConfig", "model.language_model.layers"),
+        ("Idefics2ForConditionalGeneration", "Idefics2Config", "model.text_model.layers"),
+        ("InstructBlipForConditionalGeneration", "InstructBlipConfig", "language_model.model.decoder.layers"),
+        ("GraniteSpeechForConditionalGeneration", "GraniteSpeechConfig", "model.language_model.layers"),
+        ("Phi4MultimodalForCausalLM", "Phi4MultimodalConfig", "model.layers"),
+        ("GitForCausalLM", "GitConfig", "git.encoder.layer"),
+    ],
+)
+def test_of_a_multimodal_model_the_language_model_alone_is_chosen_among(
+    model_class: str, config_class: str, stack: str
+) -> None:
+    """Towers and connectors of these were candidates once; the models have no memory here, and their usual sizes."""
+    import transformers
+
+    from peft_fanlora.fanlora.modules import Module, candidates
+
+    with torch.device("meta"):
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)())
+    assert {Module.parse(name).stack for name in candidates(model)} == {stack}
 
 
 def test_streamed_batches() -> None:

@@ -36,39 +36,42 @@ def taken_back(tuner: Any, model: Any, adapter_name: str, *, is_known: bool) -> 
         raise
 
 
-def require_usable_name(model: nn.Module, adapter_name: str, own_parts: Collection[str]) -> None:
-    """Refuses a name that the model uses for its own parts.
+def require_usable_names(model: nn.Module, new: str, names: Collection[str], own_parts: Collection[str]) -> None:
+    """Refuses names of adapters that are also names of the model's parts.
 
     PEFT tells the adapters of a model apart by looking for `.name.` in the names of parameters. With an adapter "mlp"
     the files of all other adapters would lack what is in a module called `mlp`.
 
     Args:
         model: the model to adapt.
-        adapter_name: the name of the new adapter.
-        own_parts: how the method calls parts of its layers.
+        new: the name of the new adapter.
+        names: the names of all its adapters. A single one may have a name that the method uses in its own layers.
+        own_parts: those names.
 
     Raises:
         ValueError: the name is empty, has a dot or is the name of a part.
     """
-    if not adapter_name or "." in adapter_name:
+    if not new or "." in new:
         raise ValueError(
-            f"adapter_name={adapter_name!r} is empty or contains a dot, which parameter names cannot: leave it out."
+            f"adapter_name={new!r} is empty or contains a dot, which parameter names cannot: leave it out."
         )
-    if adapter_name in _PEFT_PARTS.union(own_parts, _parts_of(model)):
+    parts = _PEFT_PARTS.union(_parts_of(model))
+    refused = [new] if new in parts else [name for name in names if name in own_parts and len(names) > 1]
+    if refused:
         raise ValueError(
-            f"adapter_name={adapter_name!r} is also the name of a part of this model. PEFT would take that part's "
-            f"parameters for this adapter's, and leave them out of the files of all others: choose another name, such as "
-            f"'adapter-{adapter_name}'."
+            f"adapter_name={refused[0]!r} is also the name of a part of this model. PEFT would take that part's parameters "
+            "for this adapter's, and leave them out of the files of all others: choose another name, such as "
+            f"'adapter-{refused[0]}'."
         )
 
 
 def _parts_of(model: nn.Module) -> Iterator[str]:
     """Yields the names of the base model's modules and parameters, each within its parent."""
-    waiting = [model]
+    waiting: list[Any] = [model]
     while waiting:
-        module: Any = waiting.pop()
+        module = waiting.pop()
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            waiting.append(module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module)
+            waiting.append(getattr(module, "base_layer" if isinstance(module, BaseTunerLayer) else "original_module"))
         else:
             yield from (*module._modules, *module._parameters, *module._buffers)
             waiting.extend(module.children())

@@ -2,10 +2,9 @@
 
 import fnmatch
 import re
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import tomllib
 
 
 FILE = Path(__file__).with_name("deselected.toml")

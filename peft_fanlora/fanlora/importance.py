@@ -186,7 +186,8 @@ def score(
     total, num_tokens = _sum_over_processes(total, num_tokens)
     if not num_tokens:
         raise ValueError(
-            "The calibration data has no label tokens: the dataloader is empty or all labels are -100. Pass batches "
+            "The calibration data has no label tokens: the dataloader is empty, as a generator is after its first use, or "
+            "all labels are -100. Pass batches "
             "with `labels`, for instance from DataCollatorForLanguageModeling(tokenizer, mlm=False)."
         )
     return total / (total.sum() if method == "output_norm" else num_tokens), num_tokens
@@ -202,11 +203,18 @@ def label_mask(model: Any, batch: Batch) -> torch.Tensor:
     """
     if batch.get("labels") is None:
         raise ValueError(
-            f"The calibration batch has no `labels`, only {sorted(batch)}; scores are differences of the loss. "
+            f"The calibration batch has no `labels`, only {sorted(map(str, batch))}; scores are differences of the loss. "
             "Use the data collator of your trainer, or DataCollatorForLanguageModeling(tokenizer, mlm=False)."
         )
     counted = batch["labels"] != -100
     if hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder:
+        tokens = batch.get("input_ids")
+        if counted.ndim < 2 or (tokens is not None and counted.shape[:2] != tokens.shape[:2]):
+            shape = "" if tokens is None else f", but `input_ids` {tuple(tokens.shape)}"
+            raise ValueError(
+                f"`labels` of a calibration batch has the shape {tuple(counted.shape)}{shape}: a causal model needs one label "
+                "for each token, -100 where none counts."
+            )
         counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
     return counted
 

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 
-from ..adapters import require_fit, require_usable_name, taken_back
+from ..adapters import require_fit, require_usable_names, taken_back
 from ..serving.continuous_batching import Request
 from ..tenants import ServesTenants, adapted_modules, changing
 from .batches import Batches
@@ -62,7 +62,7 @@ class FanLoraModel(ServesTenants, LoraModel):
             taken_back(self, model, adapter_name, is_known=is_known),
         ):
             if not is_known:
-                require_usable_name(model, adapter_name, _LORA_PARTS)
+                require_usable_names(model, adapter_name, self.peft_config, _LORA_PARTS)
             self._inject(model, adapter_name, *args, **kwargs)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -211,6 +211,10 @@ class FanLoraModel(ServesTenants, LoraModel):
                 raise ValueError(f"`{argument}` is {value}; it has to be at least 1.")
         if dataloader is None and method != "weight_norm":
             raise ValueError(f"method={method!r} needs calibration data; pass a dataloader.")
+        if isinstance(dataloader, str) or not (
+            dataloader is None or hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")
+        ):
+            raise ValueError(f"`dataloader` is {dataloader!r}; pass an iterable of batches, such as a DataLoader.")
         adapter_name = self._require_usable_adapter(adapter_name)
         layers = self._require_modules(adapter_name)
         length = length_hint(dataloader, 0) or None

@@ -90,7 +90,7 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
             if module is not head and not name.startswith(towers):
                 linear[name] = module
     in_blocks = {name: module for name, module in linear.items() if Module.parse(name).stack}
-    return in_blocks or linear
+    return {name: in_blocks[name] for name in _of_language_model(model, in_blocks)} or linear
 
 
 def lora_modules(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
@@ -209,6 +209,33 @@ def _towers(model: nn.Module) -> list[nn.Module]:
     towers = [model.get_encoder(modality=modality) for modality in ("image", "audio")]
     language = model.get_decoder()
     return [tower for tower in towers if tower not in (model, model.base_model, language)]
+
+
+def _of_language_model(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Returns those names that lie in the language model of a multimodal one, and all names for any other model.
+
+    A tower or a connector is a model with a configuration of its own class, or belongs to the whole beside a language
+    model that is one. Where no such language model is found, the whole is the language model.
+    """
+    names = list(names)
+    if not isinstance(model, PreTrainedModel) or set(_listed(model.input_modalities)) <= {"text"}:
+        return names
+    configs = {name: type(part.config) for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
+    whole = type(model.config)
+    text = {type(model.config.get_text_config(**which)) for which in ({}, {"decoder": True})} - {whole}
+    owners = {}
+    for name in names:
+        parts = name.split(".")
+        outer = (".".join(parts[:length]) for length in range(len(parts), -1, -1))
+        owners[name] = next(configs[prefix] for prefix in outer if prefix in configs)
+    for language in (text, {whole}):
+        if found := [name for name in names if owners[name] in language]:
+            return found
+    return names
+
+
+def _listed(modalities: str | Iterable[str]) -> list[str]:
+    return [modalities] if isinstance(modalities, str) else list(modalities)
 
 
 def _prefixes_of(model: nn.Module, parts: list[nn.Module]) -> tuple[str, ...]:

@@ -31,13 +31,14 @@ def read_back(folder: str, model: nn.Module, adapter_name: str) -> None:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
         warnings.simplefilter("ignore")  # PEFT's, about a model that is not one of transformers
         plain = PeftModel(_hollow(model, adapter_name, {}), LoraConfig.from_pretrained(folder))
-        loaded = set_peft_model_state_dict(plain, load_peft_weights(folder, device="cpu"))
-    base = plain.get_base_model()
+        loaded: Any = set_peft_model_state_dict(plain, load_peft_weights(folder, device="cpu"))
+    base: Any = plain.get_base_model()
     layers, found = adapted_layers(model, adapter_name), adapted_layers(base, "default")
     strange = sorted(loaded.unexpected_keys) or sorted(layers.keys() ^ found.keys())
     strange += [name for name in layers if name in found and not _is_same(layers[name], adapter_name, found[name])]
     for name, module in _trained_whole(model, adapter_name).items():
-        read = base.get_submodule(name).modules_to_save["default"].state_dict()
+        wrapper: Any = base.get_submodule(name)
+        read = wrapper.modules_to_save["default"].state_dict()
         strange += [
             f"{name}.{key}" for key, value in module.state_dict().items() if not torch.equal(value.cpu(), read[key])
         ]

@@ -211,6 +211,7 @@ class CallHooks:
         """
         kept = usable(kept, self.state.identifier)
         batch, tokens = _token_shape(named)
+        self._find_rows(named, None, batch, tokens)
         expected = kept.rows if rows is None else self._rows_for(rows, batch)
         kept.check_call(batch, expected, adapters)
         length = kept.length(cache)
@@ -281,8 +282,7 @@ class CallHooks:
             memory = memory[0]
         if memory is not None and self.has_encoder_and_decoder:
             batch, tokens = memory.shape[:2]
-        if batch is not None and batch > 1 and (rows is not None or batch in (tokens, _token_shape(named)[1])):
-            self._find_rows(named)
+        self._find_rows(named, rows, batch, tokens)
         if batch is None or tokens is None:
             prompts = dict.fromkeys(ends, Prompt(None))
         else:
@@ -304,8 +304,12 @@ class CallHooks:
             rows = self._rows_for(rows, rows_and_tokens(self.model, named)[0] if batch is None else batch)
         return PromptPass(adapters, rows, prompts, batch, tokens=tokens, segments=segments, memory=memory)
 
-    def _find_rows(self, named: dict[str, Any]) -> None:
-        """Finds out where the layers see the rows, where the shape of their inputs may leave that open."""
+    def _find_rows(
+        self, named: dict[str, Any], rows: tuple[str, ...] | None, batch: int | None, tokens: int | None
+    ) -> None:
+        """Finds out where the layers see the rows, where the shapes of a call may leave that open."""
+        if batch is None or batch < 2 or not (rows or batch in (tokens, rows_and_tokens(self.model, named)[1])):
+            return
         current = self.state.current
         current.measuring = True
         try:

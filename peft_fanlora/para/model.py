@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_adapter_state
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..adapters import require_fit, require_usable_name, taken_back
+from ..adapters import require_fit, require_usable_names, taken_back
 from ..serving.continuous_batching import Request
 from ..serving.rows import containers
 from ..serving.whole_modules import WholeModules
@@ -74,7 +74,7 @@ class ParaModel(ServesTenants, BaseTuner):
             known = any(adapter_name in layer.para_target for layer in _para_layers(model))
             with taken_back(self, model, adapter_name, is_known=known):
                 if not known:
-                    require_usable_name(model, adapter_name, _part_names(adapter_name))
+                    require_usable_names(model, adapter_name, self.peft_config, _part_names(self.peft_config))
                 self._check_targets(model, adapter_name)
                 self._state = _state_of(model)
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -208,10 +208,15 @@ class ParaModel(ServesTenants, BaseTuner):
         return key.replace(f".para_generator.{adapter_name}.", ".para_generator.")
 
 
-def _part_names(adapter_name: str) -> set[str]:
-    """Returns the names in a PARA layer that an adapter's must not be; those of up-projections have the target's."""
-    up = {adapter_name} if adapter_name.startswith("up_") else set()
-    return {"para_generator", "down", "query", "activation", *up}
+def _part_names(adapter_names: Iterable[str]) -> set[str]:
+    """Returns the names that PARA's layers have for their parts; an up-projection's is `up_` and the target's."""
+    return {
+        "para_generator",
+        "down",
+        "query",
+        "activation",
+        *(name for name in adapter_names if name.startswith("up_")),
+    }
 
 
 def _follow_renamed_modules(
