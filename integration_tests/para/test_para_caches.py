@@ -158,6 +158,15 @@ class TestEveryKindOfCache:
         close(torch.cat(steps, 1), forced(model, whole)[:, PROMPT:])
 
     @torch.no_grad()
+    def test_as_many_new_tokens_as_rows(self) -> None:
+        """Guards against a second turn that is refused because its shape does not say which dimension holds the rows."""
+        model = para()
+        whole = tokens(2, PROMPT + 2)
+        cache = model(whole[:, :PROMPT], use_cache=True).past_key_values
+        found = model(whole[:, PROMPT:], past_key_values=cache, prompt_mask=torch.zeros(2, 2, dtype=torch.bool)).logits
+        close(found, forced(model, whole)[:, PROMPT:])
+
+    @torch.no_grad()
     def test_a_static_cache_that_is_allocated_early_is_empty(self) -> None:
         model = para()
         cache = StaticCache(config=model.config, max_cache_len=32)

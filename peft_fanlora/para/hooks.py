@@ -176,6 +176,9 @@ class CallHooks:
                     f"that the adapted model's own init_continuous_batching returns, or {FIX}."
                 )
             return step.open(named["input_ids"], adapters, self.state)
+        texts = [named.get(f"{part}{name}") for part in ("", "decoder_") for name in ("input_ids", "inputs_embeds")]
+        if not torch.compiler.is_compiling() and any(_is_square(text) for text in texts):
+            self._find_rows(named)
         if cache is not None and self._is_filled(cache, kept, _token_shape(named)[1]):
             return self._read(named, cache, kept, adapters, rows, prompt_mask)
         return self._fill(module, named, adapters, rows, prompt_mask)
@@ -355,3 +358,8 @@ def _token_shape(named: dict[str, Any]) -> tuple[int | None, int | None]:
         if isinstance(value := named.get(name), torch.Tensor) and value.dim() >= 2:
             return value.shape[0], None
     return None, None
+
+
+def _is_square(text: torch.Tensor | None) -> bool:
+    """Says whether a text has as many tokens as rows, so that its shape does not tell them apart."""
+    return text is not None and text.dim() > 1 and 1 < text.shape[0] == text.shape[1]
