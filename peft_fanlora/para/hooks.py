@@ -8,14 +8,13 @@ again has to run under the call that it belongs to, and `generate` alone knows h
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..serving.call import choices_as_rows, rows_and_tokens
+from ..serving.call import choices_as_rows, named_arguments, rows_and_tokens
 from ..serving.continuous_batching import FIX, is_paged
 from ..tenants import adapted_modules
 from .caches import CachedVectors, cache_in, holds_tokens, is_compiled_step, usable
@@ -45,7 +44,6 @@ class CallHooks:
         self.state = state
         self.watched: list[nn.Module] = []
         self.handles: list[Any] = []
-        self.argument_names: dict[type, list[str]] = {}
         config = getattr(model, "config", None)
         self.has_encoder_and_decoder = bool(getattr(config, "is_encoder_decoder", False))
         self.is_causal = not self.has_encoder_and_decoder and _can_generate(model)
@@ -95,7 +93,7 @@ class CallHooks:
             current.call = current.owner = None
         if current.call is not None:
             return None
-        current.call = self._open(module, self._named(module, args, kwargs))
+        current.call = self._open(module, named_arguments(module, args, kwargs))
         current.owner = module
         if module.training:
             self._keep_prompts_in_checkpoints()
@@ -116,7 +114,7 @@ class CallHooks:
         current.call = current.owner = None
         if output is None or not call.adapters or call.segments is not None:
             return
-        named = self._named(module, args, kwargs)
+        named = named_arguments(module, args, kwargs)
         cache = cache_in(named)
         if call.from_cache:
             if (kept := CachedVectors.of(cache)) is not None:
@@ -144,15 +142,6 @@ class CallHooks:
             continued=tokens > length,
         ).keep_on(cache, self.has_encoder_and_decoder)
 
-    def _named(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Returns the arguments of a call by name."""
-        if not args:
-            return kwargs
-        kind = type(module)
-        if kind not in self.argument_names:
-            self.argument_names[kind] = list(inspect.signature(module.forward).parameters)
-        return {**dict(zip(self.argument_names[kind], args, strict=False)), **kwargs}
-
     def _open(self, module: nn.Module, named: dict[str, Any]) -> PromptPass:
         rows = self.state.current.rows
         adapters = self.state.active_adapters()
@@ -176,9 +165,6 @@ class CallHooks:
                     f"that the adapted model's own init_continuous_batching returns, or {FIX}."
                 )
             return step.open(named["input_ids"], adapters, self.state)
-        texts = [named.get(f"{part}{name}") for part in ("", "decoder_") for name in ("input_ids", "inputs_embeds")]
-        if not torch.compiler.is_compiling() and any(_is_square(text) for text in texts):
-            self._find_rows(named)
         if cache is not None and self._is_filled(cache, kept, _token_shape(named)[1]):
             return self._read(named, cache, kept, adapters, rows, prompt_mask)
         return self._fill(module, named, adapters, rows, prompt_mask)
@@ -358,8 +344,3 @@ def _token_shape(named: dict[str, Any]) -> tuple[int | None, int | None]:
         if isinstance(value := named.get(name), torch.Tensor) and value.dim() >= 2:
             return value.shape[0], None
     return None, None
-
-
-def _is_square(text: torch.Tensor | None) -> bool:
-    """Says whether a text has as many tokens as rows, so that its shape does not tell them apart."""
-    return text is not None and text.dim() > 1 and 1 < text.shape[0] == text.shape[1]
