@@ -7,7 +7,7 @@ it does so here, the adapters that are not concerned are taken out of the layers
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, cast
@@ -16,6 +16,8 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+
+from .serving.continuous_batching import ContinuousBatching
 
 
 BASE_ROWS = "__base__"
@@ -57,8 +59,14 @@ def load_tenant(model: PeftModel, model_id: Any, adapter_name: str, **kwargs: An
 
 
 class ServesTenants:
-    """What the tuners of both methods have in common: adapters that come, go and change between calls."""
+    """What the tuners of both methods have in common: adapters that come, go and change between calls.
 
+    Attributes:
+        makes_vectors: whether an adapter reads its prompt, so that a step of continuous batching has to know the requests
+            also where they name no adapters.
+    """
+
+    makes_vectors = False
     model: Any
     active_adapters: list[str]
     peft_config: dict[str, PeftConfig]
@@ -71,6 +79,15 @@ class ServesTenants:
 
     def _after_change(self) -> None:
         """Lets go of what depends on the adapters that there were before a change."""
+
+    @cached_property
+    def continuous_batching(self) -> ContinuousBatching:
+        """The model's entries to continuous batching."""
+        return ContinuousBatching(self)
+
+    def calling(self, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
+        """For the length of a call; the steps of continuous batching pass the gate by themselves, in another thread."""
+        return nullcontext() if arguments.get("cache_implementation") == "paged" else self.call_gate.passed()
 
     def row_names(self, adapter_names: Any) -> tuple[str, ...]:
         """Returns the adapter of each row as the caller names it, after checking that all are there.
@@ -93,6 +110,16 @@ class ServesTenants:
                 "correct the name."
             )
         return tuple(adapter_names)
+
+    def computing_adapters(self) -> tuple[str, ...]:
+        """Returns the adapters that a call without names computes with: none while they are disabled."""
+        layer = next((module for module in adapted_modules(self.model) if isinstance(module, BaseTunerLayer)), None)
+        return () if layer is None or layer.disable_adapters else tuple(layer.active_adapters)
+
+    @property
+    def has_modules_saved_whole(self) -> bool:
+        """Whether some adapter has `modules_to_save`."""
+        return any(isinstance(module, AuxiliaryTrainingWrapper) for module in adapted_modules(self.model))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, see `peft.PeftModel.delete_adapter`.

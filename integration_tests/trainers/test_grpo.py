@@ -9,6 +9,7 @@ from peft import PeftModel
 from trainer_models import (
     METHODS,
     VOCAB,
+    adapted,
     arguments,
     base,
     check_no_leak,
@@ -21,7 +22,7 @@ from trainer_models import (
     tokenizer,
     user,
 )
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 
 def low_words(completions: list[Any], **kwargs: Any) -> list[float]:
@@ -155,3 +156,47 @@ def test_a_rollout_and_the_training_pass_see_the_same_prompt(method: str, tmp_pa
     with torch.no_grad():
         forced = run.model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).logits
     torch.testing.assert_close(forced[:, prompt - 1 : -1], torch.stack(generated.logits, 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.support("GRPO and RLOO, continuous batching")
+@pytest.mark.parametrize("trainer", ["GRPO", "RLOO"])
+@pytest.mark.parametrize("method", METHODS)
+def test_continuous_batching_draws_the_rollouts_that_generate_draws(method: str, trainer: str, tmp_path: Path) -> None:
+    """Guards against rollouts under vectors of other prompts, or without the adapter."""
+    trainer_class, config_class = {"GRPO": (GRPOTrainer, GRPOConfig), "RLOO": (RLOOTrainer, RLOOConfig)}[trainer]
+    small = {"max_batch_tokens": 16, "num_blocks": 64, "page_size": 8}
+    drawn: dict[bool, list[str]] = {}
+    for batched in (False, True):
+        model = adapted(method)
+        torch.manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape) * 0.4
+
+        def rewards(completions: list[str], batched: bool = batched, **kwargs: Any) -> list[float]:
+            drawn.setdefault(batched, []).extend(completions)
+            return [float(index % 3) for index in range(len(completions))]
+
+        run = trainer_class(
+            model,
+            reward_funcs=rewards,
+            args=config_class(
+                **arguments(
+                    tmp_path,
+                    per_device_train_batch_size=16,
+                    num_generations=4,
+                    max_completion_length=6,
+                    max_steps=1,
+                    top_k=1,  # greedy
+                    use_transformers_continuous_batching=batched,
+                    transformers_continuous_batching_config=small if batched else None,
+                )
+            ),
+            train_dataset=rows(lambda row: {"prompt": question(row)}),
+            processing_class=tokenizer(),
+        )
+        before = snapshot(run.model)
+        run.train()
+        check_only_the_adapter_moved(run.model, before)
+    assert len(set(drawn[False])) > 2
+    assert drawn[True] == drawn[False]

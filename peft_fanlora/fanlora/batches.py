@@ -15,7 +15,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear, LoraLayer
@@ -26,7 +26,7 @@ from ..serving.call import named_arguments
 from ..serving.layers import is_observed
 from ..serving.rows import RowPlaces
 from ..tenants import BASE_ROWS, adapted_modules
-from .run import Run
+from .run import PackedRun, Run
 from .stacks import AdapterStack, SharedAdapter, Slots, is_plain
 
 
@@ -151,10 +151,38 @@ class Batches:
         finally:
             self.current.run = before
 
+    @contextmanager
+    def decoding(self, model: nn.Module, names: tuple[str, ...], begins: bool) -> Iterator[None]:
+        """Gives the tokens of the one row of the call inside of the context each its own adapter.
+
+        Args:
+            model: the adapted model.
+            names: the adapter of each token.
+            begins: whether something new begins.
+        """
+        last = self._last.get(PackedRun)
+        goes_on = last is not None and last.names == names and not begins
+        batch = last if goes_on and last is not None else self._make(model, names, (), {}, kind=PackedRun)
+        before, self.current.run = self.current.run, PackedRun(batch, model, {}, is_checked=True)
+        try:
+            yield
+        finally:
+            self.current.run = before
+
+    def find_rows(self, model: nn.Module) -> None:
+        """Finds out where the layers see the rows."""
+        self._places.measure(model, list(adapted_modules(model)), {})
+
     def _make(
-        self, model: nn.Module, names: tuple[str, ...] | str, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        model: nn.Module,
+        names: tuple[str, ...] | str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kind: type | None = None,
     ) -> Batch:
-        self._last.pop(type(names), None)
+        kind = kind or type(names)
+        self._last.pop(kind, None)
         if not isinstance(names, str) and len(set(names)) > 1:
             self._places.measure(model, list(adapted_modules(model)), named_arguments(model, args, kwargs))
         grad = torch.is_grad_enabled()
@@ -162,7 +190,7 @@ class Batches:
             batch = Batch(model, names, self._places)
         self._hook(model, batch)
         if not batch.has_graph:
-            self._last[type(names)] = batch
+            self._last[kind] = batch
         return batch
 
     def _hook(self, model: nn.Module, batch: Batch) -> None:
@@ -236,7 +264,12 @@ class _LayerForward:
             return stack.add_to(result.clone() if is_observed(base) else result, args[0], run)
         if not run.is_mixed:
             return type(layer).forward(layer, *args, **kwargs)
-        x: Any = args[0] if args else kwargs.get("x")
+        if isinstance(run, PackedRun) and args and run.is_packed(args[0]):
+            return self._mix(stack, run, args[0].transpose(0, 1), *args[1:], **kwargs).transpose(0, 1)
+        return self._mix(stack, run, *args, **kwargs)
+
+    def _mix(self, stack: AdapterStack | SharedAdapter | None, run: Run, *args: Any, **kwargs: Any) -> torch.Tensor:
+        layer, x = self.layer, args[0] if args else cast(Any, kwargs.get("x"))
         kwargs["adapter_names"] = run.names_for(layer, x)
         output = type(layer).forward(layer, *args, **kwargs)
         return output if stack is None or layer.disable_adapters else stack.add_to(output, x, run)

@@ -1,6 +1,6 @@
 """FanLoraModel: LoRA that can score its modules and drop the less important ones."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from functools import cached_property
@@ -17,6 +17,7 @@ from peft.utils.transformers_weight_conversion import convert_peft_adapter_state
 from torch import nn
 
 from ..adapters import require_fit, require_usable_name, taken_back
+from ..serving.continuous_batching import Request
 from ..tenants import ServesTenants, adapted_modules, changing
 from .batches import Batches
 from .gates import InitialFactors, factors
@@ -79,6 +80,7 @@ class FanLoraModel(ServesTenants, LoraModel):
             follow_renamed_targets(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.target_modules = targets or config.target_modules  # PEFT shortens many names to what they end in
+        self.continuous_batching.install()
         if config.mutates_base_weights:
             initial = {name: factors(layer, adapter_name) for name, layer in lora_modules(model, adapter_name).items()}
             self._initial_factors[adapter_name] = {name: (A.clone(), B.clone()) for name, (A, B) in initial.items()}
@@ -107,7 +109,7 @@ class FanLoraModel(ServesTenants, LoraModel):
             ValueError: the model is training, there is no adapter of some name, or the names are not one for each row.
         """
         names = kwargs.pop("adapter_names", None)
-        with self.call_gate.passed(), super()._enable_peft_forward_hooks(*args, **kwargs):
+        with self.calling(kwargs), super()._enable_peft_forward_hooks(*args, **kwargs):
             running: AbstractContextManager[None] = nullcontext()
             if names is not None:
                 running = self._batches.running(self.model, self.row_names(names), args, kwargs)
@@ -122,9 +124,24 @@ class FanLoraModel(ServesTenants, LoraModel):
         is_replica = hasattr(self, "_is_replica")  # of `DataParallel`, gone after the call
         return in_inference and not is_replica and len(self.active_adapters) == 1 and self._batches.current.run is None
 
+    def names_of_thread(self) -> tuple[str, ...] | None:
+        """Returns the adapter of each row of this thread's mixed batch; None outside of one."""
+        run = self._batches.current.run
+        return run.batch.names if run is not None and isinstance(run.batch.names, tuple) else None
+
+    def decoding(self, requests: Sequence[Request], kept: dict[str, Any]) -> AbstractContextManager[None]:
+        """Gives each token of a packed row, inside of the context, its request's adapter."""
+        names = tuple(str(request.adapter) for request in requests for _ in range(request.num_tokens))
+        return self._batches.decoding(self.model, names, begins=any(request.begins for request in requests))
+
+    def find_rows(self) -> None:
+        """Finds out where the layers see the rows, while the model runs as usual."""
+        self._batches.find_rows(self.model)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         self._batches.leave(self.model)
+        self.continuous_batching.remove()
         return model
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -96,6 +96,38 @@ class Run:
         return [name for name in names for _ in range(len(x) // len(names))]
 
 
+class PackedRun(Run):
+    """One step of continuous batching: the rows of its batch are the tokens of the single row that the layers see."""
+
+    def begin_call_of_model(self, named: dict[str, Any]) -> None:
+        """Checks that there is a name for each token."""
+        found, self.tokens = rows_and_tokens(self.model, named)
+        if (found, self.tokens) != (1, len(self.batch.names)):
+            raise ValueError(f"A step of {len(self.batch.names)} tokens ran the model on {found} x {self.tokens}.")
+
+    def rows_of(self, layer: Any, x: torch.Tensor) -> int | list[int]:
+        """Returns the dimension of a layer's input that has the tokens.
+
+        Raises:
+            ValueError: that is not certain.
+        """
+        if not self.is_packed(x):
+            return self._as_rows(layer, x)
+        return 1 - int(self._as_rows(layer, x.transpose(0, 1)))
+
+    def is_packed(self, x: torch.Tensor) -> bool:
+        """Whether a layer's input is a single row of tokens."""
+        return x.shape[:2] == (1, len(self.batch.names)) and x.dim() == (3 if x.is_floating_point() else 2)
+
+    def _as_rows(self, layer: Any, x: torch.Tensor) -> int:
+        if self.batch.places.dimension(layer, x.shape, len(self.batch.names), 1) == 0:
+            return 0
+        raise ValueError(
+            "Continuous batching mixes adapters, but it is not certain to which request each entry of an input of the "
+            f"shape {tuple(x.shape)} belongs: leave the experts of a mixture out of target_modules, or use `generate`."
+        )
+
+
 class NoAdapters(Sequence[str]):
     """The names of rows for which PEFT's layers have no adapter to compute; they need no more than the number."""
 

@@ -118,6 +118,8 @@ class ParaBlock:
         for made in distinct.values():
             part = layer.slices.spread(made[layer.para_target[adapters[0]]])
             vector = part if vector is None else vector * part
+        if call.step is not None:
+            vector = call.step.with_kept(layer.name, vector)
         call.vectors[layer.name] = vector
         return vector
 
@@ -164,6 +166,8 @@ class ParaBlock:
         batch = call.batch or len(call.rows or hidden)
         if layer.dimension_of_rows(call, hidden, batch) == 1:
             hidden = hidden.transpose(0, 1)
+        if call.step is not None:
+            return call.step.prompts_in(hidden)
         return hidden.reshape(batch, -1, hidden.shape[-1])
 
 
@@ -276,7 +280,8 @@ class ParaLayer(nn.Module, BaseTunerLayer):
         """
         if x.dim() > 2 and len(x) == rows and (rows == 1 or x.shape[1] != rows):
             return 0
-        is_some = x.dim() == 2 and ((self.is_expert and rows > 1) or call.num_tokens not in (None, len(x)))
+        is_mixed = rows > 1 or call.step is not None
+        is_some = x.dim() == 2 and ((self.is_expert and is_mixed) or call.num_tokens not in (None, len(x)))
         dimension = None if is_some else self.block.state.places.dimension(self, x.shape, rows, call.tokens)
         if dimension is None:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,12 +14,14 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters import require_fit, require_usable_name, taken_back
+from ..serving.continuous_batching import Request
 from ..serving.rows import containers
 from ..serving.whole_modules import WholeModules
 from ..tenants import ServesTenants, adapted_modules, changing
 from .hooks import CallHooks
 from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, ParaLinear, linear_shape
-from .state import ParaState
+from .packed import PackedStep
+from .state import ParaState, Vectors
 from .targets import DEFAULT_TARGETS, scaled_outputs
 
 
@@ -42,6 +44,7 @@ class ParaModel(ServesTenants, BaseTuner):
     """
 
     prefix = "para_"
+    makes_vectors = True
     tuner_layer_cls = ParaLayer
     target_module_mapping: dict[str, Any] = DEFAULT_TARGETS
 
@@ -79,6 +82,7 @@ class ParaModel(ServesTenants, BaseTuner):
                 self._state.hooks = CallHooks(model, self._state)
             self._state.hooks.install()
             WholeModules(self._state.rows_of).install(model)
+            self.continuous_batching.install()
 
     def _check_targets(self, model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
@@ -156,8 +160,23 @@ class ParaModel(ServesTenants, BaseTuner):
             ValueError: the model is training, or there is no adapter of some name.
         """
         names = kwargs.get("adapter_names")
-        with self.call_gate.passed(), nullcontext() if names is None else self._state.mixing(self.row_names(names)):
+        with self.calling(kwargs), nullcontext() if names is None else self._state.mixing(self.row_names(names)):
             yield
+
+    def names_of_thread(self) -> tuple[str, ...] | None:
+        """Returns the adapter of each row of this thread's mixed batch; None outside of one."""
+        return self._state.current.rows
+
+    @contextmanager
+    def decoding(self, requests: Sequence[Request], kept: dict[str, Vectors]) -> Iterator[None]:
+        """Gives each token of a packed row, inside of the context, its request's vectors, and keeps those that are made."""
+        step = PackedStep(requests, kept)
+        with self._state.decoding(step):
+            yield
+        step.keep_vectors()
+
+    def find_rows(self) -> None:
+        """Does nothing: the layers see one row."""
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_REFUSAL)
@@ -167,6 +186,7 @@ class ParaModel(ServesTenants, BaseTuner):
         model = super().unload()
         if self._state.hooks is not None:
             self._state.hooks.remove()
+        self.continuous_batching.remove()
         return model
 
     @classmethod

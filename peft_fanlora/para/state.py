@@ -23,6 +23,7 @@ from .prompt import Prompt
 if TYPE_CHECKING:
     from .hooks import CallHooks
     from .layer import ParaBlock
+    from .packed import PackedStep
 
 
 Vectors = dict[str, torch.Tensor | None]
@@ -46,6 +47,7 @@ class PromptPass:
         memory: the encoder's output, which the decoder of an encoder-decoder model pools.
         from_cache: whether the vectors were made by an earlier call.
         has_no_rows: whether it is the call of a tower alone, whose images or sounds are not the rows of a mixed batch.
+        step: the step of continuous batching that the call is, whose row holds the tokens of many requests.
     """
 
     adapters: tuple[str, ...] = ()
@@ -59,6 +61,7 @@ class PromptPass:
     memory: torch.Tensor | None = None
     from_cache: bool = False
     has_no_rows: bool = False
+    step: PackedStep | None = None
 
     @property
     def num_tokens(self) -> int | None:
@@ -149,6 +152,8 @@ class _Current(threading.local):
     generation: Generation | None = None
     rows: tuple[str, ...] | None = None
     measuring: bool = False
+    step: PackedStep | None = None
+    step_before: PackedStep | None = None
 
 
 class ParaState:
@@ -229,3 +234,12 @@ class ParaState:
             yield
         finally:
             self.current.rows = before
+
+    @contextmanager
+    def decoding(self, step: PackedStep) -> Iterator[None]:
+        """Tells the call inside of the context which request each of its tokens belongs to."""
+        self.current.step = step
+        try:
+            yield
+        finally:
+            self.current.step, self.current.step_before = None, step

@@ -83,6 +83,8 @@ class PromptKeepingGenerate:
                 f"prefill_chunk_size={chunk} splits the prompt, but PARA makes its vectors from the whole prompt, when "
                 "it first passes: leave prefill_chunk_size out."
             )
+        if prompt_mask is not None and kwargs.get("cache_implementation") == "paged":
+            kwargs["prompt_mask"] = prompt_mask  # for the refusal
         generation = self._generation(args, kwargs, prompt_mask)
         if getattr(config, "is_assistant", False):
             generation.drafts = True

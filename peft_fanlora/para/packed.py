@@ -1,0 +1,96 @@
+"""PARA under continuous batching, where one row holds the tokens of many requests.
+
+Each request's vectors are made in the step that computes its prompt, from the prompt alone, and read at its later steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+
+from ..serving.continuous_batching import Request
+from .prompt import Inputs, causal_prompt
+from .state import ParaState, PromptPass, Vectors
+
+
+class PackedStep:
+    """One step: the requests whose tokens stand in a row, in their order.
+
+    Args:
+        requests: the requests.
+        kept: the vectors of those whose prompts came in an earlier step, by request; `keep_vectors` adds the others'.
+    """
+
+    def __init__(self, requests: Sequence[Request], kept: dict[str, Vectors]) -> None:
+        self.requests = requests
+        self.kept = kept
+        self.new = [index for index, request in enumerate(requests) if request.begins]
+        self.call: PromptPass | None = None
+        self._identifiers = [request.identifier for request in requests]
+
+    def open(self, input_ids: torch.Tensor, adapters: tuple[str, ...], state: ParaState) -> PromptPass:
+        """Opens the step's call.
+
+        Args:
+            input_ids: the tokens, (1, tokens).
+            adapters: the active adapters, for requests that name none.
+            state: what the model's layers share.
+        """
+        device, lengths = input_ids.device, [request.num_tokens for request in self.requests]
+        starts = [0, *accumulate(lengths)]
+        call = PromptPass(adapters, batch=1, tokens=starts[-1], from_cache=not self.new, step=self)
+        if starts[-1] > len(lengths):
+            segments = [index for index, length in enumerate(lengths) for _ in range(length)]
+            call.segments = torch.tensor([segments], device=device)
+        if self.new:
+            # Each prompt becomes a row; what fills it up is read, but not attended.
+            steps = torch.arange(max(lengths[index] for index in self.new), device=device)
+            attended = steps < torch.tensor([lengths[index] for index in self.new], device=device).unsqueeze(1)
+            first = torch.tensor([starts[index] for index in self.new], device=device).unsqueeze(1)
+            self.places = torch.where(attended, first + steps, first)
+            inputs = Inputs(attended, self._rows_of(input_ids.squeeze(0)))
+            call.rows = tuple(name for index in self.new if (name := self.requests[index].adapter) is not None) or None
+            call.adapters = tuple(dict.fromkeys(call.rows or adapters))
+            call.prompts = {end: causal_prompt(inputs, end, False) for end in state.prompt_ends(call.adapters)}
+        else:
+            call.vectors = self._all_kept(state.current.step_before)
+        self.call = call
+        return call
+
+    def prompts_in(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the hidden states of the prompts that begin here, (prompts, tokens, d), out of those of all tokens."""
+        return self._rows_of(hidden.reshape(-1, hidden.shape[-1]))
+
+    def _rows_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[self.places.to(tokens.device)]
+
+    def with_kept(self, name: str, made: torch.Tensor | None) -> torch.Tensor | None:
+        """Returns a layer's vectors for all requests, (1, requests, outputs): those made here, and those kept."""
+        made_for = {} if made is None else dict(zip(self.new, made.unbind(0), strict=True))
+        parts = [
+            made_for.get(index) if request.begins else self.kept[request.identifier].get(name)
+            for index, request in enumerate(self.requests)
+        ]
+        some = next((part for part in parts if part is not None), None)
+        if some is None:
+            return None
+        return torch.cat([torch.ones_like(some) if part is None else part for part in parts]).unsqueeze(0)
+
+    def _all_kept(self, before: PackedStep | None) -> Vectors:
+        """Returns the vectors for all requests: those of the step before, where these are the same requests."""
+        if before is not None and before.call is not None and before._identifiers == self._identifiers:
+            return before.call.vectors
+        names = dict.fromkeys(name for request in self.requests for name in self.kept[request.identifier])
+        return {name: self.with_kept(name, None) for name in names}
+
+    def keep_vectors(self) -> None:
+        """Keeps the vectors that the call has made."""
+        if self.call is None:
+            return
+        for index in self.new:
+            self.kept[self.requests[index].identifier] = {
+                name: None if vectors is None else vectors[0, index : index + 1].clone()
+                for name, vectors in self.call.vectors.items()
+            }
