@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..serving.call import choices_as_rows, named_arguments, rows_and_tokens
-from ..serving.continuous_batching import FIX, is_paged
+from ..serving.continuous_batching import is_paged
 from ..tenants import adapted_modules
 from .caches import CachedVectors, cache_in, holds_tokens, is_compiled_step, usable
 from .inputs import inputs_of
@@ -158,13 +158,7 @@ class CallHooks:
             if len(rows) * choices == _token_shape(named)[0]:
                 rows = tuple(name for name in rows for _ in range(choices))
         if is_paged(named):
-            step = self.state.current.step
-            if step is None:
-                raise ValueError(
-                    "This continuous batching does not tell PARA which request each token belongs to: take the manager "
-                    f"that the adapted model's own init_continuous_batching returns, or {FIX}."
-                )
-            return step.open(named["input_ids"], adapters, self.state)
+            return self.state.current_step().open(named["input_ids"], adapters, self.state)
         if cache is not None and self._is_filled(cache, kept, _token_shape(named)[1]):
             return self._read(named, cache, kept, adapters, rows, prompt_mask)
         return self._fill(module, named, adapters, rows, prompt_mask)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..serving.continuous_batching import FIX
 from ..serving.rows import RowPlaces
 from .prompt import Prompt
 
@@ -234,6 +235,19 @@ class ParaState:
             yield
         finally:
             self.current.rows = before
+
+    def current_step(self) -> PackedStep:
+        """Returns the step of continuous batching that this thread runs.
+
+        Raises:
+            ValueError: nobody said which requests it has.
+        """
+        if self.current.step is None:
+            raise ValueError(
+                "This continuous batching does not tell PARA which request each token belongs to: take the manager that "
+                f"the adapted model's own init_continuous_batching returns, or {FIX}."
+            )
+        return self.current.step
 
     @contextmanager
     def decoding(self, step: PackedStep) -> Iterator[None]:
