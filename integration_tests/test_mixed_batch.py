@@ -568,6 +568,14 @@ def test_a_call_within_a_call_uses_its_own_names() -> None:
     torch.testing.assert_close(inner[0], expected_inner)
 
 
+def test_a_call_repeats_no_rows_though_generate_would() -> None:
+    """With beams in its generation config, a model took four rows for the beams of one in plain calls too."""
+    model = tenants()
+    model.base_model.model.generation_config.num_beams = 4
+    with torch.no_grad(), pytest.raises(ValueError, match="2 names, but the call has 8 rows"):
+        model(**TINY["llama"].batch(rows=8), adapter_names=["default", "two"])
+
+
 def test_what_fails_leaves_no_hook_and_says_why() -> None:
     model = tenants()
     batch = TINY["llama"].batch(rows=2)

@@ -22,11 +22,11 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..serving.call import named_arguments
+from ..serving.call import given_rows, named_arguments
 from ..serving.layers import is_observed
 from ..serving.rows import RowPlaces
 from ..tenants import BASE_ROWS, adapted_modules
-from .run import PackedRun, Run
+from .run import PackedRun, Run, wrong_length
 from .stacks import AdapterStack, SharedAdapter, Slots, is_plain
 
 
@@ -140,11 +140,18 @@ class Batches:
             names: the adapter of each row; or the active one, for all rows of calls that are not in a mixed batch.
             args: the arguments of the model's forward or of `generate`, as far as they are known.
             kwargs: the same by name.
+
+        Raises:
+            ValueError: there is not one name for each row.
         """
+        named = named_arguments(model, args, kwargs)
+        given = given_rows(model, named) if isinstance(names, tuple) else None
+        if given not in (None, len(names)):
+            raise wrong_length(names, given)
         last = self._last.get(type(names))
         goes_on = last is not None and last.names == names and last.has_served(kwargs.get("past_key_values"))
-        batch = last if goes_on and last is not None else self._make(model, names, args, kwargs)
-        run = Run(batch, model, named_arguments(model, args, kwargs), is_checked=not goes_on)
+        batch = last if goes_on and last is not None else self._make(model, names, named)
+        run = Run(batch, model, named, is_checked=not goes_on)
         before, self.current.run = self.current.run, run
         try:
             yield
@@ -162,29 +169,37 @@ class Batches:
         """
         last = self._last.get(PackedRun)
         goes_on = last is not None and last.names == names and not begins
-        batch = last if goes_on and last is not None else self._make(model, names, (), {}, kind=PackedRun)
+        batch = last if goes_on and last is not None else self._make(model, names, {}, PackedRun)
         before, self.current.run = self.current.run, PackedRun(batch, model, {}, is_checked=True)
         try:
             yield
         finally:
             self.current.run = before
 
-    def find_rows(self, model: nn.Module) -> None:
-        """Finds out where the layers see the rows."""
-        self._places.measure(model, list(adapted_modules(model)), {})
+    def find_rows(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Finds out where the layers see the rows.
+
+        Args:
+            model: the adapted model.
+            inputs: the arguments of the call that asks, by name.
+        """
+        before, self.current.run = self.current.run, None
+        try:
+            self._places.measure(model, list(adapted_modules(model)), inputs)
+        finally:
+            self.current.run = before
 
     def _make(
         self,
         model: nn.Module,
         names: tuple[str, ...] | str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        named: dict[str, Any],
         kind: type | None = None,
     ) -> Batch:
         kind = kind or type(names)
         self._last.pop(kind, None)
         if not isinstance(names, str) and len(set(names)) > 1:
-            self._places.measure(model, list(adapted_modules(model)), named_arguments(model, args, kwargs))
+            self.find_rows(model, named)
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             batch = Batch(model, names, self._places)
@@ -216,7 +231,7 @@ class Batches:
         named = named_arguments(module, args, kwargs)
         run.begin_call_of_model(named)
         if not run.is_checked and run.tokens != 1:
-            run.batch = self._make(module, run.batch.names, args, kwargs)
+            run.batch = self._make(module, run.batch.names, named)
         run.is_checked = True
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -136,7 +136,7 @@ class FanLoraModel(ServesTenants, LoraModel):
 
     def find_rows(self) -> None:
         """Finds out where the layers see the rows, while the model runs as usual."""
-        self._batches.find_rows(self.model)
+        self._batches.find_rows(self.model, {})
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..serving.call import choices_as_rows, expansion, row_of_each_item, rows_and_tokens
+from ..serving.call import choices_as_rows, expansion, given_rows, row_of_each_item, rows_and_tokens
 from ..tenants import BASE_ROWS
 
 
@@ -29,8 +29,9 @@ class Run:
     def __init__(self, batch: Batch, model: nn.Module, named: dict[str, Any], is_checked: bool) -> None:
         self.batch = batch
         self.model = model
-        self.expansion = expansion(model, named)
         self.is_mixed = not isinstance(batch.names, str)
+        # Who passes the rows here may be `generate`, whose calls of the model repeat them.
+        self.expansion = 1 if given_rows(model, named) is None else expansion(model, named)
         self.is_checked = is_checked
         self.repeats = 1
         self.tokens: int | None = None
@@ -50,10 +51,7 @@ class Run:
         found = num_rows if found is None else found // choices
         self.repeats = found // num_rows
         if found not in (num_rows, num_rows * self.expansion):
-            raise ValueError(
-                f"adapter_names has {num_rows} names, but the call has {found} rows: pass one name for each row, "
-                f"{BASE_ROWS!r} for those without an adapter."
-            )
+            raise wrong_length(self.batch.names, found)
         self.repeats *= choices
         self.items = row_of_each_item(self.model, named, num_rows * self.repeats)
 
@@ -126,6 +124,14 @@ class PackedRun(Run):
             "Continuous batching mixes adapters, but it is not certain to which request each entry of an input of the "
             f"shape {tuple(x.shape)} belongs: leave the experts of a mixture out of target_modules, or use `generate`."
         )
+
+
+def wrong_length(names: Sequence[str], rows: int) -> ValueError:
+    """Returns the error of a call that has other rows than there are names for."""
+    return ValueError(
+        f"adapter_names has {len(names)} names, but the call has {rows} rows: pass one name for each row, {BASE_ROWS!r} "
+        "for those without an adapter."
+    )
 
 
 class NoAdapters(Sequence[str]):

@@ -278,11 +278,13 @@ class ParaLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: that is not certain.
         """
-        if x.dim() > 2 and len(x) == rows and (rows == 1 or x.shape[1] != rows):
+        places = self.block.state.places
+        is_plain = x.dim() > 2 and len(x) == rows and (rows == 1 or x.shape[1] != rows)
+        if is_plain and (torch.compiler.is_compiling() or not places.has_none(self)):
             return 0
         is_mixed = rows > 1 or call.step is not None
         is_some = x.dim() == 2 and ((self.is_expert and is_mixed) or call.num_tokens not in (None, len(x)))
-        dimension = None if is_some else self.block.state.places.dimension(self, x.shape, rows, call.tokens)
+        dimension = None if is_some else places.dimension(self, x.shape, rows, call.tokens)
         if dimension is None:
             raise ValueError(
                 f"{self.name} saw a tensor of the shape {tuple(x.shape)} in a call of {rows} rows, so that PARA cannot tell "

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 
 _TEXT = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
@@ -65,6 +65,20 @@ def rows_and_tokens(model: nn.Module, named: Mapping[str, Any]) -> tuple[int | N
     tensors = (value for value in (main, *named.values()) if isinstance(value, torch.Tensor) and value.dim())
     first = next(tensors, None)
     return (None, None) if first is None else (len(first), first.shape[1] if first.dim() == 3 else None)
+
+
+def given_rows(model: nn.Module, named: Mapping[str, Any]) -> int | None:
+    """Returns how many rows a caller passes to a model's forward or to `generate`; None where he does not pass them here.
+
+    Args:
+        model: the model.
+        named: the arguments, by name; PEFT may keep some of them back.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return rows_and_tokens(model, named)[0]
+    names = (*_TEXT[2:], "inputs", model.main_input_name)
+    values = (named[name] for name in names if isinstance(name, str) and isinstance(named.get(name), torch.Tensor))
+    return next((len(value) for value in values), None)
 
 
 def row_of_each_item(model: nn.Module, named: Mapping[str, Any], rows: int) -> dict[int, list[int] | None]:

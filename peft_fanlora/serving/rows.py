@@ -47,6 +47,7 @@ class RowPlaces:
     def __init__(self) -> None:
         self._measured: weakref.WeakKeyDictionary[nn.Module, Place | None] = weakref.WeakKeyDictionary()
         self._tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()  # a copied model has layers of its own
@@ -59,20 +60,25 @@ class RowPlaces:
             layers: the layers.
             inputs: the arguments of the call that asks, by name, as an example for inputs that are not text.
         """
-        new = [layer for layer in layers if layer not in self._tried]
-        if not new or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
-        self._tried.update(new)
-        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-            return  # FSDP does not take a call within a call
-        try:
-            self._measured.update(_measured(model, new, inputs))
-        except Exception as error:
-            logger.debug("%s cannot run on made-up rows: %r", type(model).__name__, error)
+        with self._lock:
+            new = [layer for layer in layers if layer not in self._tried]
+            self._tried.update(new)
+            if not new or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+                return  # FSDP does not take a call within a call
+            try:
+                self._measured.update(_measured(model, new, inputs))
+            except Exception as error:
+                logger.debug("%s cannot run on made-up rows: %r", type(model).__name__, error)
 
     def is_rows_first(self, layer: nn.Module) -> bool:
         """Whether a layer is known to see (rows, …)."""
         return self._measured.get(layer) == Place(0)
+
+    def has_none(self, layer: nn.Module) -> bool:
+        """Whether a layer is known to see something else than rows."""
+        return self._measured.get(layer, Place(0)) is None
 
     def dimension(self, layer: nn.Module, shape: torch.Size, rows: int, tokens: int | None) -> int | None:
         """Returns the dimension of a layer's input that holds the rows; None where that is not certain.
