@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 
 Message = dict[str, str]
 Row = dict[str, list[Message]]
@@ -107,9 +109,13 @@ def model_folder() -> Path:
     The registry has the model as 4-bit GGUF. It is converted once (about half a minute) and read in a second after.
     """
     folder = cache_folder() / "SmolLM2-135M-Instruct"
-    if folder.exists():
-        return folder
+    with FileLock(f"{folder}.lock"):  # another process may be about it
+        if not folder.exists():
+            _convert_model(folder)
+    return folder
 
+
+def _convert_model(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -124,7 +130,6 @@ def model_folder() -> Path:
         model.save_pretrained(converted)
         AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF_FILE).save_pretrained(converted)
         shutil.move(converted, folder)
-    return folder
 
 
 def conversation(system: str, user: str, assistant: str) -> Row:
