@@ -203,7 +203,8 @@ class CallHooks:
             cached = kept.prompt_length + kept.continued if length is None else int(length)
             again = kept.prompt_tokens_again(cached, ids)
             if not again or again != tokens:
-                ids, mask = (None if value is None else value[:, again:] for value in (ids, prompt_mask))
+                rest = (value[:, again:] if again and value is not None else value for value in (ids, prompt_mask))
+                ids, mask = rest
                 brought = None if tokens is None else tokens - again
                 self._refuse_longer_prompt(kept, cached + again, brought, ids, mask)
         return PromptPass(adapters, expected, batch=batch, tokens=tokens, vectors=kept.vectors, from_cache=True)
