@@ -12,7 +12,7 @@ from scoring import batches
 from tiny_models import logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_fanlora import FanLoraConfig, FanLoraSetting
+from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
 
 
 pytestmark = pytest.mark.real_model
@@ -57,6 +57,31 @@ def test_path_sums_to_what_the_adapter_gains(trained: dict[str, Any]) -> None:
     assert len(trained["scores"]) == 210
     assert after < before - 0.3
     assert sum(trained["scores"].values()) == pytest.approx(before - after, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["FanLoRA", "PARA"])
+def test_each_row_of_a_mixed_batch_is_what_its_adapter_alone_gives(method: str) -> None:
+    """A few activations of a real model are hundreds of times as large as the others."""
+    config = {"FanLoRA": FanLoraConfig, "PARA": ParaConfig}[method]
+    base = AutoModelForCausalLM.from_pretrained(assets.model_folder(), dtype=torch.float32)
+    model = get_peft_model(base, config(r=4, task_type="CAUSAL_LM")).eval()
+    model.add_adapter("two", config(r=4, task_type="CAUSAL_LM"))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or ".up_" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder(), padding_side="left")
+    texts = ["The capital of France is", "Roses are red,", "Once upon a time there was a girl who"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    names = ["two", "default", "two"]
+    options = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    mixed = model.generate(**batch, adapter_names=names, **options)
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        alone = model.generate(**tokenizer(texts[row], return_tensors="pt"), **options)
+        assert mixed.sequences[row, -4:].equal(alone.sequences[0, -4:])
+        for found, expected in zip(mixed.logits, alone.logits, strict=True):
+            torch.testing.assert_close(found[row], expected[0], rtol=1e-3, atol=1e-3)
 
 
 def test_the_score_beats_every_random_draw(trained: dict[str, Any]) -> None:
