@@ -10,14 +10,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .serving.continuous_batching import ContinuousBatching
+
+if TYPE_CHECKING:
+    from .serving.continuous_batching import ContinuousBatching
 
 
 BASE_ROWS = "__base__"
@@ -83,6 +85,8 @@ class ServesTenants:
     @cached_property
     def continuous_batching(self) -> ContinuousBatching:
         """The model's entries to continuous batching."""
+        from .serving.continuous_batching import ContinuousBatching
+
         return ContinuousBatching(self)
 
     def calling(self, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:

@@ -16,15 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..serving.continuous_batching import FIX
-from ..serving.rows import RowPlaces
-from .prompt import Prompt
-
 
 if TYPE_CHECKING:
     from .hooks import CallHooks
     from .layer import ParaBlock
     from .packed import PackedStep
+    from .prompt import Prompt
 
 
 Vectors = dict[str, torch.Tensor | None]
@@ -167,6 +164,8 @@ class ParaState:
     """
 
     def __init__(self) -> None:
+        from ..serving.rows import RowPlaces
+
         self.identifier = uuid.uuid4().hex
         self.blocks: dict[str, ParaBlock] = {}
         self.current = _Current()
@@ -242,6 +241,8 @@ class ParaState:
         Raises:
             ValueError: nobody said which requests it has.
         """
+        from ..serving.continuous_batching import FIX
+
         if self.current.step is None:
             raise ValueError(
                 "This continuous batching does not tell PARA which request each token belongs to: take the manager that "
