@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import fanlora
 from .fanlora import FanLoraConfig, FanLoraModel, FanLoraSetting
-from .loading import load_as_saved
 from .para import ParaConfig, ParaModel, prompt_end_token_ids_of
+from .serving.loading import load_as_saved
+from .serving.tenants import load_tenant
 from .sharing import write_cards
-from .tenants import load_tenant
 
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
-from ..adapters import require_fit, require_usable_names, taken_back
-from ..tenants import ServesTenants, adapted_modules, changing
+from ..serving.adapters import require_fit, require_usable_names, taken_back
+from ..serving.tenants import TenantMixin, adapted_modules, changing
 from .gates import factors
 from .modules import Module, adapted_modules_of, exact_names, lora_modules, model_type, num_layers
 from .setting import FanLoraSetting
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _LORA_PARTS = {*LoraLayer.adapter_layer_names, "lora_dropout", "lora_magnitude_vector"}
 
 
-class FanLoraModel(ServesTenants, LoraModel):
+class FanLoraModel(TenantMixin, LoraModel):
     """FanLoRA: LoRA on all linear layers, scored module by module, of which only the most critical ones stay.
 
     Every module computes y = W_m x + (α/r) B_m A_m x with LoRA's own layers; what is added here is the choice of the
@@ -324,6 +324,12 @@ class FanLoraModel(ServesTenants, LoraModel):
             remove_adapter(self, name, layers[name], adapter_name)
         rewrite_targets(self, adapter_name, setting)
         return setting
+
+    def prepare_for_weights(self, adapter_name: str, model_id: Any, download_kwargs: dict[str, Any]) -> None:
+        """Prunes an adapter to the setting of the saved one whose weights are about to be loaded over it."""
+        from .pruning import prune_as_saved
+
+        prune_as_saved(self, adapter_name, model_id, download_kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..serving.call import choices_as_rows, expansion, given_rows, row_of_each_item, rows_and_tokens
-from ..tenants import BASE_ROWS
+from ..serving.tenants import BASE_ROWS
 
 
 if TYPE_CHECKING:

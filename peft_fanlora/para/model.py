@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..adapters import require_fit, require_usable_names, taken_back
-from ..tenants import ServesTenants, adapted_modules, changing
+from ..serving.adapters import require_fit, require_usable_names, taken_back
+from ..serving.tenants import TenantMixin, adapted_modules, changing
 from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, ParaLinear, linear_shape
 from .state import ParaState, Vectors
 from .targets import DEFAULT_TARGETS, scaled_outputs
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..serving.continuous_batching import Request
 
 
-class ParaModel(ServesTenants, BaseTuner):
+class ParaModel(TenantMixin, BaseTuner):
     """Adapts a model with prompt-aware vectors (PARA, arXiv 2502.01033).
 
     In each Transformer block a generator pools the hidden states of the prompt and makes a vector for each target,
