@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
-from peft_fanlora.cards import fanlora as fanlora_card
+from peft_fanlora.fanlora import card as fanlora_card
 
 
 both = pytest.mark.parametrize("method", ["FanLoRA", "PARA"])

@@ -11,7 +11,7 @@ from .fanlora import FanLoraConfig, FanLoraModel, FanLoraSetting
 from .para import ParaConfig, ParaModel, prompt_end_token_ids_of
 from .serving.loading import load_as_saved
 from .serving.tenants import load_tenant
-from .sharing import write_cards
+from .sharing.saving import write_cards
 
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from peft import PeftType
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
 from ..registration import register
+from ..sharing.saving import add_card
 from .config import FanLoraConfig
 from .model import FanLoraModel
 from .setting import FanLoraSetting
@@ -32,6 +33,9 @@ def __dir__() -> list[str]:
 
 __all__ = ["FanLoraCallback", "FanLoraConfig", "FanLoraModel", "FanLoraSetting", "ImportanceScores", "export_lora"]
 
-register(name="fanlora", config_cls=FanLoraConfig, model_cls=FanLoraModel)
+register(
+    name="fanlora", config_cls=FanLoraConfig, model_cls=FanLoraModel, card="peft_fanlora.fanlora.card:adapter_part"
+)
+add_card(FanLoraSetting, "peft_fanlora.fanlora.card:setting_part")
 # FanLoRA's adapters are swapped as LoRA's are, and what LoRA compares before it swaps two is what matters here as well.
 CONFIG_KEYS_TO_CHECK[PeftType["FANLORA"]] = CONFIG_KEYS_TO_CHECK[PeftType.LORA]
