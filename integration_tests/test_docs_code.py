@@ -160,7 +160,7 @@ def test_the_python_of_a_page_runs(page: str, folder: Path, monkeypatch: pytest.
 def test_the_score_of_the_page_is_what_its_docstring_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("docs/extending.md", folder, monkeypatch)
     monkeypatch.setitem(importance._SCORES, "alone", names["alone"])
-    monkeypatch.setattr("peft_fanlora.fanlora.model.METHODS", ("alone",))
+    monkeypatch.setattr(importance, "METHODS", ("alone",))
     model = adapted("llama")
     batches = [TINY["llama"].batch(seed=seed) for seed in (1, 2)]
     scores = model.score_modules(batches, method="alone")
