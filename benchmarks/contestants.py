@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_fanlora import FanLoraConfig, ParaConfig
-from peft_fanlora.tenants import only_visible
+from peft_fanlora.serving.tenants import only_visible
 
 
 BASE = "base model"

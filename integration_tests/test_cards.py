@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
-from peft_fanlora.cards import fanlora as fanlora_card
+from peft_fanlora.fanlora import card as fanlora_card
 
 
 both = pytest.mark.parametrize("method", ["FanLoRA", "PARA"])
@@ -245,3 +245,21 @@ def test_other_methods_keep_pefts_card(tmp_path: Path) -> None:
     lora.save_pretrained(tmp_path / "lora")
     assert "peft_fanlora" not in text_of(tmp_path / "lora")
     assert "# Model Card for Model ID" in text_of(tmp_path / "lora")
+
+
+def test_a_third_method_is_saved_with_its_card_and_loaded(tmp_path: Path) -> None:
+    """The method that docs/extending.md registers, in processes of their own: it is no method of this package."""
+    page = (Path(__file__).parent.parent / "docs/extending.md").read_text()
+    method = page.partition("## A method")[2].partition("```python\n")[2].partition("\n```\n")[0]
+    saved_base(tmp_path)
+    save = f"""{method}
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+model = get_peft_model(AutoModelForCausalLM.from_pretrained("base"), ToyConfig(r=3, task_type="CAUSAL_LM"))
+model.save_pretrained("toy")
+"""
+    run(save, tmp_path)
+    assert "Toy of rank 3" in text_of(tmp_path / "toy") and "toy" in data_of(tmp_path / "toy")["tags"]
+    load = f"{method}\n{code_of(tmp_path / 'toy')}\nprint(type(model.base_model).__name__)"
+    assert run(load, tmp_path).splitlines()[-1] == "ToyModel"

@@ -17,7 +17,7 @@ from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager, RequestState
 
 from peft_fanlora import FanLoraConfig, ParaConfig
-from peft_fanlora.tenants import BASE_ROWS, load_tenant
+from peft_fanlora.serving.tenants import BASE_ROWS, load_tenant
 
 
 PROMPTS = [[5, 17, 9], [33, 8, 41, 12, 60, 7, 22], [11], [50, 3, 29, 44, 18], [6, 6, 31, 9]]

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_fanlora import FanLoraConfig
 from peft_fanlora.fanlora.stacks import Slots
-from peft_fanlora.tenants import BASE_ROWS
+from peft_fanlora.serving.tenants import BASE_ROWS
 
 
 NAMES = ["two", BASE_ROWS, "default", "three", "default", "two", "default"]

@@ -55,3 +55,31 @@ def test_the_order_of_imports_does_not_matter(first: str) -> None:
 
 def test_public_names() -> None:
     assert all(hasattr(peft_fanlora, name) for name in peft_fanlora.__all__)
+    assert set(peft_fanlora.__all__) <= set(dir(peft_fanlora))
+    assert set(peft_fanlora.fanlora.__all__) <= set(dir(peft_fanlora.fanlora))
+    with pytest.raises(AttributeError, match="no attribute 'FanLoraCalback'"):
+        peft_fanlora.FanLoraCalback  # noqa: B018
+
+
+def test_the_import_brings_no_trainer() -> None:
+    """With the trainer of transformers, `import peft_fanlora` adds 500 modules and two seconds to `import peft`."""
+    code = """
+import sys
+import peft
+before = set(sys.modules)
+import peft_fanlora
+added = sorted(set(sys.modules) - before)
+assert len(added) <= 40, added
+assert not {"datasets", "pandas", "transformers.trainer"} & set(added)
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
+assert {"FANLORA", "PARA"} <= {str(name.value) for name in PEFT_TYPE_TO_CONFIG_MAPPING}
+assert {"save_pretrained", "push_to_hub", "load_adapter"} == {
+    name for name in dir(PeftModel) if hasattr(getattr(PeftModel, name), "__wrapped__")
+    and getattr(PeftModel, name).__code__.co_filename.startswith(peft_fanlora.__path__[0])
+}
+from peft_fanlora import *
+assert FanLoraCallback.__module__ == "peft_fanlora.fanlora.callback"
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -16,7 +16,7 @@ from tiny_models import TINY, adapted, logits, randomize
 from torch import nn
 
 from peft_fanlora import FanLoraConfig, load_tenant
-from peft_fanlora.tenants import BASE_ROWS
+from peft_fanlora.serving.tenants import BASE_ROWS
 
 
 class PythonCalls:

@@ -1,14 +1,31 @@
 """FanLoRA and PARA for Hugging Face PEFT: fine-tuning for one backbone that serves many tenants.
 
 Importing this package registers both methods with PEFT, and lets their adapters be saved with a model card
-and loaded as they were saved.
+and loaded as they were saved. What training and scoring need beyond that is loaded at first use.
 """
 
-from .fanlora import FanLoraCallback, FanLoraConfig, FanLoraModel, FanLoraSetting, ImportanceScores, export_lora
-from .loading import load_as_saved
+from typing import TYPE_CHECKING, Any
+
+from . import fanlora
+from .fanlora import FanLoraConfig, FanLoraModel, FanLoraSetting
 from .para import ParaConfig, ParaModel, prompt_end_token_ids_of
-from .sharing import write_cards
-from .tenants import load_tenant
+from .serving.loading import load_as_saved
+from .serving.tenants import load_tenant
+from .sharing.saving import write_cards
+
+
+if TYPE_CHECKING:
+    from .fanlora import FanLoraCallback, ImportanceScores, export_lora
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            return getattr(fanlora, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 load_as_saved()

@@ -7,11 +7,11 @@ import torch
 import transformers
 from peft import PeftModel
 
-from ..cards.snippets import TASKS
 from ..fanlora.config import FanLoraConfig
 from ..fanlora.export import export_lora
 from ..fanlora.setting import FanLoraSetting
-from ..saved import SavedAdapter
+from ..sharing.saved import SavedAdapter
+from ..sharing.snippets import TASKS
 from . import sources
 from .output import quiet_stdout, show_facts, show_json
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from ..cards.fanlora import facts_of
+from ..fanlora.card import facts_of, modules_of
 from ..fanlora.config import FanLoraConfig
 from ..fanlora.modules import layers_by_role, ranges
 from ..fanlora.setting import FanLoraSetting
-from ..saved import SavedAdapter
+from ..sharing.saved import SavedAdapter
 from . import sources
 from .output import show_facts, show_json, show_table
 
@@ -24,7 +24,7 @@ def show(where: str, as_json: bool) -> None:
         modules, calibration = content.pop("modules", None), content.pop("calibration", {})
         show_facts(where, content)
         if modules:
-            _show_modules(found.modules)
+            _show_modules(modules_of(found))
         if calibration:
             show_facts("calibration", facts_of(calibration))
 
@@ -126,8 +126,9 @@ def _adapter_content(adapter: SavedAdapter[Any]) -> dict[str, Any]:
     if isinstance(config, FanLoraConfig):
         setting: Any = config.setting
         of_all = len(setting.kept) + len(setting.dropped) if setting is not None and setting.dropped else None
-        content |= {"alpha": config.lora_alpha, "modules kept": len(adapter.modules), "of": of_all}
-        content["modules"] = [module.name for module in adapter.modules]
+        modules = modules_of(adapter)
+        content |= {"alpha": config.lora_alpha, "modules kept": len(modules), "of": of_all}
+        content["modules"] = [module.name for module in modules]
         content["calibration"] = dict(setting.calibration) if setting is not None else {}
     else:
         content |= {"pooling": config.pooling, "activation": config.activation}

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ..fanlora.config import FanLoraConfig
 from ..fanlora.setting import FanLoraSetting
 from ..para.config import ParaConfig
-from ..saved import SavedAdapter
+from ..sharing.saved import SavedAdapter
 
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}

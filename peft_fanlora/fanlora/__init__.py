@@ -1,19 +1,41 @@
 """FanLoRA: LoRA on the most critical modules of each layer."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from peft import PeftType
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
 from ..registration import register
-from .callback import FanLoraCallback
+from ..sharing.saving import add_card
 from .config import FanLoraConfig
-from .export import export_lora
 from .model import FanLoraModel
-from .scores import ImportanceScores
 from .setting import FanLoraSetting
+
+
+if TYPE_CHECKING:
+    from .callback import FanLoraCallback
+    from .export import export_lora
+    from .scores import ImportanceScores
+else:
+    _AT_FIRST_USE = {"FanLoraCallback": "callback", "ImportanceScores": "scores", "export_lora": "export"}
+
+    def __getattr__(name: str) -> Any:
+        """Loads what `get_peft_model` does not need: transformers' trainer alone brings 500 modules."""
+        if name in _AT_FIRST_USE:
+            return getattr(import_module(f".{_AT_FIRST_USE[name]}", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = ["FanLoraCallback", "FanLoraConfig", "FanLoraModel", "FanLoraSetting", "ImportanceScores", "export_lora"]
 
-register(name="fanlora", config_cls=FanLoraConfig, model_cls=FanLoraModel)
+register(
+    name="fanlora", config_cls=FanLoraConfig, model_cls=FanLoraModel, card="peft_fanlora.fanlora.card:adapter_part"
+)
+add_card(FanLoraSetting, "peft_fanlora.fanlora.card:setting_part")
 # FanLoRA's adapters are swapped as LoRA's are, and what LoRA compares before it swaps two is what matters here as well.
 CONFIG_KEYS_TO_CHECK[PeftType["FANLORA"]] = CONFIG_KEYS_TO_CHECK[PeftType.LORA]

@@ -25,7 +25,7 @@ from torch import nn
 from ..serving.call import given_rows, named_arguments
 from ..serving.layers import is_observed
 from ..serving.rows import RowPlaces
-from ..tenants import BASE_ROWS, adapted_modules
+from ..serving.tenants import BASE_ROWS, adapted_modules
 from .run import PackedRun, Run, wrong_length
 from .stacks import AdapterStack, SharedAdapter, Slots, is_plain
 

@@ -1,4 +1,9 @@
-"""FanLoraModel: LoRA that can score its modules and drop the less important ones."""
+"""FanLoraModel: LoRA that can score its modules and drop the less important ones.
+
+What scores, prunes and mixes adapters is imported where it is used: `import peft_fanlora` stays as quick as `import peft`.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -6,34 +11,33 @@ from copy import copy
 from functools import cached_property
 from itertools import islice
 from operator import length_hint
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
 import transformers
 from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 
-from ..adapters import require_fit, require_usable_names, taken_back
-from ..serving.continuous_batching import Request
-from ..tenants import ServesTenants, adapted_modules, changing
-from .batches import Batches
-from .gates import InitialFactors, factors
-from .importance import METHODS, Method, score
+from ..serving.adapters import require_fit, require_usable_names, taken_back
+from ..serving.tenants import TenantMixin, adapted_modules, changing
+from .gates import factors
 from .modules import Module, adapted_modules_of, exact_names, lora_modules, model_type, num_layers
-from .pruning import give_back, is_running, remove_adapter, rewrite_targets
-from .scores import ImportanceScores
-from .scoring import inference_state, prepared
 from .setting import FanLoraSetting
-from .targets import exact_targets, follow_renamed_targets, leave_out_unfit, linear_layers_in
 
+
+if TYPE_CHECKING:
+    from ..serving.continuous_batching import Request
+    from .batches import Batches
+    from .gates import InitialFactors
+    from .importance import Method
+    from .scores import ImportanceScores
 
 _LORA_PARTS = {*LoraLayer.adapter_layer_names, "lora_dropout", "lora_magnitude_vector"}
 
 
-class FanLoraModel(ServesTenants, LoraModel):
+class FanLoraModel(TenantMixin, LoraModel):
     """FanLoRA: LoRA on all linear layers, scored module by module, of which only the most critical ones stay.
 
     Every module computes y = W_m x + (α/r) B_m A_m x with LoRA's own layers; what is added here is the choice of the
@@ -66,6 +70,8 @@ class FanLoraModel(ServesTenants, LoraModel):
             self._inject(model, adapter_name, *args, **kwargs)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        from .targets import exact_targets, follow_renamed_targets, leave_out_unfit, linear_layers_in
+
         config: Any = self.peft_config[adapter_name]
         targets = None
         if isinstance(config.setting, FanLoraSetting):
@@ -96,6 +102,8 @@ class FanLoraModel(ServesTenants, LoraModel):
 
     @cached_property
     def _batches(self) -> Batches:
+        from .batches import Batches
+
         return Batches()
 
     def _after_change(self) -> None:
@@ -204,6 +212,10 @@ class FanLoraModel(ServesTenants, LoraModel):
             >>> scores = model.score_modules(dataloader, num_batches=4)
             >>> scores.plot("importance.png")
         """
+        from .importance import METHODS, score
+        from .scores import ImportanceScores
+        from .scoring import inference_state, prepared
+
         if method not in METHODS:
             raise ValueError(f"method={method!r} is unknown; use one of {', '.join(METHODS)}.")
         for argument, value in (("num_batches", num_batches), ("num_points", num_points)):
@@ -281,6 +293,8 @@ class FanLoraModel(ServesTenants, LoraModel):
             return self._prune(setting, adapter_name)
 
     def _prune(self, setting: FanLoraSetting, adapter_name: str | None) -> FanLoraSetting:
+        from .pruning import give_back, is_running, remove_adapter, rewrite_targets
+
         if is_running(self.model):  # a call of the base model itself
             raise RuntimeError(
                 "The model is in the middle of a call, whose layers cannot be removed: prune between calls."
@@ -311,6 +325,12 @@ class FanLoraModel(ServesTenants, LoraModel):
         rewrite_targets(self, adapter_name, setting)
         return setting
 
+    def prepare_for_weights(self, adapter_name: str, model_id: Any, download_kwargs: dict[str, Any]) -> None:
+        """Prunes an adapter to the setting of the saved one whose weights are about to be loaded over it."""
+        from .pruning import prune_as_saved
+
+        prune_as_saved(self, adapter_name, model_id, download_kwargs)
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
@@ -320,6 +340,8 @@ class FanLoraModel(ServesTenants, LoraModel):
         Raises:
             ValueError: no tensor fits the adapter.
         """
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
         state_dict = convert_peft_adapter_state_dict_for_transformers(
             model, _as_lora(config), state_dict, adapter_name=adapter_name
         )

@@ -3,15 +3,18 @@
 import copy
 import re
 import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
-from peft.utils import _get_submodules
+from peft.utils import CONFIG_NAME, _get_submodules
 from torch import nn
 
 from .gates import InitialFactors
-from .modules import adapted_modules_of, exact_names
+from .modules import adapted_modules_of, exact_names, lora_modules
 from .setting import FanLoraSetting
 
 
@@ -63,3 +66,23 @@ def rewrite_targets(tuner: LoraModel, adapter_name: str, setting: FanLoraSetting
             del pattern[key]
     adapted = {name for name, module in tuner.model.named_modules() if isinstance(module, LoraLayer)}
     tuner.targeted_module_names = [name for name in tuner.targeted_module_names if name in adapted]
+
+
+def prune_as_saved(tuner: Any, adapter_name: str, model_id: Any, download_kwargs: dict[str, Any]) -> None:
+    """Prunes an adapter to the setting of the saved one that is about to be loaded over it.
+
+    A trainer resumes by loading a checkpoint over the adapter that the script has just made, on all modules. If the
+    checkpoint was saved after pruning, its modules are fewer, and the others would stay in the model untrained.
+    """
+    folder = Path(model_id, download_kwargs.get("subfolder") or "")
+    if folder.is_dir() and not (folder / CONFIG_NAME).is_file():
+        return
+    setting = getattr(PeftConfig.from_pretrained(str(model_id), **download_kwargs), "setting", None)
+    modules = lora_modules(tuner.model, adapter_name)
+    if setting is not None and set(setting.resolve(tuner.model).names) != modules.keys():
+        warnings.warn(
+            f"{model_id} was saved after pruning, with {len(setting.kept)} of the {len(modules)} modules of adapter "
+            f"{adapter_name!r}: the adapter is pruned to these modules.",
+            stacklevel=4,
+        )
+        tuner.prune_modules(setting, adapter_name=adapter_name)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from ..serving.call import choices_as_rows, expansion, given_rows, row_of_each_item, rows_and_tokens
-from ..tenants import BASE_ROWS
+from ..serving.rows import RowPlaces
+from ..serving.tenants import BASE_ROWS
 
 
-if TYPE_CHECKING:
-    from .batches import Batch
+class Batch(Protocol):
+    """What a call has to know of its batch, which is a `batches.Batch`."""
+
+    names: tuple[str, ...] | str
+    places: RowPlaces
+    stacks: dict[nn.Module, Any]
+    others: dict[nn.Module, list[str]]
+    caches: WeakSet[Any]
 
 
 class Run:

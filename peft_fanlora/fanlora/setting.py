@@ -10,12 +10,9 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft.utils import CONFIG_NAME
 from torch import nn
 
-from ..cards import card
-from ..cards.fanlora import setting_part
-from ..hub import push
+from ..sharing.saving import write_card
 from .modules import (
     Module,
     candidates,
@@ -248,9 +245,7 @@ class FanLoraSetting:
         """
         folder = Path(save_directory)
         self.write(folder)
-        if not (folder / CONFIG_NAME).exists() and not card.has_part(folder, "adapter "):
-            part = setting_part(self, folder, shared_as or folder.resolve().name)
-            card.write(folder, part, is_new=not (folder / card.CARD_NAME).exists())
+        write_card(self, folder, shared_as or folder.resolve().name)
 
     def write(self, folder: Path) -> None:
         """Writes `fanlora_setting.json` alone."""
@@ -298,6 +293,8 @@ class FanLoraSetting:
         Returns:
             What `huggingface_hub` says of the commit.
         """
+        from ..sharing.hub import push
+
         kwargs.setdefault("commit_message", "Upload FanLoRA setting")
         return push(lambda folder, full_id: self.save_pretrained(folder, shared_as=full_id), repo_id, **kwargs)
 

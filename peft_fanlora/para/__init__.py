@@ -10,4 +10,4 @@ from .model import ParaModel
 
 __all__ = ["ParaConfig", "ParaLayer", "ParaModel", "VectorGenerator", "prompt_end_token_ids_of"]
 
-register(name="para", config_cls=ParaConfig, model_cls=ParaModel)
+register(name="para", config_cls=ParaConfig, model_cls=ParaModel, card="peft_fanlora.para.card:adapter_part")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..serving.call import choices_as_rows, named_arguments, rows_and_tokens
 from ..serving.continuous_batching import is_paged
-from ..tenants import adapted_modules
+from ..serving.tenants import adapted_modules
 from .caches import CachedVectors, cache_in, holds_tokens, is_compiled_step, usable
 from .inputs import inputs_of
 from .prompt import Prompt, causal_prompt, whole_input

@@ -1,31 +1,32 @@
-"""PARA's tuner: puts the layers and hooks into a model, and takes them out again."""
+"""PARA's tuner: puts the layers and hooks into a model, and takes them out again.
+
+What runs along with the model is imported where it is used: `import peft_fanlora` stays as quick as `import peft`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..adapters import require_fit, require_usable_names, taken_back
-from ..serving.continuous_batching import Request
-from ..serving.rows import containers
-from ..serving.whole_modules import WholeModules
-from ..tenants import ServesTenants, adapted_modules, changing
-from .hooks import CallHooks
+from ..serving.adapters import require_fit, require_usable_names, taken_back
+from ..serving.tenants import TenantMixin, adapted_modules, changing
 from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, ParaLinear, linear_shape
-from .packed import PackedStep
 from .state import ParaState, Vectors
 from .targets import DEFAULT_TARGETS, scaled_outputs
 
 
-class ParaModel(ServesTenants, BaseTuner):
+if TYPE_CHECKING:
+    from ..serving.continuous_batching import Request
+
+
+class ParaModel(TenantMixin, BaseTuner):
     """Adapts a model with prompt-aware vectors (PARA, arXiv 2502.01033).
 
     In each Transformer block a generator pools the hidden states of the prompt and makes a vector for each target,
@@ -70,6 +71,9 @@ class ParaModel(ServesTenants, BaseTuner):
             ValueError: the configuration does not fit the model.
             TypeError: a target module is not linear.
         """
+        from ..serving.whole_modules import WholeModules
+        from .hooks import CallHooks
+
         with changing(self.call_gate, model, adapter_name):
             known = any(adapter_name in layer.para_target for layer in _para_layers(model))
             with taken_back(self, model, adapter_name, is_known=known):
@@ -114,6 +118,8 @@ class ParaModel(ServesTenants, BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        from ..serving.rows import containers
+
         if isinstance(target, ParaLayer):
             target.update_layer(adapter_name, peft_config)
             return
@@ -170,6 +176,8 @@ class ParaModel(ServesTenants, BaseTuner):
     @contextmanager
     def decoding(self, requests: Sequence[Request], kept: dict[str, Vectors]) -> Iterator[None]:
         """Gives each token of a packed row, inside of the context, its request's vectors, and keeps those that are made."""
+        from .packed import PackedStep
+
         step = PackedStep(requests, kept)
         with self._state.decoding(step):
             yield
@@ -223,6 +231,8 @@ def _follow_renamed_modules(
     model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Renames saved tensors by the modules that they are for. PEFT converts names of LoRA's tensors, so it is shown such."""
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
     modules = list(dict.fromkeys(key.partition(".para_")[0] for key in state_dict if ".para_" in key))
     shown = {f"{module}.lora_A.weight": torch.tensor(index) for index, module in enumerate(modules)}
     found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), shown, adapter_name=adapter_name)

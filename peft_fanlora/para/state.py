@@ -11,23 +11,30 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
-from ..serving.continuous_batching import FIX
-from ..serving.rows import RowPlaces
-from .prompt import Prompt
-
 
 if TYPE_CHECKING:
-    from .hooks import CallHooks
-    from .layer import ParaBlock
-    from .packed import PackedStep
+    from .prompt import Prompt
 
 
 Vectors = dict[str, torch.Tensor | None]
+
+
+class Step(Protocol):
+    """A step of continuous batching, as a call sees it: `packed.PackedStep`."""
+
+    def open(self, input_ids: torch.Tensor, adapters: tuple[str, ...], state: ParaState) -> PromptPass:
+        """Opens the step's call."""
+
+    def prompts_in(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the hidden states of the prompts that begin here."""
+
+    def with_kept(self, name: str, made: torch.Tensor | None) -> torch.Tensor | None:
+        """Returns a layer's vectors for all requests: those made here, and those kept."""
 
 
 @dataclass
@@ -62,7 +69,7 @@ class PromptPass:
     memory: torch.Tensor | None = None
     from_cache: bool = False
     has_no_rows: bool = False
-    step: PackedStep | None = None
+    step: Step | None = None
 
     @property
     def num_tokens(self) -> int | None:
@@ -153,8 +160,8 @@ class _Current(threading.local):
     generation: Generation | None = None
     rows: tuple[str, ...] | None = None
     measuring: bool = False
-    step: PackedStep | None = None
-    step_before: PackedStep | None = None
+    step: Step | None = None
+    step_before: Any = None
 
 
 class ParaState:
@@ -167,10 +174,12 @@ class ParaState:
     """
 
     def __init__(self) -> None:
+        from ..serving.rows import RowPlaces
+
         self.identifier = uuid.uuid4().hex
-        self.blocks: dict[str, ParaBlock] = {}
+        self.blocks: dict[str, Any] = {}
         self.current = _Current()
-        self.hooks: CallHooks | None = None
+        self.hooks: Any = None
         self.places = RowPlaces()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -236,12 +245,14 @@ class ParaState:
         finally:
             self.current.rows = before
 
-    def current_step(self) -> PackedStep:
+    def current_step(self) -> Step:
         """Returns the step of continuous batching that this thread runs.
 
         Raises:
             ValueError: nobody said which requests it has.
         """
+        from ..serving.continuous_batching import FIX
+
         if self.current.step is None:
             raise ValueError(
                 "This continuous batching does not tell PARA which request each token belongs to: take the manager that "
@@ -250,7 +261,7 @@ class ParaState:
         return self.current.step
 
     @contextmanager
-    def decoding(self, step: PackedStep) -> Iterator[None]:
+    def decoding(self, step: Step) -> Iterator[None]:
         """Tells the call inside of the context which request each of its tokens belongs to."""
         self.current.step = step
         try:

@@ -9,7 +9,7 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..tenants import BASE_ROWS, adapted_modules
+from .tenants import BASE_ROWS, adapted_modules
 
 
 class WholeModules:

@@ -6,18 +6,21 @@ it does so here, the adapters that are not concerned are taken out of the layers
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .serving.continuous_batching import ContinuousBatching
+from .gate import CallGate
+
+
+if TYPE_CHECKING:
+    from .continuous_batching import ContinuousBatching
 
 
 BASE_ROWS = "__base__"
@@ -58,7 +61,7 @@ def load_tenant(model: PeftModel, model_id: Any, adapter_name: str, **kwargs: An
         return model.load_adapter(model_id, adapter_name, **kwargs)
 
 
-class ServesTenants:
+class TenantMixin:
     """What the tuners of both methods have in common: adapters that come, go and change between calls.
 
     Attributes:
@@ -83,6 +86,8 @@ class ServesTenants:
     @cached_property
     def continuous_batching(self) -> ContinuousBatching:
         """The model's entries to continuous batching."""
+        from .continuous_batching import ContinuousBatching
+
         return ContinuousBatching(self)
 
     def calling(self, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
@@ -120,6 +125,15 @@ class ServesTenants:
     def has_modules_saved_whole(self) -> bool:
         """Whether some adapter has `modules_to_save`."""
         return any(isinstance(module, AuxiliaryTrainingWrapper) for module in adapted_modules(self.model))
+
+    def prepare_for_weights(self, adapter_name: str, model_id: Any, download_kwargs: dict[str, Any]) -> None:
+        """Called before the weights of a saved adapter are loaded over those of an adapter that is there.
+
+        Args:
+            adapter_name: the adapter's name.
+            model_id: the folder or the id of the saved adapter.
+            download_kwargs: how to read its configuration.
+        """
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, see `peft.PeftModel.delete_adapter`.
@@ -169,76 +183,6 @@ def changing(gate: CallGate, model: nn.Module, adapter_name: str) -> Iterator[No
     """For the length of a change to one adapter: between calls, and with PEFT looking at this adapter alone."""
     with gate.closed(), only_visible(model, adapter_name):
         yield
-
-
-class CallGate:
-    """Keeps calls of a model and changes of it apart.
-
-    Args:
-        after_change: called at the end of each change, before the next call.
-    """
-
-    def __init__(self, after_change: Callable[[], None] = lambda: None) -> None:
-        self._after_change = after_change
-        self._calls = 0
-        self._closers = 0
-        self._condition = threading.Condition()
-        self._own = _Own()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._after_change,)  # calls of a model are not calls of its copy
-
-    @property
-    def is_passed(self) -> bool:
-        """Whether this thread is inside of a call."""
-        return self._own.calls > 0
-
-    @contextmanager
-    def passed(self) -> Iterator[None]:
-        """For the length of a call; calls do not keep each other out, nor does a change that the thread itself makes."""
-        is_outermost = not (self._own.calls or self._own.changes)
-        if is_outermost:
-            with self._condition:
-                self._condition.wait_for(lambda: not self._closers)
-                self._calls += 1
-        self._own.calls += 1
-        try:
-            yield
-        finally:
-            self._own.calls -= 1
-            if is_outermost:
-                with self._condition:
-                    self._calls -= 1
-                    self._condition.notify_all()
-
-    @contextmanager
-    def closed(self) -> Iterator[None]:
-        """For the length of a change: begins when no call is running, and lets none begin but the thread's own.
-
-        Raises:
-            RuntimeError: this thread is inside of a call.
-        """
-        if self.is_passed:
-            raise RuntimeError(
-                "The model is in the middle of a call, during which adapters cannot come, go or be pruned: change them "
-                "between calls."
-            )
-        with self._condition:
-            self._closers += 1
-            self._own.changes += 1
-            try:
-                self._condition.wait_for(lambda: self._calls == 0)
-                yield
-            finally:
-                self._after_change()
-                self._own.changes -= 1
-                self._closers -= 1
-                self._condition.notify_all()
-
-
-class _Own(threading.local):
-    calls = 0
-    changes = 0
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Saving and sharing with a card: what this package adds to `save_pretrained` and `push_to_hub`.
 
 PEFT writes a card that does not know our methods, and `push_to_hub`, which it has from transformers, puts another one in
-its place. Neither offers a hook, so importing this package wraps these two methods of `PeftModel`. Models without a
-FanLoRA or PARA adapter pass through as they do in PEFT.
+its place. Neither offers a hook, so importing this package wraps these two methods of `PeftModel`. Models without an
+adapter of a method that has a card pass through as they do in PEFT.
 """
 
 from __future__ import annotations
@@ -11,14 +11,51 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 
-from . import hub
-from .cards import card, fanlora, para, snippets
-from .fanlora.config import FanLoraConfig
-from .saved import SavedAdapter
+
+if TYPE_CHECKING:
+    from .card import Part
+
+
+_CARDS: dict[type, Callable[..., Part] | str] = {}
+
+
+def add_card(shared: type, card: Callable[..., Part] | str) -> None:
+    """Says how things of a class, and of its subclasses, are described where they are saved.
+
+    Args:
+        shared: the class.
+        card: returns the part of a card. For the configuration of an adapter it gets the `SavedAdapter`, its
+            `BaseModel` and its folder or id, as the code in the card names it; for anything else the thing itself, its
+            folder and that name. A text such as "package.module:function" is imported at first use.
+    """
+    _CARDS[shared] = card
+
+
+def _card_of(shared: type) -> Callable[..., Part] | None:
+    """Returns what describes things of a class; None where nothing does."""
+    found = next((_CARDS[base] for base in shared.__mro__ if base in _CARDS), None)
+    return resolve_name(found) if isinstance(found, str) else found
+
+
+def write_card(shared: Any, folder: Path, location: str) -> None:
+    """Writes the card of something other than an adapter; the card of an adapter in the same folder shows it already.
+
+    Args:
+        shared: what has been saved.
+        folder: where it is.
+        location: its folder or id, as the code in the card names it.
+    """
+    from . import card
+
+    describe = _card_of(type(shared))
+    if describe is not None and not (folder / CONFIG_NAME).exists() and not card.has_part(folder, "adapter "):
+        card.write(folder, describe(shared, folder, location), is_new=not (folder / card.CARD_NAME).exists())
 
 
 def write_cards() -> None:
@@ -41,6 +78,8 @@ def _saving(save_pretrained: Callable[..., None]) -> Callable[..., None]:
         if not names or not call.arguments["is_main_process"]:
             save_pretrained(self, *args, **kwargs)
             return
+        from . import card
+
         tags, is_new = card.tags_in(folder), not (folder / card.CARD_NAME).exists()
         save_pretrained(self, *args, **kwargs)
         for name in names:
@@ -57,6 +96,8 @@ def _pushing(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
     def push_with_card(self: PeftModel, repo_id: str, **options: Any) -> Any:
         if not _ours(self, None):
             return push_to_hub(self, repo_id, **options)
+        from . import card, hub
+
         tags = options.pop("tags", None) or ()
         options.pop("max_shard_size", None)  # of whole models; adapters are one file
         options["commit_message"] = options.get("commit_message") or "Upload model"
@@ -71,17 +112,18 @@ def _pushing(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _ours(model: PeftModel, selected: Iterable[str] | None) -> list[str]:
-    """Returns the names of those adapters that are to be saved and are FanLoRA's or PARA's, "default" first."""
+    """Returns the names of those adapters that are to be saved and have a card of ours, "default" first."""
     configs = model.peft_config
     names = configs if selected is None else selected
-    ours = [name for name in names if name in configs and configs[name].peft_type in ("FANLORA", "PARA")]
+    ours = [name for name in names if name in configs and _card_of(type(configs[name]))]
     return sorted(ours, key=lambda name: name != "default")
 
 
-def _part(model: PeftModel, name: str, folder: Path, location: str) -> card.Part:
+def _part(model: PeftModel, name: str, folder: Path, location: str) -> Part:
+    from .saved import SavedAdapter
+    from .snippets import base_model_of
+
     own_folder = folder if name == "default" else folder / name
     config: Any = type(model.peft_config[name]).from_pretrained(str(own_folder))  # PEFT may have saved it converted
-    base = snippets.base_model_of(model.get_base_model(), config)
-    if isinstance(config, FanLoraConfig):
-        return fanlora.adapter_part(SavedAdapter(config, own_folder, name), base, location)
-    return para.adapter_part(SavedAdapter(config, own_folder, name), base, location)
+    describe: Any = _card_of(type(config))
+    return describe(SavedAdapter(config, own_folder, name), base_model_of(model.get_base_model(), config), location)

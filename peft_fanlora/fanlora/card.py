@@ -7,15 +7,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..fanlora.modules import Module, layers_by_role, ranges
-from . import snippets
-from .card import Part
+from transformers.models.auto import modeling_auto
+
+from ..sharing import snippets
+from ..sharing.card import Part
+from .modules import Module, layers_by_role, ranges
 
 
 if TYPE_CHECKING:
-    from ..fanlora.config import FanLoraConfig
-    from ..fanlora.setting import FanLoraSetting
-    from ..saved import SavedAdapter
+    from ..sharing.saved import SavedAdapter
+    from .config import FanLoraConfig
+    from .setting import FanLoraSetting
 
 HEAT_MAP = "fanlora_importance.png"
 _FACTS = {
@@ -48,7 +50,7 @@ def adapter_part(saved: SavedAdapter[FanLoraConfig], base: snippets.BaseModel, l
     """
     config = saved.config
     setting: Any = config.setting  # read and made a FanLoraSetting by the configuration itself
-    modules = saved.modules
+    modules = modules_of(saved)
     of_all = f" of {len(setting.kept) + len(setting.dropped)}" if setting is not None and setting.dropped else ""
     how = "; it was not pruned" if setting is None else ", chosen by a score [1]" if setting.is_scored else ""
     size = f" It has {saved.num_parameters:,} parameters." if saved.num_parameters else ""
@@ -72,12 +74,12 @@ def adapter_part(saved: SavedAdapter[FanLoraConfig], base: snippets.BaseModel, l
 
 def setting_part(setting: FanLoraSetting, folder: Path, location: str) -> Part:
     """Returns what a card says of a setting that is shared by itself, and draws the heat map beside it."""
-    base = snippets.base_model_of_setting(setting.calibration.get("base_model_name_or_path"), setting.model_type)
+    base = _base_model_of(setting.calibration.get("base_model_name_or_path"), setting.model_type)
     of_all = f" of {len(setting.kept) + len(setting.dropped)}" if setting.dropped else ""
     pieces = [
         f"A FanLoRA setting: which {len(setting.kept)}{of_all} linear layers of a model of type "
         f"`{setting.model_type}` LoRA goes on. It serves new tasks on models of that family, other depths included.",
-        _code(snippets.use_setting(base, location)),
+        _code(_use_setting(base, location)),
         "It needs `pip install peft-fanlora`.",
         "### Modules",
         module_table(setting.kept, len(setting.num_layers) > 1),
@@ -87,6 +89,12 @@ def setting_part(setting: FanLoraSetting, folder: Path, location: str) -> Part:
     metadata = (("library_name", "peft"), ("base_model", base.name))
     tags = ("fanlora", "fanlora-setting", "peft-fanlora")
     return Part("setting", "FanLoRA setting", "\n\n".join(pieces), tags, metadata)
+
+
+def modules_of(saved: SavedAdapter[FanLoraConfig]) -> list[Module]:
+    """Returns the modules that have LoRA in the file, in the order of their layers."""
+    tensors = (name.partition(".lora_") for name in saved.shapes)
+    return sorted({Module.parse(name.removeprefix("base_model.model.")) for name, dot, _ in tensors if dot})
 
 
 def module_table(modules: Iterable[Module], with_stack: bool) -> str:
@@ -124,3 +132,43 @@ def _cell(value: Any) -> str:
 
 def _code(text: str) -> str:
     return f"```python\n{text}\n```"
+
+
+def _base_model_of(name: str | None, model_type: str | None) -> snippets.BaseModel:
+    """Returns how to load a model that a setting fits.
+
+    Args:
+        name: the folder or the id of the model that was scored.
+        model_type: its family.
+    """
+    generative = (
+        ("AutoModelForSeq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        ("AutoModel", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    )
+    return snippets.BaseModel(
+        name, next((loader for loader, family in generative if model_type in family), "AutoModel")
+    )
+
+
+def _use_setting(base: snippets.BaseModel, location: str) -> str:
+    """Returns code that makes a fresh adapter on a setting.
+
+    Args:
+        base: a model that the setting fits.
+        location: the setting's folder or id.
+    """
+    task = next(
+        (task for task, loader in snippets.TASKS.items() if loader == base.loader and loader != "AutoModel"), None
+    )
+    task_type = f', task_type="{task}"' if task else ""
+    lines = [
+        "from peft import get_peft_model",
+        "from peft_fanlora import FanLoraConfig",
+        base.imports,
+        "",
+        base.lines,
+        f'model = get_peft_model(base, FanLoraConfig(setting="{location}", r=8{task_type}))',
+        "model.print_trainable_parameters()",
+    ]
+    return snippets.code_of(lines)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import snippets
-from .card import Part
+from ..sharing import snippets
+from ..sharing.card import Part
 
 
 if TYPE_CHECKING:
-    from ..para.config import ParaConfig
-    from ..saved import SavedAdapter
+    from ..sharing.saved import SavedAdapter
+    from .config import ParaConfig
 
 
 def adapter_part(saved: SavedAdapter[ParaConfig], base: snippets.BaseModel, location: str) -> Part:

@@ -1,4 +1,4 @@
-"""An adapter of this package as it lies in a folder."""
+"""A saved adapter as it lies in a folder."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from math import prod
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
-from .fanlora.config import FanLoraConfig
-from .fanlora.modules import Module
-from .para.config import ParaConfig
 
-
-Config = TypeVar("Config", FanLoraConfig, ParaConfig)
+Config = TypeVar("Config", bound=PeftConfig)
 
 
 @dataclass(frozen=True)
@@ -54,14 +51,6 @@ class SavedAdapter(Generic[Config]):
     def num_bytes(self) -> int:
         """The size of the file with the weights."""
         return self._weights.stat().st_size if self._weights.exists() else 0
-
-    @property
-    def modules(self) -> list[Module]:
-        """The modules that have LoRA, in the order of their layers."""
-        names = {
-            name.partition(".lora_")[0].removeprefix("base_model.model.") for name in self.shapes if ".lora_" in name
-        }
-        return sorted(map(Module.parse, names))
 
     @property
     def _weights(self) -> Path:

@@ -6,7 +6,6 @@ import transformers
 from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 
 TASKS = {
@@ -75,21 +74,6 @@ def base_model_of(model: nn.Module, config: PeftConfig) -> BaseModel:
     return BaseModel(name, loader, options, _GENERATE if model.can_generate() else _CALL)
 
 
-def base_model_of_setting(name: str | None, model_type: str | None) -> BaseModel:
-    """Returns how to load a model that a setting fits.
-
-    Args:
-        name: the folder or the id of the model that was scored.
-        model_type: its family.
-    """
-    generative = (
-        ("AutoModelForSeq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
-        ("AutoModel", modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
-        ("AutoModelForCausalLM", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    )
-    return BaseModel(name, next((loader for loader, family in generative if model_type in family), "AutoModel"))
-
-
 def use_adapter(method: str, base: BaseModel, location: str, subfolder: str | None) -> str:
     """Returns code that loads an adapter and uses it.
 
@@ -110,30 +94,10 @@ def use_adapter(method: str, base: BaseModel, location: str, subfolder: str | No
     ]
     if base.use:
         lines += [f'tokenizer = AutoTokenizer.from_pretrained("{base.name}")', base.use]
-    return _without_gaps(lines)
+    return code_of(lines)
 
 
-def use_setting(base: BaseModel, location: str) -> str:
-    """Returns code that makes a fresh adapter on a setting.
-
-    Args:
-        base: a model that the setting fits.
-        location: the setting's folder or id.
-    """
-    task = next((task for task, loader in TASKS.items() if loader == base.loader and loader != "AutoModel"), None)
-    task_type = f', task_type="{task}"' if task else ""
-    lines = [
-        "from peft import get_peft_model",
-        "from peft_fanlora import FanLoraConfig",
-        base.imports,
-        "",
-        base.lines,
-        f'model = get_peft_model(base, FanLoraConfig(setting="{location}", r=8{task_type}))',
-        "model.print_trainable_parameters()",
-    ]
-    return _without_gaps(lines)
-
-
-def _without_gaps(lines: list[str]) -> str:
+def code_of(lines: list[str]) -> str:
+    """Returns lines as code, with at most one empty line between two."""
     code = "\n".join(line for line in lines if line or lines)
     return code.replace("\n\n\n", "\n\n")

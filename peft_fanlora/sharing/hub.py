@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from .cards.card import CARD_NAME
+from .card import CARD_NAME
 
 
 def push(save: Callable[[Path, str], None], repo_id: str, **options: Any) -> CommitInfo:

@@ -1,1 +1,0 @@
-"""Model cards: what a shared adapter or setting says about itself."""
