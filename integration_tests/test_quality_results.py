@@ -1,5 +1,7 @@
 """The page of results is what the script makes of the committed runs, and its verdicts are those of the statistics."""
 
+import json
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
@@ -33,7 +35,7 @@ def save(store: Store, run: Run, loss: float, dev: float | None = None) -> None:
     training = {"curve": [1.0], "cpu_seconds": 10.0 * loss, "wall_seconds": 10.0, "peak_memory": 2**30}
     content = {"base_model": "tiny", "machine": FACTS, "parameters": 600_000, "training": training}
     held_out = {"dev": {"loss": loss if dev is None else dev}, "test": {"loss": loss, "accuracy": 0.5}}
-    store.save(run, {**content, **held_out})
+    store.save("some", run, {**content, **held_out})
 
 
 def save_search(store: Store, search: Search, *, best: str) -> None:
@@ -48,7 +50,9 @@ def save_search(store: Store, search: Search, *, best: str) -> None:
         for choice in ("1 a layer", "2 a layer", "2 roles", "60 anywhere")
     ]
     limits = [{"choice": name, "method": name, "loss": loss} for name, loss in (("all", 2.5), ("none", 4.5))]
-    store.save(search, {"base_model": "tiny", "machine": FACTS, "scored": scored, "pruned": [*limits, *pruned]})
+    store.save(
+        "searches", search, {"base_model": "tiny", "machine": FACTS, "scored": scored, "pruned": [*limits, *pruned]}
+    )
 
 
 @pytest.fixture
@@ -82,13 +86,20 @@ def test_the_readme_has_the_claims_of_the_committed_runs() -> None:
     )
 
 
-def test_every_committed_run_still_has_its_name() -> None:
-    """A field that is renamed, or a default that changes, would make all finished runs be repeated."""
-    for content in COMMITTED.load("run"):
-        assert COMMITTED.finished(Run(**content["run"]))
-    for content in COMMITTED.load("search"):
-        scorings = tuple(Scoring(**scoring) for scoring in content["search"].pop("scorings"))
-        assert COMMITTED.finished(Search(scorings=scorings, **content["search"]))
+def test_each_file_of_runs_has_its_experiment_and_each_machine_once() -> None:
+    files = sorted(COMMITTED.folder.glob("*.jsonl"))
+    assert {path.stem for path in files} <= {path.stem for path in EXPERIMENTS}
+    for path in files:
+        contents = [json.loads(line) for line in path.read_text().splitlines()]
+        machines = [content["machine"] for content in contents if "facts" in content]
+        assert len(set(machines)) == len(machines) > 0
+
+
+def test_a_field_that_committed_runs_lack_has_the_default_that_they_were_made_with() -> None:
+    """Another default would make them other runs, on the page and for `run.py`."""
+    contents = [content["run"] for content in COMMITTED.finished().values() if "run" in content]
+    lacking = {field.name: field.default for run in contents for field in fields(Run) if field.name not in run}
+    assert lacking == {"start": 1.0, "scale": 1.0}
 
 
 def test_differences_are_paired_over_seeds(store: Store) -> None:

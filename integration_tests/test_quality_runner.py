@@ -1,6 +1,10 @@
 """The quality experiments from end to end on a tiny model: run, stopped, resumed, never repeated."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import transformers as tf
 import typer
 from quality import run as runner
 from quality import tasks, training
-from quality.experiments import Run, Scoring, Search, Store, read
+from quality.experiments import Run, Scoring, Search, Store, known, pending, read
 from tiny_models import TINY
 from trainers.trainer_models import tokenizer
 
@@ -60,8 +64,24 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"model": str(tmp_path / "tiny"), "results": tmp_path / "results"}
 
 
-def contents(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in folder.iterdir()}
+FACTS = {"processor": "a", "torch": "2"}
+
+
+def lines(folder: Path) -> list[str]:
+    """The lines of all finished runs, without those of their machines."""
+    assert {path.suffix for path in folder.iterdir()} <= {".jsonl", ""}  # and nothing half-written
+    texts = [path.read_text() for path in sorted(folder.glob("*.jsonl"))]
+    return [line for text in texts for line in text.splitlines() if "facts" not in json.loads(line)]
+
+
+def other_process(code: str, folder: Path) -> subprocess.Popen[str]:
+    """Starts Python with a store of the folder."""
+    preamble = (
+        "import sys; from pathlib import Path; from quality.experiments import *; store = Store(Path(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", f"{preamble}\n{code}", str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def test_experiments_run_once_and_resume(
@@ -71,7 +91,7 @@ def test_experiments_run_once_and_resume(
     results = tiny["results"]
 
     runner.main(files, at_most=2, **tiny)
-    assert len(contents(results)) == 2
+    assert len(lines(results)) == 2
     assert "2 runs done, 6 and more to go" in capsys.readouterr().out  # some wait for a learning rate
 
     real, calls = training.run_once, []
@@ -85,16 +105,17 @@ def test_experiments_run_once_and_resume(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "run_once", killed)
         runner.main(files, **tiny)
-    before = contents(results)
-    assert len(before) == 4 and not any("partial" in name for name in before)
+    before = lines(results)
+    assert len(before) == 4
 
     runner.main(files, **tiny)
-    after = contents(results)
-    assert before.items() <= after.items()
+    after = lines(results)
+    assert set(before) <= set(after)
     assert len(after) == 7 + 3 + 1 + 3 + 3  # one of the four is in the grid already
+    assert [path.name for path in sorted(results.glob("*.jsonl"))] == ["1-first.jsonl", "2-more.jsonl"]
 
     runner.main(files, **tiny)
-    assert contents(results) == after
+    assert lines(results) == after
     assert "0 runs done, 0 to go" in capsys.readouterr().out
 
     store = Store(results)
@@ -197,7 +218,8 @@ def test_scores_per_parameter_prefer_small_modules(tiny: dict[str, Any]) -> None
     base = bench.base(0)
     values = {name: 1.1 if name.endswith("up_proj") else 1.0 for name in candidates(base)}
     scored = [{"scoring": vars(Scoring("path")), "cpu_seconds": 1.0, "num_tokens": 9, "values": values}]
-    bench.store.save(Search("gloss", (Scoring("path"),)), {"scored": scored, "pruned": []})
+    result = {"machine": FACTS, "scored": scored, "pruned": []}
+    bench.store.save("some", Search("gloss", (Scoring("path"),)), result)
     sizes = {name: num_parameters_per_rank(module) for name, module in candidates(base).items()}
     chosen = [scored_setting(base, Run("category", "fanlora", score=score, keep=1), bench.store).names
               for score in ("path", "path_per_parameter")]  # fmt: skip
@@ -277,29 +299,149 @@ def test_the_smallest_budget_chooses_the_learning_rate(tmp_path: Path) -> None:
     for parameters, losses in ((5000, {1e-2: 0.3, 1e-3: 0.2}), (3000, {1e-2: 0.1, 1e-3: 0.4}), (4000, {1e-2: 0.9})):
         for rate, loss in losses.items():
             run = Run("category", "para", learning_rate=rate, parameters=parameters)
-            store.save(run, {"dev": {"loss": loss}})
+            store.save("some", run, {"machine": FACTS, "dev": {"loss": loss}})
     assert store.best_learning_rate("para") == 1e-2
 
 
-def test_runs_that_differ_have_different_files(tmp_path: Path) -> None:
+def test_a_run_that_differs_in_anything_is_another_run(tmp_path: Path) -> None:
     store = Store(tmp_path)
     runs = [Run("gloss", "para", learning_rate=1e-3), Run("gloss", "para", learning_rate=1e-3, pooling="mean")]
-    searches = [Search("gloss", ()), Search("gloss", (), prune=False)]
-    assert len({store.path(run) for run in [*runs, *searches]}) == 4
-    store.save(runs[0], {"parameters": 3})
-    assert store.finished(runs[0]) and not store.finished(runs[1])
-    assert json.loads(store.path(runs[0]).read_text())["run"]["task"] == "gloss"
+    searches = [Search("gloss", ()), Search("gloss", (), prune=False), Search("gloss", (Scoring("path"),))]
+    for run in (runs[0], *searches[::2]):
+        store.save("some", run, {"machine": FACTS, "parameters": 3})
+    assert set(store.finished()) == {runs[0], *searches[::2]}
+    assert pending([*runs, *searches], store) == [runs[1], searches[1]]
+    with pytest.raises(ValueError, match=r"^gloss-para-0.001-seed0 is finished already: delete its line"):
+        store.save("others", runs[0], {"machine": FACTS, "parameters": 4})
+    assert store.finished()[runs[0]]["parameters"] == 3
 
 
 def test_a_new_field_leaves_finished_runs_alone(tmp_path: Path) -> None:
-    """A file that lacks a field of today has its default, and its name."""
+    """A line that lacks a field of today has its default, and is the same run."""
     store = Store(tmp_path)
     run = Run("gloss", "para", learning_rate=1e-3, rank=3)
-    store.save(run, {"parameters": 3})
-    path = store.path(run)
-    content = json.loads(path.read_text())
-    del content["run"]["scale"]
-    path.write_text(json.dumps(content))
+    store.save("some", run, {"machine": FACTS, "parameters": 3})
+    path = tmp_path / "some.jsonl"
+    assert ', "scale": 1.0' in path.read_text()
+    path.write_text(path.read_text().replace(', "scale": 1.0', ""))
     (loaded,) = store.load("run")
-    assert loaded["run"]["scale"] == 1 and store.finished(Run(**loaded["run"]))
-    assert path.name.startswith("gloss-para-rank3-0.001-seed0-")
+    assert loaded["run"]["scale"] == 1 and set(store.finished()) == {run}
+
+
+def test_each_machine_is_written_once_and_read_with_its_runs(tmp_path: Path) -> None:
+    machines = [FACTS, {**FACTS, "processor": "b"}, FACTS, {**FACTS, "processor": "b"}]
+    store = Store(tmp_path)
+    for seed, machine in enumerate(machines):
+        store.save("some", Run("gloss", "lora", seed, 1e-3), {"machine": machine})
+    contents = [json.loads(line) for line in (tmp_path / "some.jsonl").read_text().splitlines()]
+    assert [content["facts"] for content in contents if "facts" in content] == machines[:2]
+    assert [content["machine"] for content in store.load("run")] == machines
+
+
+def test_a_kill_while_a_run_is_written_leaves_the_finished_ones(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path)
+    first, second = (Run("gloss", "lora", seed, 1e-3) for seed in range(2))
+    store.save("some", first, {"machine": FACTS})
+    before = (tmp_path / "some.jsonl").read_text()
+    code = """
+import os, signal
+os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # all is written, nothing is in its place
+store.save("some", Run("gloss", "lora", 1, 1e-3), {"machine": {}})
+"""
+    with other_process(code, tmp_path) as process:
+        assert process.wait(60) == -signal.SIGKILL
+    assert (tmp_path / "some.jsonl").read_text() == before
+    assert pending([first, second], store) == [second]
+    store.save("some", second, {"machine": FACTS})
+    assert len(lines(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("broken", ['{"run": {"task": "gl', '{"run": {}, "machine": "unknown"}'])
+def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, broken: str) -> None:
+    """It would be a run that is silently missing from the page."""
+    store = Store(tmp_path)
+    store.save("some", Run("gloss", "lora", 0, 1e-3), {"machine": FACTS})
+    path = tmp_path / "some.jsonl"
+    path.write_text(path.read_text() + broken)
+    with pytest.raises(ValueError, match=r"^some.jsonl, line 3: .*Repair it, or delete it to repeat the run."):
+        store.finished()
+
+
+def test_a_run_with_two_lines_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save("some", Run("gloss", "lora", 0, 1e-3), {"machine": FACTS})
+    (tmp_path / "others.jsonl").write_text((tmp_path / "some.jsonl").read_text())
+    with pytest.raises(ValueError, match=r"^some.jsonl: gloss-lora-0.001-seed0 has another line already"):
+        store.finished()
+
+
+def test_processes_that_write_at_once_lose_no_run(tmp_path: Path) -> None:
+    code = """
+for seed in range(20):
+    run = Run("gloss", "lora", seed, float(sys.stdin.readline()))
+    store.save("some", run, {"machine": {"process": run.learning_rate}})
+"""
+    processes = [other_process(code, tmp_path) for _ in range(3)]
+    for rate, process in enumerate(processes, 1):
+        assert process.stdin is not None
+        process.stdin.write(f"{rate}\n" * 20)
+        process.stdin.flush()
+    assert [process.wait(60) for process in processes] == [0, 0, 0]
+    for process in processes:
+        process.communicate()
+    finished = Store(tmp_path).finished()
+    assert {(run.seed, content["machine"]["process"]) for run, content in finished.items()} == {
+        (seed, float(rate)) for seed in range(20) for rate in (1, 2, 3)
+    }
+
+
+def test_a_run_that_another_process_is_making_is_not_repeated(
+    tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once that process is killed, the run starts again."""
+    path, results = tmp_path / "3-few.yaml", tiny["results"]
+    path.write_text(
+        "runs: [{task: category, method: lora, learning_rate: [1.e-2, 1.e-3], parameters: 3000, steps: 3}]"
+    )
+    first, second = known([path], Store(results))[0]
+    code = f"assert store.claim(known([Path({str(path)!r})], store)[0]); print(flush=True); sys.stdin.readline()"
+    with other_process(code, results) as process:
+        assert process.stdout is not None and process.stdout.readline() == "\n"
+        runner.main([path], **tiny)
+        assert "1 runs done, 1 to go; another process is making the next one" in capsys.readouterr().out
+        assert list(Store(results).finished()) == [second]
+        process.kill()
+    runner.main([path], **tiny)
+    assert "1 runs done, 0 to go" in capsys.readouterr().out
+    assert set(Store(results).finished()) == {first, second}
+
+
+def test_no_run_starts_before_a_search_of_another_process_is_finished(tmp_path: Path) -> None:
+    """The run may need the scores of that search."""
+    search, run = Search("gloss", (Scoring("path"),)), Run("category", "fanlora", learning_rate=1e-3)
+    code = 'store.claim([Search("gloss", (Scoring("path"),))]); print(flush=True); sys.stdin.readline()'
+    with other_process(code, tmp_path) as process:
+        assert process.stdout is not None and process.stdout.readline() == "\n"
+        assert Store(tmp_path).claim([search, run]) is None
+        assert Store(tmp_path).claim([run, search]) == run
+        process.kill()
+
+
+def test_a_run_that_another_process_has_just_finished_is_not_repeated(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, results = tmp_path / "3-few.yaml", tiny["results"]
+    path.write_text("runs: [{task: category, method: lora, learning_rate: 1.e-2, parameters: 3000, steps: 3}]")
+    claim = Store.claim
+
+    def late(store: Store, runs: Any) -> Any:
+        claimed = claim(store, runs)
+        if claimed and claimed not in store.finished():
+            store.save("3-few", claimed, {"machine": FACTS})
+        return claimed
+
+    monkeypatch.setattr(Store, "claim", late)
+    runner.main([path], **tiny)
+    assert "0 runs done, 0 to go" in capsys.readouterr().out and len(lines(results)) == 1

@@ -1,14 +1,16 @@
 """What is run: each run is a value, and the experiment files are products of lists of such values."""
 
+import fcntl
 import hashlib
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -173,36 +175,83 @@ def changed(run: Run | Search) -> dict[str, Any]:
 
 
 class Store:
-    """A folder of finished runs, one JSON file each, named by what the run is and a hash of it.
+    """A folder of finished runs: one `.jsonl` file per experiment file, with one line per run.
 
-    A new field with a default leaves the names of finished runs as they are.
+    A line with `facts` describes a machine; the runs below it refer to it by its `machine`. Runs are identified by their
+    fields, so a new field with a default leaves finished runs as they are.
+
+    Several processes can share a folder. They lock bytes of the file `.lock`: byte 0 while writing, and one byte per run
+    while making the run. The operating system releases the locks of a process that ends or is killed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def path(self, run: Run | Search) -> Path:
-        """Returns the file of a run."""
-        identity = json.dumps([type(run).__name__, changed(run)], sort_keys=True)
-        return self.folder / f"{run.label}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}.json"
-
-    def finished(self, run: Run | Search) -> bool:
-        """Says whether the run has its file, which is written whole or not at all."""
-        return self.path(run).exists()
-
-    def save(self, run: Run | Search, result: dict[str, Any]) -> None:
-        """Writes the file of a run."""
+    @cached_property
+    def _locks(self) -> TextIO:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(run)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({type(run).__name__.lower(): asdict(run), **result}, indent=1) + "\n")
-        partial.replace(path)
+        return (self.folder / ".lock").open("w")
+
+    def claim(self, runs: Iterable[Run | Search]) -> Run | Search | None:
+        """Returns the first run that no other process has claimed, and claims it until this process ends.
+
+        The run may have been finished by another process in the meantime. Returns None if all runs are claimed, or if the
+        next one is a search that is claimed: the runs after it may need its scores.
+        """
+        for run in runs:
+            try:
+                fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1 + zlib.crc32(run.label.encode()))
+            except (BlockingIOError, PermissionError):  # another process has the lock; POSIX allows both errors
+                if isinstance(run, Search):
+                    return None
+            else:
+                return run
+        return None
+
+    def save(self, experiment: str, run: Run | Search, result: dict[str, Any]) -> None:
+        """Adds a run to the file of an experiment.
+
+        The file is replaced as a whole, so that a killed process leaves either the old file or the new one.
+
+        Raises:
+            ValueError: the run is finished already.
+        """
+        machine = hashlib.sha256(json.dumps(result["machine"]).encode()).hexdigest()[:8]
+        content = {type(run).__name__.lower(): asdict(run), **result, "machine": machine}
+        added = [json.dumps({"machine": machine, "facts": result["machine"]}), json.dumps(content)]
+        path = self.folder / f"{experiment}.jsonl"
+        partial = path.with_suffix(".partial")
+        fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, 0)
+        try:
+            if run in self.finished():
+                raise ValueError(f"{run.label} is finished already: delete its line to repeat it.")
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            lines += [line for line in added if line not in lines]
+            with partial.open("w", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, 0)
+
+    def finished(self) -> dict[Run | Search, dict[str, Any]]:
+        """Returns all finished runs and their results, in the order of their labels.
+
+        Raises:
+            ValueError: a line cannot be read, or two lines have the same run.
+        """
+        found: dict[Run | Search, dict[str, Any]] = {}
+        for path in sorted(self.folder.glob("*.jsonl")):
+            for run, content in _results(path):
+                if run in found:
+                    raise ValueError(f"{path.name}: {run.label} has another line already; delete one of them.")
+                found[run] = content
+        return dict(sorted(found.items(), key=lambda item: item[0].label))
 
     def load(self, kind: str) -> list[dict[str, Any]]:
         """Returns all finished results of a kind, "run" or "search", with all fields that it has today."""
-        contents = (json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json")))
-        made = {"run": Run, "search": Search}[kind]
-        return [{**content, kind: asdict(made(**content[kind]))} for content in contents if kind in content]
+        return [{**content, kind: asdict(run)} for run, content in self.finished().items() if kind in content]
 
     def scores(self, source: str, method: str) -> dict[str, Any]:
         """Returns what the search of seed 0 on a task found with a score.
@@ -242,6 +291,27 @@ class Store:
         return best_learning_rate(content for content in tried if content["run"]["parameters"] == smallest)
 
 
+def _results(path: Path) -> Iterator[tuple[Run | Search, dict[str, Any]]]:
+    machines = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            content = json.loads(line)
+            if "facts" in content:
+                machines[content["machine"]] = content["facts"]
+                continue
+            content["machine"] = machines[content["machine"]]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(
+                f"{path.name}, line {number}: {error!r}. A line is a whole JSON object, and the line of its machine comes"
+                " before it. Repair it, or delete it to repeat the run."
+            ) from error
+        if "run" in content:
+            yield Run(**content["run"]), content
+        else:
+            scorings = tuple(Scoring(**scoring) for scoring in content["search"]["scorings"])
+            yield Search(**{**content["search"], "scorings": scorings}), content
+
+
 def dev_losses(contents: Iterable[dict[str, Any]]) -> dict[float, dict[int, float]]:
     """Returns the dev loss of runs by their learning rate and seed."""
     losses: dict[float, dict[int, float]] = {}
@@ -265,18 +335,22 @@ def best_learning_rate(contents: Iterable[dict[str, Any]]) -> float:
     return min(losses, key=lambda rate: sum(losses[rate][seed] for seed in common))
 
 
-def known(files: Iterable[Path], store: Store) -> tuple[list[Run | Search], bool]:
-    """Returns the runs of the files up to the first whose learning rate is not found yet, and whether there is such one."""
-    runs: list[Run | Search] = []
+def known(files: Iterable[Path], store: Store) -> tuple[dict[Run | Search, str], bool]:
+    """Returns the runs of the files, each with the name of the first file that has it.
+
+    It stops at the first run whose learning rate is not known yet; the second value says whether there is one.
+    """
+    runs: dict[Run | Search, str] = {}
     try:
         for file in files:
             for run in read(file, store):
-                runs.append(run)  # noqa: PERF402 - what comes before the error counts
+                runs.setdefault(run, file.stem)
     except LookupError:
         return runs, True
     return runs, False
 
 
 def pending(runs: Iterable[Run | Search], store: Store) -> list[Run | Search]:
-    """Returns the runs that are not finished, each once."""
-    return [run for run in dict.fromkeys(runs) if not store.finished(run)]
+    """Returns the runs that are not finished."""
+    finished = store.finished()
+    return [run for run in runs if run not in finished]

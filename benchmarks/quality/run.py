@@ -34,9 +34,16 @@ def main(
     done = 0
     bench = None
     with tqdm(desc="Runs", unit="run", smoothing=0.1) as progress:
-        while (todo := pending(known(files, store)[0], store)) and done != at_most:
+        while done != at_most:
+            runs, waiting = known(files, store)
+            todo = pending(runs, store)
+            run = store.claim(todo)
+            if run is None:
+                break
+            if run in store.finished():  # another process finished it after `todo` was made
+                continue
             progress.total = done + len(todo)
-            progress.set_postfix_str(todo[0].label)
+            progress.set_postfix_str(run.label)
             if bench is None:  # what needs torch is only loaded when there is something to do
                 import assets
 
@@ -44,8 +51,7 @@ def main(
                 from quality.training import Bench, run_once
 
                 bench = Bench(model or str(assets.model_folder()), device, store)
-            run = todo[0]
-            store.save(run, search(bench, run) if isinstance(run, Search) else run_once(bench, run))
+            store.save(runs[run], run, search(bench, run) if isinstance(run, Search) else run_once(bench, run))
             done += 1
             progress.update()
     runs, waiting = known(files, store)
@@ -54,7 +60,8 @@ def main(
         raise typer.BadParameter(
             "the next run has no learning rate, and no grid of its method is among the experiments"
         )
-    print(f"{done} runs done, {len(left)}{' and more' if waiting else ''} to go")
+    others = "; another process is making the next one" if left and done != at_most else ""
+    print(f"{done} runs done, {len(left)}{' and more' if waiting else ''} to go{others}")
 
 
 if __name__ == "__main__":
