@@ -52,10 +52,11 @@ def find(
     method: Annotated[Method, typer.Option(help="The score.")] = "path",
     strategy: Annotated[Strategy, typer.Option(help="What is ranked against what.")] = "layer",
     keep: Annotated[
-        int, typer.Option(min=1, help='How many stay: modules of each layer, roles ("role"), modules ("global").')
+        int,
+        typer.Option(min=1, help='How many to keep: modules per layer ("layer"), roles ("role"), modules ("global").'),
     ] = 2,
-    groups: Annotated[
-        bool, typer.Option("--groups", help="Keep Q, K, V (and gate, up) together or not at all.")
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Keep Q, K, V (and gate, up) together or not at all.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the data and the start of LoRA.")] = 0,
     json: Json = False,
@@ -65,7 +66,7 @@ def find(
     Writes the setting with its heat map and a card, the pruned adapter (`adapter/`) and all scores (`report.json`).
     """
     plan = finding.Plan(
-        model, output, steps, batch_size, learning_rate, max_length, r, method, strategy, keep, groups, seed
+        model, output, steps, batch_size, learning_rate, max_length, r, method, strategy, keep, packed, seed
     )
     with quiet_stdout():
         report, found = finding.run(plan, dataset, split, name, rows, calibration_rows)

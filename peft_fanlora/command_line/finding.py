@@ -32,13 +32,8 @@ class Plan:
     method: Method
     strategy: Strategy
     keep: int
-    groups: bool
+    packed: bool
     seed: int
-
-    def select(self, scores: ImportanceScores) -> FanLoraSetting:
-        """Chooses the modules that stay."""
-        how_many = {"modules_per_layer" if self.strategy == "layer" else "keep": self.keep}
-        return scores.select(strategy=self.strategy, groups=self.groups, **how_many)
 
 
 def run(
@@ -85,7 +80,7 @@ def run(
         trainer.train()
         trained = trainer.evaluate()["eval_loss"]
         scores = model.score_modules(trainer.get_eval_dataloader(), method=plan.method)
-        setting = model.prune_modules(plan.select(scores))
+        setting = model.prune_modules(scores.select(plan.keep, strategy=plan.strategy, packed=plan.packed))
         pruned = trainer.evaluate()["eval_loss"]
     report = {
         "model": plan.model,

@@ -37,10 +37,10 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             no labels, such as those for preferences, need a `DataLoader`, unshuffled, whose batches have some. None
             will do for "weight_norm".
         prune_at: when to prune: a fraction of all steps (above 0, up to 1), or a number of steps (from 1).
-        modules_per_layer: how many modules stay in each layer, see `ImportanceScores.select`.
+        keep: how many modules per layer (or roles, or modules, as `strategy` says) to keep, see
+            `ImportanceScores.select`.
         strategy: what is ranked against what, see `ImportanceScores.select`.
-        keep: how many roles or modules stay, for the strategies "role" and "global".
-        groups: whether packed projections stay or go together.
+        packed: whether projections that engines pack into one matrix stay or go together.
         method: the score, see `FanLoraModel.score_modules`.
         num_points: the number of points that "path" integrates over.
 
@@ -54,7 +54,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             parallelism or DeepSpeed.
 
     Examples:
-        >>> callback = FanLoraCallback(calibration_dataset, prune_at=0.5, modules_per_layer=2)
+        >>> callback = FanLoraCallback(calibration_dataset, prune_at=0.5, keep=2)
         >>> SFTTrainer(model, train_dataset=instructions, callbacks=[callback]).train()
         >>> callback.setting.save_pretrained("my-setting")
     """
@@ -63,11 +63,10 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         self,
         calibration_dataset: Any,
         *,
+        keep: int = 2,
         prune_at: float | int = 0.5,
-        modules_per_layer: int | None = None,
         strategy: Strategy = "layer",
-        keep: int | None = None,
-        groups: bool = False,
+        packed: bool = False,
         method: Method = "path",
         num_points: int = 8,
     ) -> None:
@@ -82,12 +81,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             raise ValueError(f"method={method!r} is unknown; use one of {', '.join(METHODS)}.")
         self.calibration_dataset = calibration_dataset
         self.prune_at = prune_at
-        self.selection: dict[str, Any] = {
-            "modules_per_layer": modules_per_layer,
-            "strategy": strategy,
-            "keep": keep,
-            "groups": groups,
-        }
+        self.selection: dict[str, Any] = {"keep": keep, "strategy": strategy, "packed": packed}
         self.method = method
         self.num_points = num_points
         self.scores: ImportanceScores | None = None

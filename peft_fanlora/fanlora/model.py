@@ -43,7 +43,7 @@ class FanLoraModel(ServesTenants, LoraModel):
         >>> model = get_peft_model(base, FanLoraConfig(r=8, task_type="CAUSAL_LM"))
         >>> ...  # (a) train on instructions
         >>> scores = model.score_modules(dataloader)  # (b)
-        >>> setting = model.prune_modules(scores.select(modules_per_layer=2))  # (c)
+        >>> setting = model.prune_modules(scores.select(keep=2))  # (c)
         >>> model = get_peft_model(base, FanLoraConfig(setting=setting, r=27, task_type="CAUSAL_LM"))  # (d)
     """
 
