@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from peft_fanlora import FanLoraCallback, FanLoraConfig, FanLoraModel, ParaConfig, export_lora, prompt_end_token_ids_of
+from peft_fanlora import (
+    FanLoraCallback,
+    FanLoraConfig,
+    FanLoraModel,
+    ParaConfig,
+    export_lora,
+    get_prompt_end_token_ids,
+)
 from peft_fanlora.fanlora import importance
 
 
@@ -78,7 +85,7 @@ def about_fanlora() -> dict[str, Any]:
 
 
 def about_para() -> dict[str, Any]:
-    end = prompt_end_token_ids_of(AutoTokenizer.from_pretrained(NAME))
+    end = get_prompt_end_token_ids(AutoTokenizer.from_pretrained(NAME))
     for tenant in "ab":
         save_adapter(f"tenant-{tenant}", ParaConfig(task_type="CAUSAL_LM", prompt_end_token_ids=end))
     ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(0))

@@ -357,11 +357,11 @@ def test_of_a_multimodal_model_the_language_model_alone_is_chosen_among(
     """Towers and connectors of these were candidates once; the models have no memory here, and their usual sizes."""
     import transformers
 
-    from peft_fanlora.fanlora.modules import Module, candidates
+    from peft_fanlora.fanlora.modules import ModuleName, candidates
 
     with torch.device("meta"):
         model = getattr(transformers, model_class)(getattr(transformers, config_class)())
-    assert {Module.parse(name).stack for name in candidates(model)} == {stack}
+    assert {ModuleName.parse(name).stack for name in candidates(model)} == {stack}
 
 
 def test_streamed_batches() -> None:

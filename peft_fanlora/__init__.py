@@ -6,7 +6,7 @@ and loaded as they were saved.
 
 from .fanlora import FanLoraCallback, FanLoraConfig, FanLoraModel, FanLoraSetting, ImportanceScores, export_lora
 from .loading import load_as_saved
-from .para import ParaConfig, ParaModel, prompt_end_token_ids_of
+from .para import ParaConfig, ParaModel, get_prompt_end_token_ids
 from .sharing import write_cards
 from .tenants import load_tenant
 
@@ -25,6 +25,6 @@ __all__ = [
     "ParaConfig",
     "ParaModel",
     "export_lora",
+    "get_prompt_end_token_ids",
     "load_tenant",
-    "prompt_end_token_ids_of",
 ]

@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 
 from .fanlora.config import FanLoraConfig
-from .fanlora.modules import Module
+from .fanlora.modules import ModuleName
 from .para.config import ParaConfig
 
 
@@ -56,12 +56,12 @@ class SavedAdapter(Generic[Config]):
         return self._weights.stat().st_size if self._weights.exists() else 0
 
     @property
-    def modules(self) -> list[Module]:
+    def modules(self) -> list[ModuleName]:
         """The modules that have LoRA, in the order of their layers."""
         names = {
             name.partition(".lora_")[0].removeprefix("base_model.model.") for name in self.shapes if ".lora_" in name
         }
-        return sorted(map(Module.parse, names))
+        return sorted(map(ModuleName.parse, names))
 
     @property
     def _weights(self) -> Path:

@@ -7,7 +7,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, ge
 from transformers import PreTrainedModel
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ImportanceScores, ParaConfig
-from peft_fanlora.fanlora.modules import Module, candidates, num_parameters_per_rank
+from peft_fanlora.fanlora.modules import ModuleName, candidates, num_parameters_per_rank
 
 from .experiments import Run, Store
 from .generators import feed_constant, feed_embeddings, generators, scale_vectors
@@ -95,7 +95,7 @@ def scored_setting(base: PreTrainedModel, run: Run, store: Store) -> FanLoraSett
 def importance(values: Mapping[str, float], method: str, model_type: str | None = None) -> ImportanceScores:
     """Makes numbers into what `peft_fanlora` selects modules from; they may come from a model of another depth."""
     depths: dict[str, int] = {}
-    for module in map(Module.parse, values):
+    for module in map(ModuleName.parse, values):
         depths[module.stack] = max(depths.get(module.stack, 0), module.layer + 1)
     facts = {"num_tokens": 0, "num_layers": depths, "model_type": model_type, "calibration": {}}
     return ImportanceScores(values, method=method, **facts)

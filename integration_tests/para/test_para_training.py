@@ -139,7 +139,7 @@ def test_training_without_a_known_prompt_raises():
     for labels in (plain_text, lone, None):
         with pytest.raises(ValueError, match="cannot tell where the prompt ends in 2 of 2") as error:
             model(batch, labels=labels)
-        for remedy in ("prompt_mask", "prompt_end_token_ids_of(tokenizer)", "prompt-completion"):
+        for remedy in ("prompt_mask", "get_prompt_end_token_ids(tokenizer)", "prompt-completion"):
             assert remedy in str(error.value)
     model.eval()
     for labels in (plain_text, None):

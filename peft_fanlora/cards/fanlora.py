@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..fanlora.modules import Module, layers_by_role, ranges
+from ..fanlora.modules import ModuleName, layers_by_role, ranges
 from . import snippets
 from .card import Part
 
@@ -88,7 +88,7 @@ def setting_part(setting: FanLoraSetting, folder: Path, location: str) -> Part:
     return Part("setting", "FanLoRA setting", "\n\n".join(pieces), tags, metadata)
 
 
-def module_table(modules: Iterable[Module], with_stack: bool) -> str:
+def module_table(modules: Iterable[ModuleName], with_stack: bool) -> str:
     """Returns the modules as a Markdown table: role, how many layers have it, which."""
     roles = layers_by_role(modules, with_stack=with_stack)
     rows = [f"| `{role}` | {len(layers)} | {ranges(layers)} |" for role, layers in roles.items()]

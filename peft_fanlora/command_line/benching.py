@@ -15,7 +15,7 @@ from torch import nn
 from transformers import set_seed
 
 from ..fanlora.config import FanLoraConfig
-from ..fanlora.modules import Module, candidates
+from ..fanlora.modules import ModuleName, candidates
 from ..fanlora.setting import FanLoraSetting
 from ..para.config import ParaConfig
 from . import sources
@@ -175,7 +175,7 @@ def _two_a_layer(base: nn.Module) -> FanLoraSetting:
     """Returns a setting for timing alone: the first linear layer of each part of a block, as of attention and MLP."""
     first: dict[tuple[str, str], str] = {}
     for name in candidates(base):
-        module = Module.parse(name)
+        module = ModuleName.parse(name)
         first.setdefault((module.block, module.role.rpartition(".")[0]), name)
     return FanLoraSetting.from_modules(base, first.values())
 

@@ -149,9 +149,9 @@ class Batches:
         if given not in (None, len(names)):
             raise wrong_length(names, given)
         last = self._last.get(type(names))
-        goes_on = last is not None and last.names == names and last.has_served(kwargs.get("past_key_values"))
-        batch = last if goes_on and last is not None else self._make(model, names, named)
-        run = Run(batch, model, named, is_checked=not goes_on)
+        continues = last is not None and last.names == names and last.has_served(kwargs.get("past_key_values"))
+        batch = last if continues and last is not None else self._make(model, names, named)
+        run = Run(batch, model, named, is_checked=not continues)
         before, self.current.run = self.current.run, run
         try:
             yield
@@ -168,8 +168,8 @@ class Batches:
             begins: whether something new begins.
         """
         last = self._last.get(PackedRun)
-        goes_on = last is not None and last.names == names and not begins
-        batch = last if goes_on and last is not None else self._make(model, names, {}, PackedRun)
+        continues = last is not None and last.names == names and not begins
+        batch = last if continues and last is not None else self._make(model, names, {}, PackedRun)
         before, self.current.run = self.current.run, PackedRun(batch, model, {}, is_checked=True)
         try:
             yield

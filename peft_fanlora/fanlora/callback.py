@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 from .calibration import calibration_batches, check_calibration_data
 from .importance import METHODS, Method
 from .model import FanLoraModel
-from .modules import Module
+from .modules import ModuleName
 from .scores import ImportanceScores, Strategy
 from .setting import FanLoraSetting
 
@@ -233,7 +233,7 @@ def _log(trainer: Trainer, scores: ImportanceScores, setting: FanLoraSetting) ->
     """Reports what each role adds up to as metrics, and keeps all scores in the log's history."""
     by_role: dict[str, float] = {}
     for name, score in scores.items():
-        role = Module.parse(name).role
+        role = ModuleName.parse(name).role
         by_role[role] = by_role.get(role, 0.0) + score
     counts = {"fanlora/modules_scored": float(len(scores)), "fanlora/modules_kept": float(len(setting.kept))}
     should_log = trainer.control.should_log  # of this step, which logging would take for done

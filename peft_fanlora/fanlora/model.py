@@ -22,12 +22,12 @@ from ..tenants import ServesTenants, adapted_modules, changing
 from .batches import Batches
 from .gates import InitialFactors, factors
 from .importance import METHODS, Method, score
-from .modules import Module, adapted_modules_of, exact_names, lora_modules, model_type, num_layers
-from .pruning import give_back, is_running, remove_adapter, rewrite_targets
+from .modules import ModuleName, adapted_modules_of, exact_names, lora_modules, model_type, num_layers
+from .pruning import is_running, remove_adapter, restore_base_weight, rewrite_targets
 from .scores import ImportanceScores
 from .scoring import inference_state, prepared
 from .setting import FanLoraSetting
-from .targets import exact_targets, follow_renamed_targets, leave_out_unfit, linear_layers_in
+from .targets import exact_targets, exclude_unsupported, follow_renamed_targets, linear_layers_in
 
 
 _LORA_PARTS = {*LoraLayer.adapter_layer_names, "lora_dropout", "lora_magnitude_vector"}
@@ -75,7 +75,7 @@ class FanLoraModel(ServesTenants, LoraModel):
         elif str(config.target_modules).lower() == "all-linear":
             if config.layers_to_transform not in (None, []):
                 linear_layers_in(config, model)
-            leave_out_unfit(config, model)
+            exclude_unsupported(config, model)
         else:
             follow_renamed_targets(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -245,7 +245,7 @@ class FanLoraModel(ServesTenants, LoraModel):
             dict(zip(layers, values.tolist(), strict=True)),
             method=method,
             num_tokens=num_tokens,
-            num_layers=num_layers(self.model, map(Module.parse, layers)),
+            num_layers=num_layers(self.model, map(ModuleName.parse, layers)),
             model_type=model_type(self.model),
             calibration={key: value for key, value in facts.items() if value is not None},
         )
@@ -306,7 +306,7 @@ class FanLoraModel(ServesTenants, LoraModel):
 
         for name in dropped:
             if name in initial:
-                give_back(layers[name], adapter_name, initial.pop(name))
+                restore_base_weight(layers[name], adapter_name, initial.pop(name))
             remove_adapter(self, name, layers[name], adapter_name)
         rewrite_targets(self, adapter_name, setting)
         return setting

@@ -38,7 +38,7 @@ def remove_adapter(tuner: LoraModel, name: str, layer: LoraLayer, adapter_name: 
         tuner._replace_module(parent, target_name, layer.base_layer, target)
 
 
-def give_back(layer: Any, adapter_name: str, initial: InitialFactors) -> None:
+def restore_base_weight(layer: Any, adapter_name: str, initial: InitialFactors) -> None:
     """Adds to a base weight what an initialisation such as PiSSA's took out of it."""
     weight = layer.get_base_weight()
     A, B = (factor.to(weight.device, torch.float32) for factor in initial)

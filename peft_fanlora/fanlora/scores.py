@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .modules import Module
+from .modules import ModuleName
 from .setting import FanLoraSetting
 
 
@@ -61,8 +61,8 @@ class ImportanceScores(Mapping[str, float]):
         """Returns a table with a row a module: `module`, `stack`, `layer`, `role`, `score`. Needs pandas."""
         import pandas
 
-        rows = [(name, *Module.parse(name), score) for name, score in self.items()]
-        return pandas.DataFrame(rows, columns=["module", *Module._fields, "score"])
+        rows = [(name, *ModuleName.parse(name), score) for name, score in self.items()]
+        return pandas.DataFrame(rows, columns=["module", *ModuleName._fields, "score"])
 
     def plot(self, path: str | os.PathLike[str], setting: FanLoraSetting | None = None) -> None:
         """Draws the scores as a heat map, layers by roles, into an image file. Needs matplotlib.
@@ -73,7 +73,7 @@ class ImportanceScores(Mapping[str, float]):
         """
         from .plots import plot_modules
 
-        scores = {Module.parse(name): score for name, score in self.items()}
+        scores = {ModuleName.parse(name): score for name, score in self.items()}
         kept = setting.kept if setting is not None else ()
         plot_modules(scores, path=path, title=f"Importance by {self.method}", kept=kept)
 
@@ -110,15 +110,15 @@ class ImportanceScores(Mapping[str, float]):
             raise ValueError(f"strategy={strategy!r} is unknown; use one of {', '.join(get_args(Strategy))}.")
         if not isinstance(keep, int) or isinstance(keep, bool):
             raise ValueError(f"keep={keep!r} is not a whole number; pass how many to keep.")
-        modules = [Module.parse(name) for name in self]
+        modules = [ModuleName.parse(name) for name in self]
         role_order = {place: position for position, place in enumerate(dict.fromkeys(map(_place, modules)))}
 
-        units: dict[tuple[Any, ...], list[Module]] = {}  # what stays or goes together
+        units: dict[tuple[Any, ...], list[ModuleName]] = {}  # what stays or goes together
         for module in modules:
             layer = None if strategy == "role" else module.layer
             part = module.packed_group if packed else module.role
             units.setdefault((module.stack, layer, part), []).append(module)
-        contests: dict[str, list[list[Module]]] = {}  # what is ranked against each other
+        contests: dict[str, list[list[ModuleName]]] = {}  # what is ranked against each other
         for unit in units.values():
             contests.setdefault(unit[0].block if strategy == "layer" else "", []).append(unit)
 
@@ -129,7 +129,7 @@ class ImportanceScores(Mapping[str, float]):
                 f"{largest} to choose from, so it has to be at least 1 and less than {largest}."
             )
 
-        def rank(unit: list[Module]) -> tuple[float, int, int]:
+        def rank(unit: list[ModuleName]) -> tuple[float, int, int]:
             return -sum(self[module.name] for module in unit), role_order[_place(unit[0])], unit[0].layer
 
         best = [unit for contest in contests.values() for unit in sorted(contest, key=rank)[:keep]]
@@ -140,5 +140,5 @@ class ImportanceScores(Mapping[str, float]):
         return FanLoraSetting(kept, dropped, self.num_layers, self.model_type, {**self.calibration, **how})
 
 
-def _place(module: Module) -> tuple[str, str]:
+def _place(module: ModuleName) -> tuple[str, str]:
     return module.stack, module.role

@@ -185,8 +185,8 @@ class VectorGenerator(nn.Module):
         return self._vectors(hidden, mask, dict(self.named_parameters()), self.activation)
 
     @property
-    def kind(self) -> tuple[Any, ...]:
-        """What generators have in common that `of_rows` can compute together."""
+    def stack_key(self) -> tuple[Any, ...]:
+        """What generators have in common that `batched` can compute together."""
         if "forward" in vars(self) or self._forward_pre_hooks or self._forward_hooks:
             return (self,)  # someone, such as what loads offloaded weights, waits for its own call
         outputs = tuple((name, len(getattr(self, f"up_{name}"))) for name in self.targets)
@@ -194,7 +194,7 @@ class VectorGenerator(nn.Module):
         return self.pooling, type(self.activation), self.dropout.p, self.prompt_end, shape, outputs
 
     @staticmethod
-    def of_rows(
+    def batched(
         generators: Sequence[VectorGenerator], hidden: torch.Tensor, mask: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Returns what `forward` does, for rows that each have a generator of their own.
@@ -202,7 +202,7 @@ class VectorGenerator(nn.Module):
         The parameters are stacked, so that the number of operations is that of one generator.
 
         Args:
-            generators: the generator of each row, all of one kind.
+            generators: the generator of each row, all with the same `stack_key`.
             hidden: the block's hidden states, (batch, tokens, d).
             mask: which tokens are the prompt of which sequence, bool (batch, sequences, tokens).
         """

@@ -20,7 +20,7 @@ from ..tenants import adapted_modules
 from .caches import CachedVectors, cache_in, holds_tokens, is_compiled_step, usable
 from .inputs import inputs_of
 from .prompt import Prompt, causal_prompt, whole_input
-from .state import ParaState, PromptPass
+from .state import Call, ParaState
 from .wrappers import (
     CHECKPOINT_FUNCTION,
     PromptKeepingCheckpoint,
@@ -125,7 +125,7 @@ class CallHooks:
             self._keep(call, cache, named.get("input_ids"))
 
     @torch.compiler.disable
-    def _keep(self, call: PromptPass, cache: Any, ids: torch.Tensor | None) -> None:
+    def _keep(self, call: Call, cache: Any, ids: torch.Tensor | None) -> None:
         """Stores a call's vectors on the cache that it filled."""
         tokens, generation = call.tokens or 0, self.state.current.generation
         length = max((prompt.length(tokens) for prompt in call.prompts.values()), default=tokens)
@@ -142,7 +142,7 @@ class CallHooks:
             continued=tokens > length,
         ).keep_on(cache, self.has_encoder_and_decoder)
 
-    def _open(self, module: nn.Module, named: dict[str, Any]) -> PromptPass:
+    def _open(self, module: nn.Module, named: dict[str, Any]) -> Call:
         rows = self.state.current.rows
         adapters = self.state.active_adapters()
         cache = cache_in(named)
@@ -150,7 +150,7 @@ class CallHooks:
         if not adapters or self.state.current.measuring:
             if kept is not None:
                 kept.lost = True  # tokens of the base model follow
-            return PromptPass()
+            return Call()
         named, choices = choices_as_rows(module, named)
         prompt_mask = named.get("prompt_mask")
         if rows is not None:
@@ -186,7 +186,7 @@ class CallHooks:
         adapters: tuple[str, ...],
         rows: tuple[str, ...] | None,
         prompt_mask: torch.Tensor | None,
-    ) -> PromptPass:
+    ) -> Call:
         """Opens a call that goes on from a filled cache.
 
         Raises:
@@ -207,7 +207,7 @@ class CallHooks:
                 ids, mask = rest
                 brought = None if tokens is None else tokens - again
                 self._refuse_longer_prompt(kept, cached + again, brought, ids, mask)
-        return PromptPass(adapters, expected, batch=batch, tokens=tokens, vectors=kept.vectors, from_cache=True)
+        return Call(adapters, expected, batch=batch, tokens=tokens, vectors=kept.vectors, from_cache=True)
 
     def _refuse_longer_prompt(
         self,
@@ -256,7 +256,7 @@ class CallHooks:
         adapters: tuple[str, ...],
         rows: tuple[str, ...] | None,
         prompt_mask: torch.Tensor | None,
-    ) -> PromptPass:
+    ) -> Call:
         """Opens a call that makes the vectors of its prompt."""
         batch, tokens = _token_shape(named)
         ends = self.state.prompt_ends(adapters)
@@ -284,9 +284,9 @@ class CallHooks:
             )
         if rows is not None:
             if batch is None and module is not self.model and self.model.main_input_name not in named:
-                return PromptPass(adapters, has_no_rows=True)
+                return Call(adapters, has_no_rows=True)
             rows = self._rows_for(rows, rows_and_tokens(self.model, named)[0] if batch is None else batch)
-        return PromptPass(adapters, rows, prompts, batch, tokens=tokens, segments=segments, memory=memory)
+        return Call(adapters, rows, prompts, batch, tokens=tokens, segments=segments, memory=memory)
 
     def _find_rows(
         self, named: dict[str, Any], rows: tuple[str, ...] | None, batch: int | None, tokens: int | None

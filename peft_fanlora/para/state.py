@@ -31,7 +31,7 @@ Vectors = dict[str, torch.Tensor | None]
 
 
 @dataclass
-class PromptPass:
+class Call:
     """One call of the model, as its target layers see it.
 
     Attributes:
@@ -69,7 +69,7 @@ class PromptPass:
         """All tokens of the call; None where that is unknown."""
         return None if self.batch is None or self.tokens is None else self.batch * self.tokens
 
-    def renewed(self) -> PromptPass:
+    def without_vectors(self) -> Call:
         """Returns the same call before its vectors were made: checkpointing makes them once more, with gradients."""
         return self if self.from_cache else replace(self, vectors={}, made={})
 
@@ -148,7 +148,7 @@ class Generation:
 
 
 class _Current(threading.local):
-    call: PromptPass | None = None
+    call: Call | None = None
     owner: Any = None
     generation: Generation | None = None
     rows: tuple[str, ...] | None = None
@@ -210,7 +210,7 @@ class ParaState:
         return [name for name in call.rows for _ in range(len(x) // rows)]
 
     @contextmanager
-    def using(self, call: PromptPass) -> Iterator[None]:
+    def using(self, call: Call) -> Iterator[None]:
         """Makes a call the current one of this thread, for as long as the context lasts."""
         before, self.current.call = self.current.call, call
         try:
