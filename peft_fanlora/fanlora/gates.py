@@ -9,17 +9,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
+from .modules import lora_factors
+
 
 InitialFactors = tuple[torch.Tensor, torch.Tensor]
 """The (A, B) that an initialisation such as PiSSA's took out of the base weight, (r, in) and (out, r)."""
 
 DeltaObserver = Callable[[str, torch.Tensor], None]
 """Is shown a module's name and its LoRA output ΔW_m x, of shape (..., out)."""
-
-
-def factors(layer: Any, adapter_name: str) -> InitialFactors:
-    """Returns the (A, B) of a LoRA layer, of shapes (r, in) and (out, r), without their history."""
-    return layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
 
 
 class Gates:
@@ -59,7 +56,7 @@ class Gates:
             if index in self._variants:
                 self._variants[index].gate = value
             else:
-                device = factors(layer, self._adapter_name)[1].device
+                device = lora_factors(layer, self._adapter_name)[1].device
                 layer.scaling[self._adapter_name] = scaling * value.to(device)
 
     @contextmanager

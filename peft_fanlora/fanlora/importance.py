@@ -14,7 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from tqdm.auto import tqdm
 
-from .gates import Gates, InitialFactors, factors, module_gates
+from .gates import Gates, InitialFactors, module_gates
+from .modules import lora_factors
 
 
 Method = Literal["path", "ablation", "sensitivity", "output_norm", "weight_norm"]
@@ -122,7 +123,7 @@ def weight_norm(
     """S_m = ‖ΔW_m‖ in the Frobenius norm, from the factors alone: ‖BA‖² = Σ (BᵀB ∘ AAᵀ), r × r each."""
     norms = []
     for name, layer in layers.items():
-        A, B = (factor.double().cpu() for factor in factors(layer, adapter_name))
+        A, B = (factor.detach().double().cpu() for factor in lora_factors(layer, adapter_name))
         if name in initial:
             A0, B0 = (factor.double().cpu() for factor in initial[name])
             A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)

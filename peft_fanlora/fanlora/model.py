@@ -20,9 +20,9 @@ from ..adapters import require_fit, require_usable_names, taken_back
 from ..serving.continuous_batching import Request
 from ..tenants import ServesTenants, adapted_modules, changing
 from .batches import Batches
-from .gates import InitialFactors, factors
+from .gates import InitialFactors
 from .importance import METHODS, Method, score
-from .modules import ModuleName, adapted_modules_of, exact_names, lora_modules, model_type, num_layers
+from .modules import ModuleName, adapted_modules_of, exact_names, lora_factors, lora_modules, model_type, num_layers
 from .pruning import is_running, remove_adapter, restore_base_weight, rewrite_targets
 from .scores import ImportanceScores
 from .scoring import inference_state, prepared
@@ -82,17 +82,20 @@ class FanLoraModel(ServesTenants, LoraModel):
         config.target_modules = targets or config.target_modules  # PEFT shortens many names to what they end in
         self.continuous_batching.install()
         if config.mutates_base_weights:
-            initial = {name: factors(layer, adapter_name) for name, layer in lora_modules(model, adapter_name).items()}
-            self._initial_factors[adapter_name] = {name: (A.clone(), B.clone()) for name, (A, B) in initial.items()}
+            layers = lora_modules(model, adapter_name)
+            initial = {name: lora_factors(layer, adapter_name) for name, layer in layers.items()}
+            self._initial_factors[adapter_name] = {
+                name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in initial.items()
+            }
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
         """Raises where LoRA has no effect, as on Mamba's fused layers; PEFT tells by the type LORA whom this concerns."""
         super()._check_target_module_compatiblity(_as_lora(peft_config), model, target_name)
 
-    @property
+    @cached_property
     def _initial_factors(self) -> dict[str, dict[str, InitialFactors]]:
         """For each adapter whose initialisation changed base weights, what it took out of each of them."""
-        return self.__dict__.setdefault("_initial_factors_by_adapter", {})
+        return {}
 
     @cached_property
     def _batches(self) -> Batches:
@@ -371,7 +374,8 @@ class FanLoraModel(ServesTenants, LoraModel):
                 f"Adapter {adapter_name!r} adapts no linear layer that FanLoRA chooses among; embeddings, heads and "
                 "vision towers are not scored. Use target_modules='all-linear'."
             )
-        if any(hasattr(factor, "device_mesh") for layer in layers.values() for factor in factors(layer, adapter_name)):
+        factors = (factor for layer in layers.values() for factor in lora_factors(layer, adapter_name))
+        if any(hasattr(factor, "device_mesh") for factor in factors):
             raise ValueError(
                 f"The weights of adapter {adapter_name!r} are sharded over processes, as by FSDP, which neither lets its "
                 "parts run alone nor parameters go. Save the adapter, load it in a single process, score and prune it "

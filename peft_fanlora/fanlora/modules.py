@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
@@ -100,6 +101,11 @@ def lora_modules(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         for name, module in candidates(model).items()
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A
     }
+
+
+def lora_factors(layer: Any, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the weights A and B of a LoRA layer's adapter, of shapes (r, in) and (out, r)."""
+    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:

@@ -42,7 +42,6 @@ class CallHooks:
     def __init__(self, model: Any, state: ParaState) -> None:
         self.model = model
         self.state = state
-        self.watched: list[nn.Module] = []
         self.handles: list[Any] = []
         config = getattr(model, "config", None)
         self.has_encoder_and_decoder = bool(getattr(config, "is_encoder_decoder", False))
@@ -53,9 +52,8 @@ class CallHooks:
         """Puts the hooks on the model and on each pretrained model inside of it that has none yet."""
         parts = [self.model, *(part for part in self.model.modules() if isinstance(part, PreTrainedModel))]
         for part in parts:
-            if any(part is watched for watched in self.watched):
+            if any(getattr(hook, "__self__", None) is self for hook in part._forward_pre_hooks.values()):
                 continue
-            self.watched.append(part)
             self.handles.append(part.register_forward_pre_hook(self.before, with_kwargs=True))
             self.handles.append(part.register_forward_hook(self.after, with_kwargs=True, always_call=True))
         if _can_generate(self.model) and not isinstance(self.model.generate, PromptKeepingGenerate):
@@ -74,7 +72,7 @@ class CallHooks:
             del self.model.generate
             if generate.wrapped is not None:
                 self.model.generate = generate.wrapped
-        self.handles, self.watched = [], []
+        self.handles = []
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Opens a call: finds its prompt, or its vectors on the cache.
