@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from peft_fanlora import ParaConfig, ParaModel, get_prompt_end_token_ids
 from peft_fanlora.para import VectorGenerator
-from peft_fanlora.para.generator import RationalActivation, pool, rational, rms_normalise
+from peft_fanlora.para.generator import POOLINGS, RationalActivation, pool, rational, rms_normalise
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def naive_pool(hidden, mask, pooling, query):
     return out
 
 
-@pytest.mark.parametrize("pooling", ["attention", "mean", "max", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_pooling_against_a_loop(pooling):
     torch.manual_seed(0)
     hidden, mask, query = torch.randn(3, 9, 4), torch.rand(3, 2, 9) > 0.5, torch.randn(4)
@@ -120,7 +120,7 @@ def test_pooling_against_a_loop(pooling):
     torch.testing.assert_close(pool(hidden, mask, pooling, query), naive_pool(hidden, mask, pooling, query))
 
 
-@pytest.mark.parametrize("pooling", ["attention", "mean", "max", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_what_is_no_prompt_may_be_anything(pooling):
     """Guards against NaN in padding, which a weight of zero does not remove."""
     hidden, mask = torch.randn(1, 4, 3), torch.tensor([[[True, True, False, False]]])

@@ -9,6 +9,7 @@ from para_models import CAUSAL, awaken, para, tiny, tokens
 from peft import get_peft_model
 
 from peft_fanlora import ParaConfig
+from peft_fanlora.para.generator import POOLINGS
 
 
 ALL = sorted(CAUSAL)
@@ -47,7 +48,7 @@ def test_a_fresh_adapter_changes_no_logit(name):
 
 
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("pooling", ["attention", "mean", "max", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_answer_tokens_change_no_logit_before_them(name, pooling):
     """Guards against pooling over the answer, which leaks it into the logits that should predict it."""
     model = para(name, pooling=pooling).train()

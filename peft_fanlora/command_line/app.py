@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..fanlora.importance import Method
+from ..fanlora.importance import SCORES
 from ..fanlora.scores import Strategy
 from . import benching, exporting, finding, looking
 from .output import answers_in_one_line, quiet_stdout, show_json
@@ -22,6 +22,12 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Where = Annotated[str, typer.Argument(help="A folder or the id of a Hub repository.", show_default=False)]
+
+
+def _known_score(name: str) -> str:
+    if name not in SCORES:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(SCORES)}.")
+    return name
 
 
 @app.command(
@@ -49,7 +55,9 @@ def find(
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-3,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens a row, at most.")] = 512,
     r: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of LoRA on all modules.")] = 8,
-    method: Annotated[Method, typer.Option(help="The score.")] = "path",
+    method: Annotated[
+        str, typer.Option(metavar=f"[{'|'.join(SCORES)}]", callback=_known_score, help="The score.")
+    ] = "path",
     strategy: Annotated[Strategy, typer.Option(help="What is ranked against what.")] = "layer",
     keep: Annotated[
         int,

@@ -11,7 +11,6 @@ from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 from ..fanlora.config import FanLoraConfig
-from ..fanlora.importance import Method
 from ..fanlora.scores import ImportanceScores, Strategy
 from ..fanlora.setting import FanLoraSetting
 from . import sources
@@ -29,7 +28,7 @@ class Plan:
     learning_rate: float
     max_length: int
     r: int
-    method: Method
+    method: str
     strategy: Strategy
     keep: int
     packed: bool

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from .calibration import calibration_batches, check_calibration_data
-from .importance import METHODS, Method
+from .importance import Method, find_score
 from .model import FanLoraModel
 from .modules import ModuleName
 from .scores import ImportanceScores, Strategy
@@ -77,8 +77,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
                 f"prune_at={prune_at!r} says no point of the run; pass a fraction of the steps above 0 and up to 1.0 "
                 "(float), or a step from 1 (int)."
             )
-        if method not in METHODS:
-            raise ValueError(f"method={method!r} is unknown; use one of {', '.join(METHODS)}.")
+        self.score = find_score(method)
         self.calibration_dataset = calibration_dataset
         self.prune_at = prune_at
         self.selection: dict[str, Any] = {"keep": keep, "strategy": strategy, "packed": packed}
@@ -93,7 +92,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             "args": {
                 "calibration_dataset": None,
                 "prune_at": self.prune_at,
-                "method": self.method,
+                "method": self.score.name,  # checkpoints are JSON, where a function cannot stand
                 "num_points": self.num_points,
                 **self.selection,
             },
@@ -119,7 +118,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             self.scores = None  # those of another run
         self.setting, saved = None, self._saved_states(trainer, state)
         if config.setting is None:
-            if self.method != "weight_norm":
+            if self.score.needs_data:
                 check_calibration_data(self.calibration_dataset, trainer)
         elif not saved:
             self.setting = config.setting
