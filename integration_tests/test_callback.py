@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import TINY, adapted, logits, sentences, tokenizer
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from peft_fanlora import FanLoraCallback, FanLoraConfig, FanLoraSetting
@@ -392,3 +392,20 @@ def test_outside_a_trainer_it_says_so() -> None:
     callback = FanLoraCallback(CALIBRATION, keep=2)
     with pytest.raises(RuntimeError, match=r"works inside a transformers\.Trainer"):
         callback.on_train_begin(None, None, None, model=adapted())
+
+
+def test_a_trainer_that_is_given_is_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("peft_fanlora.fanlora.callback._calling_trainer")
+    trainer = sft(tmp_path, max_steps=2)
+    callback = FanLoraCallback(CALIBRATION, prune_at=1, keep=2, trainer=trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert len(callback.setting.kept) == 6
+    with pytest.raises(ValueError, match="runs in another trainer than the one it was given"):
+        sft(tmp_path, callback, max_steps=1).train()
+
+
+def test_without_a_trainer_an_event_outside_of_one_is_refused() -> None:
+    callback = FanLoraCallback(CALIBRATION, prune_at=1, keep=2)
+    with pytest.raises(RuntimeError, match="works inside a transformers"):
+        callback._running_trainer(TrainerState())

@@ -43,6 +43,8 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         packed: whether projections that engines pack into one matrix stay or go together.
         method: the score, see `FanLoraModel.score_modules`.
         num_points: the number of points that "path" integrates over.
+        trainer: the trainer that runs the callback, as TRL's callbacks take it: make the trainer, then the callback, and
+            call `trainer.add_callback(callback)`. Without it, the callback looks for the trainer among its callers.
 
     Attributes:
         scores: the scores, after pruning; None before, and after resuming from a pruned checkpoint.
@@ -69,6 +71,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         packed: bool = False,
         method: Method = "path",
         num_points: int = 8,
+        trainer: Trainer | None = None,
     ) -> None:
         is_fraction = isinstance(prune_at, float) and 0 < prune_at <= 1
         is_step = isinstance(prune_at, int) and not isinstance(prune_at, bool) and prune_at >= 1
@@ -83,6 +86,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         self.selection: dict[str, Any] = {"keep": keep, "strategy": strategy, "packed": packed}
         self.method = method
         self.num_points = num_points
+        self.trainer = trainer
         self.scores: ImportanceScores | None = None
         self.setting: FanLoraSetting | None = None
 
@@ -104,7 +108,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Checks that the run can be pruned, and takes over the setting of a resumed one."""
         tuner, adapter_name = _fanlora_adapter(kwargs["model"])
-        trainer = _running_trainer(self)
+        trainer = self._running_trainer(state)
         is_sharded = any(hasattr(parameter, "device_mesh") for parameter in kwargs["model"].parameters())
         if is_sharded or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
@@ -155,7 +159,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Scores and prunes once the step of `prune_at` is reached."""
         if self.setting is None and state.global_step >= self._prune_step(state):
-            self._prune(_running_trainer(self), kwargs["model"], kwargs["optimizer"])
+            self._prune(self._running_trainer(state), kwargs["model"], kwargs["optimizer"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -168,6 +172,17 @@ class FanLoraCallback(TrainerCallback, ExportableState):
                 "score_modules and prune_modules now.",
                 stacklevel=2,
             )
+
+    def _running_trainer(self, state: TrainerState) -> Trainer:
+        """Returns the trainer whose event is being handled: it alone knows how to tokenise, collate and log."""
+        if self.trainer is None:
+            return _calling_trainer(self)
+        if self.trainer.state is not state:
+            raise ValueError(
+                "FanLoraCallback runs in another trainer than the one it was given: pass trainer= the one that it is added "
+                "to, or set `callback.trainer` before the next run."
+            )
+        return self.trainer
 
     def _prune_step(self, state: TrainerState) -> int:
         if isinstance(self.prune_at, float):
@@ -213,11 +228,10 @@ def _fanlora_adapter(model: torch.nn.Module) -> tuple[FanLoraModel, str]:
     return tuner, tuner.active_adapters[0]
 
 
-def _running_trainer(callback: TrainerCallback) -> Trainer:
-    """Returns the trainer whose event a callback is handling.
+def _calling_trainer(callback: TrainerCallback) -> Trainer:
+    """Returns the trainer whose event a callback is handling where it was not given: the nearest caller that has it.
 
-    Events carry the model, the optimizer and more, but not the trainer, which alone knows how to tokenise, collate and
-    log; it is the nearest caller that has this callback.
+    Events carry the model, the optimizer and more, but not the trainer.
     """
     frame = sys._getframe(1)
     while frame is not None:
