@@ -267,7 +267,7 @@ def serve(
     rounds: Annotated[int, typer.Option(help="Timed batches of each variant", min=2)] = 5,
     result: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
 ) -> None:
-    """Serves the tenants with vLLM: the same answers as ours, and tokens a second beside LoRA on all linear layers."""
+    """Serves the tenants with vLLM: the same answers as ours, and tokens per second beside LoRA on all linear layers."""
     # The engines take turns in this process instead of having processes of their own.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

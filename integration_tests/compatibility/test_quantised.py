@@ -25,7 +25,7 @@ def torchao(kind: str) -> Any:
 
 QUANTISATIONS: dict[str, Callable[[], Any]] = {
     "bitsandbytes, 4 bit": lambda: bitsandbytes(load_in_4bit=True),
-    "bitsandbytes, 4 bit NF4, twice": lambda: bitsandbytes(
+    "bitsandbytes, 4 bit NF4 with double quantization": lambda: bitsandbytes(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),
     "bitsandbytes, 8 bit": lambda: bitsandbytes(load_in_8bit=True),

@@ -51,9 +51,9 @@ def find(
     rows: Annotated[int | None, typer.Option(min=2, help="Use the first rows only.  [default: all]")] = None,
     calibration_rows: Annotated[int, typer.Option(min=1, help="Rows to score on; not trained on.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-3,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens a row, at most.")] = 512,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row, at most.")] = 512,
     r: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of LoRA on all modules.")] = 8,
     method: Annotated[
         str, typer.Option(metavar=f"[{'|'.join(SCORES)}]", callback=_known_score, help="The score.")
@@ -133,7 +133,7 @@ def bench(
         ),
     ] = None,
     tenants: Annotated[int, typer.Option(min=1, help="Adapters in each batch.")] = 1,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows.  [default: 8, or one a tenant]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows.  [default: 8, or one per tenant]")] = None,
     prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 64,
     r: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of LoRA and FanLoRA.")] = 8,
     rounds: Annotated[int, typer.Option(min=2, help="Decoding steps of each contestant.")] = 40,

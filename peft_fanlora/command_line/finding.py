@@ -100,7 +100,7 @@ def run(
 def show(report: dict[str, Any]) -> None:
     """Prints what the choice costs."""
     show_facts(
-        f"loss on the {report['calibration_rows']} calibration rows, nats a token; nothing was retrained after pruning",
+        f"loss on the {report['calibration_rows']} calibration rows, nats per token; nothing was retrained after pruning",
         {name: f"{loss:.3f}" for name, loss in report["calibration_loss"].items()},
     )
     print(f"Wrote the setting to {report['output']}, its adapter to {Path(report['output'], 'adapter')}")

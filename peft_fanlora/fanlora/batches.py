@@ -1,4 +1,4 @@
-"""Which adapters a call's rows have: each LoRA layer adds the deltas of all of them in two products.
+"""Mixed-batch LoRA: all adapters of a batch in two matrix products per layer.
 
 PEFT runs a mixed batch as a loop over its adapters in every layer. Here the adapters of the batch are stacked, and row b
 of a layer becomes y_b = W x_b + s_t B_t A_t x_b, with t the adapter of row b, by `bmm` and `baddbmm` over all the
@@ -117,7 +117,7 @@ class Batches:
         return type(self), ()  # a copy of the model makes stacks of its own
 
     def forget(self) -> None:
-        """Lets go of what the last batches left; whoever adds or removes adapters calls it."""
+        """Drops the kept batches; called whenever adapters are added or removed."""
         self._last.clear()
 
     def leave(self, model: nn.Module) -> None:

@@ -250,7 +250,7 @@ def _log(trainer: Trainer, scores: ImportanceScores, setting: FanLoraSetting) ->
         by_role[role] = by_role.get(role, 0.0) + score
     counts = {"fanlora/modules_scored": float(len(scores)), "fanlora/modules_kept": float(len(setting.kept))}
     should_log = trainer.control.should_log  # of this step, which logging would take for done
-    # TRL's own `log` would add its running metrics to these and start them anew.
+    # TRL's own `log` would add its running metrics to these and start them again.
     Trainer.log(trainer, counts | {f"fanlora/{scores.method}/{role}": score for role, score in by_role.items()})
     trainer.control.should_log = should_log
     history: list[Any] = trainer.state.log_history
@@ -267,10 +267,10 @@ def _forget_removed_parameters(optimizer: torch.optim.Optimizer, model: torch.nn
 
 
 def _wrap_again(trainer: Trainer) -> None:
-    """Sets DistributedDataParallel up anew for the parameters that are left.
+    """Sets DistributedDataParallel up again for the parameters that are left.
 
     It collects gradients into buckets that it laid out for the parameters it began with, and would wait for the removed
-    ones. The training loop holds the wrapper itself, so the wrapper is constructed once more in its place.
+    ones. The training loop holds the wrapper itself, so the wrapper is constructed again in its place.
     """
     wrappers = [module for module in trainer.model_wrapped.modules() if isinstance(module, DistributedDataParallel)]
     for wrapper in wrappers:

@@ -73,7 +73,7 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the linear layers that FanLoRA chooses among, by name and in the model's order.
 
     These are the linear layers in the numbered blocks of the language model. Embeddings and heads stand outside the
-    blocks; the towers that read images or sound run once a request and not once a token, so they are left alone. In a
+    blocks; the towers that read images or sound run once per request and not once per token, so they are left alone. In a
     model without numbered blocks all linear layers but the output head are candidates.
 
     Args:

@@ -58,7 +58,7 @@ class ImportanceScores(Mapping[str, float]):
         return f"ImportanceScores({len(self)} modules, method={self.method!r}, num_tokens={self.num_tokens})"
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """Returns a table with a row a module: `module`, `stack`, `layer`, `role`, `score`. Needs pandas."""
+        """Returns a table with one row per module: `module`, `stack`, `layer`, `role`, `score`. Needs pandas."""
         import pandas
 
         rows = [(name, *ModuleName.parse(name), score) for name, score in self.items()]

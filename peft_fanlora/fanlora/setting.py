@@ -77,7 +77,7 @@ class FanLoraSetting:
         """Makes a setting from names of modules of `model`, without scores.
 
         Raises:
-            ValueError: a name is given twice, or is none of the model's linear layers.
+            ValueError: a name is given twice, or is not a linear layer of the model.
         """
         names = list(names)
         repeated = sorted(name for name, count in Counter(names).items() if count > 1)

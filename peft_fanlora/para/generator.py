@@ -152,8 +152,8 @@ class VectorGenerator(nn.Module):
     """Makes a block's adjusting vectors from its prompt: l_m = 1 + U_m act(D norm(pool(h)) / √d), for each target m.
 
     D, (r, d), is shared by the targets of the block, each of which has its own U_m, (outputs, r); there are no biases.
-    With one generator a block this is 32·12·(4096 + 4096 + 4096 + 11008) = 8,945,664 parameters on LLaMA-2-7B at r=12
-    [ours, to match the 8.9M of S]; attention pooling adds its query, d a block. U_m starts at zero, so l = 1, and D with
+    With one generator per block this is 32·12·(4096 + 4096 + 4096 + 11008) = 8,945,664 parameters on LLaMA-2-7B at r=12
+    [ours, to match the 8.9M of S]; attention pooling adds its query, d per block. U_m starts at zero, so l = 1, and D with
     the standard deviation 1 [ours].
 
     The factors 1/√d keep the bottleneck near unit scale, and they slow D and w down [ours]. Adam moves each parameter by

@@ -1,4 +1,4 @@
-"""Tells the layers which call of the model is running, whoever makes it.
+"""Forward hooks that find the prompt of each call of the model and tell the layers.
 
 Hooks on the adapted model find the prompt of each call and store its vectors on the cache that the call filled. They
 sit on the model rather than on the tuner, because PEFT calls the model directly where a config has no task type, and
@@ -162,7 +162,7 @@ class CallHooks:
         return self._fill(module, named, adapters, rows, prompt_mask)
 
     def _is_filled(self, cache: Any, kept: CachedVectors | None, tokens: int | None) -> bool:
-        """Says whether a call of so many tokens a row goes on from what a cache holds."""
+        """Whether a call of so many tokens a row goes on from what a cache holds."""
         if kept is None:
             return holds_tokens(cache)
         length: Any = None if self.has_encoder_and_decoder else kept.length(cache)

@@ -34,7 +34,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(module, BaseTunerLayer) or not all(isinstance(size, int) for size in shape):
         raise TypeError(
-            f"PARA scales the output of linear layers, and {type(module).__name__} is none: choose target_modules that "
+            f"PARA scales the output of linear layers, and {type(module).__name__} is not one: choose target_modules that "
             "name linear layers."
         )
     return shape  # type: ignore[return-value]
@@ -67,7 +67,7 @@ class ParaBlock:
 
     Whichever of an adapter's layers a call reaches first makes the vectors of all of them, from its own input: the
     hidden states with which the block begins. That happens inside of the layer's `forward`, so that gradient checkpointing, which
-    runs the block once more, makes them once more.
+    runs the block again, makes them again.
 
     Attributes:
         name: the block's name in the model.

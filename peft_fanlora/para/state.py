@@ -70,7 +70,7 @@ class Call:
         return None if self.batch is None or self.tokens is None else self.batch * self.tokens
 
     def without_vectors(self) -> Call:
-        """Returns the same call before its vectors were made: checkpointing makes them once more, with gradients."""
+        """Returns the same call before its vectors were made: checkpointing makes them again, with gradients."""
         return self if self.from_cache else replace(self, vectors={}, made={})
 
 
@@ -87,7 +87,7 @@ class Text:
     expected: int
 
     def begins(self, input_ids: torch.Tensor) -> bool:
-        """Says whether each row begins with the prompt; each row of the prompt may have been repeated."""
+        """Whether each row begins with the prompt; each row of the prompt may have been repeated."""
         own, batch = self.prompt, input_ids.shape[0]
         if input_ids.shape[1] < own.shape[1] or batch % own.shape[0]:
             return False
