@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import peft
 import torch
@@ -10,10 +9,10 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_fanlora import FanLoraConfig, ParaConfig
+from peft_fanlora.command_line.timing import BASE, Contestant, twin
 from peft_fanlora.serving.tenants import only_visible
 
 
-BASE = "base model"
 RANK = 8
 TWO_ROLES = ["v_proj", "up_proj"]
 """One module of attention and one of the feed-forward in each layer, the same for LoRA and FanLoRA."""
@@ -45,26 +44,6 @@ _MANY_TENANTS: dict[str, Callable[[], peft.PeftConfig]] = {
 }
 
 
-@dataclass
-class Contestant:
-    """A method with a number of tenants loaded, all of them in the batch.
-
-    Attributes:
-        name: what the results call it.
-        model: the model.
-        adapter_names: the tenant of each row; None where all rows have the one there is.
-    """
-
-    name: str
-    model: nn.Module
-    adapter_names: list[str] | None = None
-
-    @property
-    def call(self) -> dict[str, list[str]]:
-        """What its calls take besides the tokens."""
-        return {} if self.adapter_names is None else {"adapter_names": self.adapter_names}
-
-
 def names(num_tenants: int) -> list[str]:
     """Returns who takes part with a number of tenants; the base model twice, to show how far equal things differ."""
     return [BASE, f"{BASE}, again", *(_ONE_TENANT if num_tenants == 1 else {}), *_MANY_TENANTS]
@@ -75,17 +54,13 @@ def make(name: str, base: nn.Module, num_tenants: int, batch_size: int) -> Conte
     if name == BASE:
         return Contestant(name, base)
     if name.startswith(BASE):
-        return Contestant(name, _twin(base))
+        return Contestant(name, twin(base))
     if name == "LoRA, merged":
         model = _with_adapters(copy.deepcopy(base), _ONE_TENANT[name], 1).merge_and_unload()
         return Contestant(name, model.eval())
-    model = _with_adapters(_twin(base), {**_ONE_TENANT, **_MANY_TENANTS}[name], num_tenants)
+    model = _with_adapters(twin(base), {**_ONE_TENANT, **_MANY_TENANTS}[name], num_tenants)
     rows = [f"tenant{row % num_tenants}" for row in range(batch_size)]
-    return Contestant(name, model, None if num_tenants == 1 else rows)
-
-
-def _twin(base: nn.Module) -> nn.Module:
-    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+    return Contestant(name, model, {} if num_tenants == 1 else {"adapter_names": rows})
 
 
 def _with_adapters(base: nn.Module, make_config: Callable[[], peft.PeftConfig], count: int) -> PeftModel:

@@ -10,7 +10,8 @@ import contestants
 import torch
 import typer
 from shapes import Shape, load
-from timing import Generation
+
+from peft_fanlora.command_line.timing import Generation
 
 
 def resident_megabytes(key: str) -> float:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_fanlora import FanLoraConfig
-from peft_fanlora.fanlora.importance import METHODS
+from peft_fanlora.fanlora.importance import SCORES
 
 
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
@@ -67,7 +67,7 @@ def main(
 
     peft_model.score_modules(calibration, "sensitivity", progress=False)  # warm-up
     seconds, scores = {}, {}
-    for method in METHODS:
+    for method in SCORES:
         started = time.perf_counter()
         scores[method] = peft_model.score_modules(calibration, method, num_points=8)
         seconds[method] = time.perf_counter() - started

@@ -20,13 +20,15 @@ from typing import Annotated, Any
 import contestants
 import machine
 import serving_plots
-import timing
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from shapes import Shape, load
+from timing import generations, prefills
 from transformers import set_seed
+
+from peft_fanlora.command_line.timing import BASE, Stopwatch, decode_steps, summaries
 
 
 class Measure(StrEnum):
@@ -83,7 +85,7 @@ def main(
     set_seed(0)
     before = round(os.getloadavg()[0], 2)
     base = load(shape, model, device, getattr(torch, dtype))
-    stopwatch = timing.Stopwatch(device, processor_time)
+    stopwatch = Stopwatch(device, processor_time)
     options = ["--shape", shape.value, "--model", model, "--device", device, "--dtype", dtype]
     options += ["--prompt-length", str(prompt_length)]
     facts = {
@@ -99,9 +101,7 @@ def main(
     }
     for num_tenants in tenants or [1, 8, 32, 64]:
         rows = batch_size or max(8, num_tenants)
-        names = [
-            name for name in contestants.names(num_tenants) if name == contestants.BASE or name in (only or [name])
-        ]
+        names = [name for name in contestants.names(num_tenants) if name == BASE or name in (only or [name])]
         made = [contestants.make(name, base, num_tenants, rows) for name in names]
 
         def prompts(rows: int = rows) -> torch.Tensor:
@@ -112,13 +112,13 @@ def main(
                 scale = ["--tenants", str(num_tenants), "--batch-size", str(rows)]
                 found = [{"method": name, "peak_mb": round(peak_memory(name, options + scale))} for name in names]
             elif one is Measure.decode:
-                found = timing.summaries(timing.decode_steps(made, rounds, prompts, stopwatch))
+                found = summaries(decode_steps(made, range(rounds), prompts, stopwatch))
             elif one is Measure.prefill:
-                found = timing.summaries(timing.prefills(made, slow_rounds, prompts, stopwatch))
+                found = summaries(prefills(made, slow_rounds, prompts, stopwatch))
             else:
                 beams = 1 if one is Measure.beams1 else 3
-                seconds = timing.generations(made, slow_rounds, prompts, stopwatch, new_tokens, beams)
-                found = timing.summaries(seconds)
+                seconds = generations(made, slow_rounds, prompts, stopwatch, new_tokens, beams)
+                found = summaries(seconds)
                 for result in found:
                     result["tokens_per_s"] = round(1000 * rows * new_tokens / result["median_ms"], 1)
             show(one.value, num_tenants, found)

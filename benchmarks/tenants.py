@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from shapes import Shape, load
-from timing import Generation
 from transformers import set_seed
 
 from peft_fanlora import load_tenant
+from peft_fanlora.command_line.timing import Contestant, Generation
 
 
 def milliseconds(work: Callable[[], Any], times: int) -> float:
@@ -64,7 +64,9 @@ def costs(method: str, shape: Shape, model: str, counts: list[int]) -> list[dict
             loaded = count
             memory = (resident_megabytes("RssAnon") - before) * 2**20 / (count - 1)
             loading, deleting = change_costs(one, folder, partial(load_tenant, one))
-            generation = Generation(contestants.Contestant(method, one, [f"tenant{row % count}" for row in range(8)]))
+            generation = Generation(
+                Contestant(method, one, {"adapter_names": [f"tenant{row % count}" for row in range(8)]})
+            )
             with torch.inference_mode():
                 generation.prefill(torch.randint(10, base.config.vocab_size, (8, 16)))
                 step = milliseconds(generation.step, 9)

@@ -35,7 +35,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Where the results go")] = Path("fanlora-output"),
     steps: Annotated[int, typer.Option(help="Training steps of (a) to (c)")] = 40,
     task_steps: Annotated[int, typer.Option(help="Training steps of (d)")] = 20,
-    modules_per_layer: Annotated[int, typer.Option(help="How many modules of each layer stay")] = 2,
+    keep: Annotated[int, typer.Option(help="How many modules per layer to keep")] = 2,
     parameters: Annotated[int, typer.Option(help="How many parameters the task's adapter has, about")] = 1_200_000,
     seed: Annotated[int, typer.Option(help="Seed")] = 0,
 ) -> None:
@@ -70,7 +70,7 @@ def main(
     console.rule("(a) to (c): LoRA on all modules, and from half of the run on only on the best")
     calibration = instructions.select(range(NUM_CALIBRATION))
     instructions = instructions.select(range(NUM_CALIBRATION, len(instructions)))
-    callback = FanLoraCallback(calibration, prune_at=0.5, modules_per_layer=modules_per_layer)
+    callback = FanLoraCallback(calibration, prune_at=0.5, keep=keep)
     train(adapter(FanLoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")), instructions, steps, callbacks=[callback])
     callback.setting.save_pretrained(output / "setting")
     callback.scores.plot(output / "importance.png", callback.setting)

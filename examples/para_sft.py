@@ -25,7 +25,7 @@ from training import BATCH_SIZE, held_out_loss, sft_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTTrainer
 
-from peft_fanlora import ParaConfig, prompt_end_token_ids_of
+from peft_fanlora import ParaConfig, get_prompt_end_token_ids
 
 
 NUM_HELD_OUT = 96
@@ -103,7 +103,7 @@ def main(
     config = ParaConfig(
         pooling=pooling,
         # Only needed where labels do not show the prompt, as with label smoothing; it does no harm elsewhere.
-        prompt_end_token_ids=prompt_end_token_ids_of(AutoTokenizer.from_pretrained(base_model)),
+        prompt_end_token_ids=get_prompt_end_token_ids(AutoTokenizer.from_pretrained(base_model)),
         task_type="CAUSAL_LM",
     )
     trained, result = train(base_model, config, learning_rate, steps, rows, output, seed)

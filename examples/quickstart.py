@@ -33,7 +33,7 @@ from trl import SFTTrainer
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ImportanceScores, export_lora
 
 
-MODULES_PER_LAYER = 2
+KEEP = 2
 RANDOM_DRAWS = 3
 LEARNING_RATE = 1e-3
 NUM_CALIBRATION = 16
@@ -119,7 +119,7 @@ def random_setting(model: PeftModel, scores: ImportanceScores, draw: int) -> Fan
     """Keeps as many modules of each layer as the scored setting, drawn at random."""
     layers = scores.to_dataframe().groupby("layer")["module"]
     generator = random.Random(draw)
-    names = [name for _, layer in layers for name in generator.sample(layer.tolist(), MODULES_PER_LAYER)]
+    names = [name for _, layer in layers for name in generator.sample(layer.tolist(), KEEP)]
     return FanLoraSetting.from_modules(model.get_base_model(), names)
 
 
@@ -148,8 +148,8 @@ def find_setting(run: Run, instructions: Dataset, steps: int) -> tuple[Importanc
     console.rule("(b) a score for each module")
     scores = model.score_modules(trainer.get_eval_dataloader("calibration"), method="path")
 
-    console.rule(f"(c) the best {MODULES_PER_LAYER} modules of each layer")
-    setting = model.prune_modules(scores.select(modules_per_layer=MODULES_PER_LAYER))
+    console.rule(f"(c) the best {KEEP} modules of each layer")
+    setting = model.prune_modules(scores.select(keep=KEEP))
     console.print(str(setting), highlight=False)
     setting.save_pretrained(run.output / "setting")
     scores.plot(run.output / "importance.png", setting)

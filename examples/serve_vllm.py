@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
 RANK = 8
-MODULES_PER_LAYER = 2
+KEEP = 2
 NUM_CALIBRATION = 8
 LEARNING_RATE = 1e-3
 BY_ROLE, BY_LAYER, EVERYWHERE = "FanLoRA by role", "FanLoRA by layer", "LoRA on all linear layers"
@@ -131,7 +131,7 @@ def train(
     instructions = definitions[tenants * size :][: NUM_CALIBRATION + steps * BATCH_SIZE]
     general, trainer = train_adapter(base_model, FanLoraConfig(**shape), instructions, steps, output, seed)
     scores = general.score_modules(trainer.get_eval_dataloader(), num_points=4)
-    setting = scores.select(strategy="role", keep=MODULES_PER_LAYER)
+    setting = scores.select(strategy="role", keep=KEEP)
     console.print(f"The roles that stay: {', '.join(setting.roles)}", highlight=False)
 
     def served_alike(name: str) -> Tenants:
@@ -144,7 +144,7 @@ def train(
     groups = [served_alike(EVERYWHERE)]
     with general.disable_adapter():
         base_answers = [answer(general, prompt, new_tokens) for prompt in prompts]
-    general.prune_modules(scores.select(modules_per_layer=MODULES_PER_LAYER))
+    general.prune_modules(scores.select(keep=KEEP))
     groups.append(served_alike(BY_LAYER))
 
     own_adapters = Tenants(BY_ROLE, [], prompts, [])
@@ -267,7 +267,7 @@ def serve(
     rounds: Annotated[int, typer.Option(help="Timed batches of each variant", min=2)] = 5,
     result: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
 ) -> None:
-    """Serves the tenants with vLLM: the same answers as ours, and tokens a second beside LoRA on all linear layers."""
+    """Serves the tenants with vLLM: the same answers as ours, and tokens per second beside LoRA on all linear layers."""
     # The engines take turns in this process instead of having processes of their own.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import TINY, adapted, logits, sentences, tokenizer
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from peft_fanlora import FanLoraCallback, FanLoraConfig, FanLoraSetting
@@ -52,7 +52,7 @@ def trained_parameters(trainer: Trainer) -> set[str]:
 
 @pytest.mark.support("scoring and pruning within a training run")
 def test_the_whole_method_in_one_run_with_trls_defaults(tmp_path: Path) -> None:
-    callback = FanLoraCallback(CALIBRATION, prune_at=0.5, modules_per_layer=2)
+    callback = FanLoraCallback(CALIBRATION, prune_at=0.5, keep=2)
     trainer = sft(tmp_path, callback, logging_steps=1)
     assert trainer.args.gradient_checkpointing
     untouched = {name: value.clone() for name, value in trainer.model.state_dict().items() if "lora_" not in name}
@@ -88,7 +88,7 @@ def test_the_whole_method_in_one_run_with_trls_defaults(tmp_path: Path) -> None:
 
 
 def test_training_goes_on_after_pruning(tmp_path: Path) -> None:
-    callback = FanLoraCallback(CALIBRATION, prune_at=2, modules_per_layer=2)
+    callback = FanLoraCallback(CALIBRATION, prune_at=2, keep=2)
     trainer = sft(tmp_path, callback, max_steps=30)
     before = trainer.evaluate()["eval_loss"]
     at_pruning = {}
@@ -134,14 +134,14 @@ def test_calibration_data_in_trls_forms(data: str, tmp_path: Path) -> None:
     else:
         row, tokens = {"prompt": question, "completion": " " + answer}, 3 + 1  # the completion and its end
     data = Dataset.from_list([row] * 8)
-    callback = FanLoraCallback(data.select(range(3)), prune_at=1, modules_per_layer=1)
+    callback = FanLoraCallback(data.select(range(3)), prune_at=1, keep=1)
     sft(tmp_path, callback, data=data, max_steps=2).train()
     assert callback.scores.num_tokens == 3 * tokens
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_steps_count_optimizer_steps(accumulation: int, tmp_path: Path) -> None:
-    callback = FanLoraCallback(CALIBRATION, prune_at=2, modules_per_layer=2)
+    callback = FanLoraCallback(CALIBRATION, prune_at=2, keep=2)
     trainer = sft(tmp_path, callback, max_steps=4, gradient_accumulation_steps=accumulation)
     trainer.train()
     assert next(entry for entry in trainer.state.log_history if "fanlora_scores" in entry)["step"] == 2
@@ -151,7 +151,7 @@ def test_steps_count_optimizer_steps(accumulation: int, tmp_path: Path) -> None:
 def test_without_gradient_checkpointing_the_run_is_the_same(tmp_path: Path) -> None:
     settings, weights = [], []
     for checkpointing in (True, False):
-        callback = FanLoraCallback(CALIBRATION, prune_at=0.5, modules_per_layer=2)
+        callback = FanLoraCallback(CALIBRATION, prune_at=0.5, keep=2)
         trainer = sft(tmp_path, callback, gradient_checkpointing=checkpointing)
         trainer.train()
         settings.append(callback.setting.names)
@@ -164,7 +164,7 @@ def test_scoring_does_not_disturb_the_run(tmp_path: Path) -> None:
     """Data order, dropout and the optimizer up to the prune are those of a run without the callback."""
     histories = []
     for prune_at in (5, 100):
-        callback = FanLoraCallback(CALIBRATION, prune_at=prune_at, modules_per_layer=2)
+        callback = FanLoraCallback(CALIBRATION, prune_at=prune_at, keep=2)
         trainer = sft(tmp_path, callback, model=fresh(lora_dropout=0.1), max_steps=6, logging_steps=1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -178,7 +178,7 @@ def test_scoring_does_not_disturb_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume_at", [2, 4])
 def test_resuming_before_and_after_the_prune(resume_at: int, tmp_path: Path) -> None:
     def callback() -> FanLoraCallback:
-        return FanLoraCallback(CALIBRATION, prune_at=3, modules_per_layer=2)
+        return FanLoraCallback(CALIBRATION, prune_at=3, keep=2)
 
     whole, part = callback(), callback()
     arguments = {"save_steps": 2, "logging_steps": 1, "max_steps": 6}
@@ -197,7 +197,7 @@ def test_resuming_before_and_after_the_prune(resume_at: int, tmp_path: Path) -> 
 
 def test_a_callback_used_again_prunes_each_run(tmp_path: Path) -> None:
     """It once kept the first run's setting, and no later run pruned."""
-    callback = FanLoraCallback(CALIBRATION, prune_at=2, modules_per_layer=2)
+    callback = FanLoraCallback(CALIBRATION, prune_at=2, keep=2)
     settings, scores = [], []
     for seed in range(2):
         trainer = sft(tmp_path / str(seed), callback, max_steps=3, seed=seed, learning_rate=0.1, save_steps=1)
@@ -222,7 +222,7 @@ def test_a_callback_used_again_prunes_each_run(tmp_path: Path) -> None:
 def test_model_init_prunes_each_run(tmp_path: Path) -> None:
     words = tokenizer()
     rows = [words(text) for text in sentences(32)]
-    callback = FanLoraCallback(rows[:4], prune_at=1, modules_per_layer=2)
+    callback = FanLoraCallback(rows[:4], prune_at=1, keep=2)
     trainer = Trainer(
         model_init=lambda: fresh(),
         args=TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True),
@@ -237,7 +237,7 @@ def test_model_init_prunes_each_run(tmp_path: Path) -> None:
 
 
 def two_stages() -> list[FanLoraCallback]:
-    return [FanLoraCallback(CALIBRATION, prune_at=step, modules_per_layer=keep) for step, keep in ((2, 4), (4, 2))]
+    return [FanLoraCallback(CALIBRATION, prune_at=step, keep=keep) for step, keep in ((2, 4), (4, 2))]
 
 
 @pytest.mark.support("resuming a run that prunes")
@@ -269,7 +269,7 @@ def test_a_second_stage_added_on_resuming(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save_only_model", [False, True])
 def test_training_again_with_the_same_trainer_goes_on_pruned(save_only_model: bool, tmp_path: Path) -> None:
-    callback = FanLoraCallback(CALIBRATION, prune_at=2, modules_per_layer=2)
+    callback = FanLoraCallback(CALIBRATION, prune_at=2, keep=2)
     trainer = sft(tmp_path, callback, max_steps=3, save_steps=1, save_only_model=save_only_model)
     trainer.train()
     setting, scores = callback.setting, callback.scores
@@ -285,12 +285,12 @@ def test_training_again_with_the_same_trainer_goes_on_pruned(save_only_model: bo
 
 def test_resuming_with_restored_callbacks(tmp_path: Path) -> None:
     arguments = {"save_steps": 2, "max_steps": 6, "restore_callback_states_from_checkpoint": True}
-    callback = FanLoraCallback(CALIBRATION, prune_at=3, modules_per_layer=2)
+    callback = FanLoraCallback(CALIBRATION, prune_at=3, keep=2)
     sft(tmp_path, callback, **arguments).train()
-    after = sft(tmp_path, FanLoraCallback(CALIBRATION, prune_at=3, modules_per_layer=2), **arguments)
+    after = sft(tmp_path, FanLoraCallback(CALIBRATION, prune_at=3, keep=2), **arguments)
     after.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert after.model.peft_config["default"].setting == callback.setting
-    before = sft(tmp_path, FanLoraCallback(CALIBRATION, prune_at=3, modules_per_layer=2), **arguments)
+    before = sft(tmp_path, FanLoraCallback(CALIBRATION, prune_at=3, keep=2), **arguments)
     with pytest.raises(ValueError, match="cannot restore it"):
         before.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
@@ -300,14 +300,14 @@ def test_a_callback_added_on_resuming(tmp_path: Path) -> None:
     plain = sft(tmp_path, FanLoraCallback(CALIBRATION), save_steps=2, max_steps=2)
     plain.pop_callback(FanLoraCallback)
     plain.train()
-    callback = FanLoraCallback(CALIBRATION, prune_at=1, modules_per_layer=2)
+    callback = FanLoraCallback(CALIBRATION, prune_at=1, keep=2)
     sft(tmp_path, callback, save_steps=2, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert len(callback.setting.kept) == 6
 
 
 @pytest.mark.support("`load_best_model_at_end` in a run that prunes")
 def test_checkpoints_and_evaluation_on_both_sides(tmp_path: Path) -> None:
-    callback = FanLoraCallback(CALIBRATION, prune_at=3, modules_per_layer=2)
+    callback = FanLoraCallback(CALIBRATION, prune_at=3, keep=2)
     arguments = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
     trainer = sft(tmp_path, callback, max_steps=6, **arguments)
     trainer.train()
@@ -322,13 +322,13 @@ def test_checkpoints_and_evaluation_on_both_sides(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_without_pruning_warns(tmp_path: Path) -> None:
-    trainer = sft(tmp_path, FanLoraCallback(CALIBRATION, prune_at=9, modules_per_layer=2), max_steps=2)
+    trainer = sft(tmp_path, FanLoraCallback(CALIBRATION, prune_at=9, keep=2), max_steps=2)
     with pytest.warns(UserWarning, match="ended at step 2 without pruning, which prune_at=9 puts at step 9"):
         trainer.train()
 
 
 def test_at_the_very_end_nothing_is_trained_any_more(tmp_path: Path) -> None:
-    callback = FanLoraCallback(CALIBRATION, prune_at=1.0, modules_per_layer=2)
+    callback = FanLoraCallback(CALIBRATION, prune_at=1.0, keep=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", module="peft|trl|transformers|torch")
@@ -338,7 +338,7 @@ def test_at_the_very_end_nothing_is_trained_any_more(tmp_path: Path) -> None:
 
 def test_starting_from_a_setting_leaves_it_alone(tmp_path: Path) -> None:
     setting = FanLoraSetting.from_modules(TINY["llama"].base(), ["model.layers.0.mlp.up_proj"])
-    callback = FanLoraCallback(CALIBRATION, prune_at=1, modules_per_layer=2)
+    callback = FanLoraCallback(CALIBRATION, prune_at=1, keep=2)
     trainer = sft(tmp_path, callback, model=fresh(setting=setting), max_steps=2)
     trainer.train()
     assert callback.setting == setting
@@ -358,14 +358,14 @@ def test_other_models_are_refused_when_training_begins(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="trains a FanLoRA adapter, but the trainer's model is a PeftModelForCausalLM"
     ):
-        sft(tmp_path, FanLoraCallback(CALIBRATION, modules_per_layer=2), model=lora).train()
+        sft(tmp_path, FanLoraCallback(CALIBRATION, keep=2), model=lora).train()
     with pytest.raises(ValueError, match="no calibration data"):
-        sft(tmp_path, FanLoraCallback(None, modules_per_layer=2)).train()
+        sft(tmp_path, FanLoraCallback(None, keep=2)).train()
     several = adapted()
     several.add_adapter("other", FanLoraConfig(task_type="CAUSAL_LM"))
     several.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"\['default', 'other'\] are active"):
-        sft(tmp_path, FanLoraCallback(CALIBRATION, modules_per_layer=2), model=several).train()
+        sft(tmp_path, FanLoraCallback(CALIBRATION, keep=2), model=several).train()
 
 
 @pytest.mark.support("FanLoraCallback under FSDP, tensor parallelism or DeepSpeed", refused=True)
@@ -381,7 +381,7 @@ def test_engines_that_hold_on_to_parameters_are_refused(
     else:
         setattr(trainer, engine, True)
     monkeypatch.setattr("peft_fanlora.fanlora.callback._running_trainer", lambda callback: trainer)
-    callback = FanLoraCallback(CALIBRATION, modules_per_layer=2)
+    callback = FanLoraCallback(CALIBRATION, keep=2)
     with pytest.raises(
         ValueError, match=r"cannot prune under FSDP, tensor parallelism or DeepSpeed.*a single process"
     ):
@@ -389,6 +389,23 @@ def test_engines_that_hold_on_to_parameters_are_refused(
 
 
 def test_outside_a_trainer_it_says_so() -> None:
-    callback = FanLoraCallback(CALIBRATION, modules_per_layer=2)
+    callback = FanLoraCallback(CALIBRATION, keep=2)
     with pytest.raises(RuntimeError, match=r"works inside a transformers\.Trainer"):
         callback.on_train_begin(None, None, None, model=adapted())
+
+
+def test_a_trainer_that_is_given_is_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("peft_fanlora.fanlora.callback._calling_trainer")
+    trainer = sft(tmp_path, max_steps=2)
+    callback = FanLoraCallback(CALIBRATION, prune_at=1, keep=2, trainer=trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert len(callback.setting.kept) == 6
+    with pytest.raises(ValueError, match="runs in another trainer than the one it was given"):
+        sft(tmp_path, callback, max_steps=1).train()
+
+
+def test_without_a_trainer_an_event_outside_of_one_is_refused() -> None:
+    callback = FanLoraCallback(CALIBRATION, prune_at=1, keep=2)
+    with pytest.raises(RuntimeError, match="works inside a transformers"):
+        callback._running_trainer(TrainerState())

@@ -124,7 +124,7 @@ def test_what_a_fanlora_card_says(tmp_path: Path) -> None:
     for role in setting.roles:
         layers = sum(module.role == role for module in setting.kept)
         assert f"| `{role}` | {layers} | " in text
-    assert "| score | path |" in text and "| modules kept a layer | 2 |" in text
+    assert "| score | path |" in text and "| kept | 2 |" in text
     assert f"]({PICTURE})" in text and (tmp_path / "adapter" / PICTURE).stat().st_size > 10_000
     assert "export_lora" in text
     assert "not pruned" not in text

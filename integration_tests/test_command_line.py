@@ -182,7 +182,7 @@ def test_find(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     [
         (("--strategy", "role", "--keep", "1"), 3),
         (("--strategy", "global", "--keep", "5", "--method", "weight_norm"), 5),
-        (("--keep", "1", "--groups"), None),
+        (("--keep", "1", "--packed"), None),
     ],
 )
 def test_find_otherwise(
@@ -192,7 +192,7 @@ def test_find_otherwise(
     setting = FanLoraSetting.from_pretrained(tmp_path / "found")
     if kept is not None:
         assert report["modules_kept"] == len(setting.kept) == kept
-    assert setting.calibration["groups"] == ("--groups" in options)
+    assert setting.calibration["packed"] == ("--packed" in options)
 
 
 def test_find_prints_a_report(base_folder: Path, rows: Path, tmp_path: Path) -> None:

@@ -22,8 +22,14 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
-from peft_fanlora import FanLoraCallback, FanLoraConfig, FanLoraModel, ParaConfig, export_lora, prompt_end_token_ids_of
-from peft_fanlora.fanlora import importance
+from peft_fanlora import (
+    FanLoraCallback,
+    FanLoraConfig,
+    FanLoraModel,
+    ParaConfig,
+    export_lora,
+    get_prompt_end_token_ids,
+)
 
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +85,7 @@ def about_fanlora() -> dict[str, Any]:
 
 
 def about_para() -> dict[str, Any]:
-    end = prompt_end_token_ids_of(AutoTokenizer.from_pretrained(NAME))
+    end = get_prompt_end_token_ids(AutoTokenizer.from_pretrained(NAME))
     for tenant in "ab":
         save_adapter(f"tenant-{tenant}", ParaConfig(task_type="CAUSAL_LM", prompt_end_token_ids=end))
     ids = torch.randint(3, 60, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -162,11 +168,10 @@ def test_the_python_of_a_page_runs(page: str, folder: Path, monkeypatch: pytest.
 
 def test_the_score_of_the_page_is_what_its_docstring_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("docs/extending.md", folder, monkeypatch)
-    monkeypatch.setitem(importance._SCORES, "alone", names["alone"])
-    monkeypatch.setattr(importance, "METHODS", ("alone",))
     model = adapted("llama")
     batches = [TINY["llama"].batch(seed=seed) for seed in (1, 2)]
     scores = model.score_modules(batches, method="alone")
+    assert dict(scores) == dict(model.score_modules(batches, method=names["alone"]))
     nothing = loss_of(model, batches, set())
     for name in list(scores)[::5]:
         assert scores[name] == pytest.approx(nothing - loss_of(model, batches, {name}), abs=1e-5)

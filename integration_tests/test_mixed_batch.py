@@ -349,7 +349,7 @@ def change_scale(model: PeftModel, folder: Path) -> None:
 
 def prune(model: PeftModel, folder: Path) -> None:
     scores = model.score_modules([TINY["llama"].batch()], method="weight_norm", adapter_name="default", progress=False)
-    model.prune_modules(scores.select(modules_per_layer=2), adapter_name="default")
+    model.prune_modules(scores.select(keep=2), adapter_name="default")
 
 
 def switch_on_dropout(model: PeftModel, folder: Path) -> None:

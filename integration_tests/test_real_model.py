@@ -86,7 +86,7 @@ def test_each_row_of_a_mixed_batch_is_what_its_adapter_alone_gives(method: str) 
 
 def test_the_score_beats_every_random_draw(trained: dict[str, Any]) -> None:
     model = load(trained)
-    model.prune_modules(trained["scores"].select(modules_per_layer=2))
+    model.prune_modules(trained["scores"].select(keep=2))
     by_score = loss(model, trained["held_out"])
     generator = random.Random(0)
     for _ in range(3):
@@ -102,7 +102,7 @@ def test_the_score_beats_every_random_draw(trained: dict[str, Any]) -> None:
 
 def test_a_pruned_adapter_comes_back(trained: dict[str, Any], tmp_path: Path) -> None:
     model = load(trained)
-    model.prune_modules(trained["scores"].select(modules_per_layer=2))
+    model.prune_modules(trained["scores"].select(keep=2))
     model.save_pretrained(tmp_path)
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
     batch = trained["held_out"][0]

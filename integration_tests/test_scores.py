@@ -16,10 +16,11 @@ from tiny_models import TINY, adapted, logits, randomize
 from torch.utils.data import DataLoader, IterableDataset
 
 from peft_fanlora import ImportanceScores
+from peft_fanlora.fanlora.importance import SCORES
 from peft_fanlora.fanlora.modules import lora_modules
 
 
-METHODS = ["path", "ablation", "sensitivity", "output_norm", "weight_norm"]
+METHODS = list(SCORES)
 
 
 def layers_of(model: PeftModel, adapter_name: str = "default") -> dict[str, Any]:
@@ -120,7 +121,7 @@ def test_weight_norm_is_the_frobenius_norm(name: str) -> None:
     assert scores.num_tokens == 0
 
 
-@pytest.mark.parametrize("method", METHODS[:4])
+@pytest.mark.parametrize("method", [name for name in METHODS if SCORES[name].needs_data])
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_padding_and_batch_size_change_nothing(name: str, method: str) -> None:
     model, tiny = adapted(name), TINY[name]
@@ -357,11 +358,11 @@ def test_of_a_multimodal_model_the_language_model_alone_is_chosen_among(
     """Towers and connectors of these were candidates once; the models have no memory here, and their usual sizes."""
     import transformers
 
-    from peft_fanlora.fanlora.modules import Module, candidates
+    from peft_fanlora.fanlora.modules import ModuleName, candidates
 
     with torch.device("meta"):
         model = getattr(transformers, model_class)(getattr(transformers, config_class)())
-    assert {Module.parse(name).stack for name in candidates(model)} == {stack}
+    assert {ModuleName.parse(name).stack for name in candidates(model)} == {stack}
 
 
 def test_streamed_batches() -> None:
@@ -375,3 +376,15 @@ def test_streamed_batches() -> None:
 
     streamed = adapted().score_modules(DataLoader(Stream(), batch_size=2), num_points=2)
     assert dict(streamed) == pytest.approx(dict(adapted().score_modules([batch], num_points=2)), rel=1e-4, abs=1e-7)
+
+
+def test_a_function_is_scored_with_and_bad_shapes_are_refused(tmp_path: Path) -> None:
+    def closing(loss: Any, num_points: int) -> torch.Tensor:
+        return -loss.gradient(1.0)
+
+    model, batches = adapted("llama"), [TINY["llama"].batch()]
+    scores = model.score_modules(batches, closing, progress=False)
+    assert scores.method == "closing" and "num_points" not in scores.calibration
+    assert dict(scores) == dict(model.score_modules(batches, "sensitivity", progress=False))
+    with pytest.raises(ValueError, match="'<lambda>' returned the shape"):
+        model.score_modules(batches, lambda loss, num_points: torch.zeros(()), progress=False)

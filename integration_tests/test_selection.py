@@ -27,10 +27,15 @@ def kept(setting: Any) -> list[str]:
 
 
 def test_per_layer() -> None:
-    setting = scores([[5, 1, 4, 2, 3], [1, 2, 3, 4, 5]]).select(modules_per_layer=2)
+    setting = scores([[5, 1, 4, 2, 3], [1, 2, 3, 4, 5]]).select(keep=2)
     assert kept(setting) == ["0.self_attn.q_proj", "0.self_attn.v_proj", "1.mlp.gate_proj", "1.mlp.up_proj"]
     assert len(setting.dropped) == 6
-    assert setting.calibration["modules_per_layer"] == 2
+    assert setting.calibration["keep"] == 2
+
+
+def test_two_modules_per_layer_by_default() -> None:
+    rows = scores([[5, 1, 4, 2, 3], [1, 2, 3, 4, 5]])
+    assert rows.select() == rows.select(keep=2, strategy="layer", packed=False)
 
 
 def test_negative_scores_rank_below_zero() -> None:
@@ -48,18 +53,18 @@ def test_global_may_leave_a_layer_empty() -> None:
     assert kept(setting) == ["0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"]
 
 
-def test_groups_stay_or_go_together() -> None:
+def test_packed_projections_stay_or_go_together() -> None:
     rows = [[5, 0, 0, 2, 2.5], [0, 0, 4, 2, 2.5]]
-    assert kept(scores(rows).select(1, groups=True)) == [
+    assert kept(scores(rows).select(1, packed=True)) == [
         *["0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"],
         *["1.mlp.gate_proj", "1.mlp.up_proj"],
     ]
-    assert scores(rows).select(strategy="role", keep=1, groups=True).roles == ROLES[:3]
-    assert len(scores(rows).select(strategy="global", keep=1, groups=True).kept) == 3
+    assert scores(rows).select(strategy="role", keep=1, packed=True).roles == ROLES[:3]
+    assert len(scores(rows).select(strategy="global", keep=1, packed=True).kept) == 3
 
 
-def test_a_module_outside_any_group_is_its_own() -> None:
-    setting = scores([[5, 1, 4, 2]], [*ROLES[:3], "mlp.down_proj"]).select(1, groups=True)
+def test_a_module_outside_any_packed_layer_is_its_own() -> None:
+    setting = scores([[5, 1, 4, 2]], [*ROLES[:3], "mlp.down_proj"]).select(1, packed=True)
     assert len(setting.kept) == 3
 
 
@@ -89,17 +94,15 @@ def test_two_stacks_are_ranked_each_for_itself() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({}, "strategy='layer' needs `modules_per_layer`"),
-        ({"strategy": "role"}, "strategy='role' needs `keep`"),
         ({"strategy": "best", "keep": 1}, "strategy='best' is unknown"),
-        ({"modules_per_layer": 2, "keep": 2}, "`keep` does not go with strategy='layer'"),
-        ({"modules_per_layer": 2, "strategy": "global"}, "`modules_per_layer` does not go with strategy='global'"),
-        ({"modules_per_layer": 2.5}, "`modules_per_layer`=2.5 is no whole number"),
-        ({"strategy": "role", "keep": "2"}, "`keep`='2' is no whole number"),
-        ({"modules_per_layer": 0}, "`modules_per_layer`=0 keeps nothing"),
-        ({"modules_per_layer": 5}, "there are 5 to choose from, so it has to be at least 1 and less than 5"),
+        ({"keep": None}, "keep=None is not a whole number"),
+        ({"keep": 2.5}, "keep=2.5 is not a whole number"),
+        ({"keep": True}, "keep=True is not a whole number"),
+        ({"strategy": "role", "keep": "2"}, "keep='2' is not a whole number"),
+        ({"keep": 0}, "keep=0 keeps nothing"),
+        ({"keep": 5}, "there are 5 to choose from, so it has to be at least 1 and less than 5"),
         ({"strategy": "global", "keep": 10}, "less than 10"),
-        ({"modules_per_layer": 2, "groups": True}, "packed groups there are 2 to choose from"),
+        ({"keep": 2, "packed": True}, "packed=True there are 2 to choose from"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], reason: str) -> None:

@@ -18,7 +18,7 @@ UP_AND_V = [f"model.layers.{layer}.{role}" for layer in range(3) for role in ("s
 
 def scored() -> FanLoraSetting:
     model = adapted()
-    return model.score_modules([TINY["llama"].batch()], progress=False).select(modules_per_layer=2)
+    return model.score_modules([TINY["llama"].batch()], progress=False).select(keep=2)
 
 
 def test_saves_and_loads(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import fanlora
 from .fanlora import FanLoraConfig, FanLoraModel, FanLoraSetting
-from .para import ParaConfig, ParaModel, prompt_end_token_ids_of
+from .para import ParaConfig, ParaModel, get_prompt_end_token_ids
 from .serving.loading import load_as_saved
 from .serving.tenants import load_tenant
 from .sharing.saving import write_cards
@@ -42,6 +42,6 @@ __all__ = [
     "ParaConfig",
     "ParaModel",
     "export_lora",
+    "get_prompt_end_token_ids",
     "load_tenant",
-    "prompt_end_token_ids_of",
 ]

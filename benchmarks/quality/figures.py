@@ -7,7 +7,7 @@ import pandas as pd
 from scipy import stats
 
 from .experiments import LORA_RANK_2, Store, best_learning_rate
-from .methods import importance, select
+from .methods import importance
 
 
 PATH = "FanLoRA, path"
@@ -192,7 +192,7 @@ def _score(entry: dict[str, Any]) -> str:
 
 def stability(store: Store) -> pd.DataFrame:
     """Returns how far each choice by `path` agrees with the one that is used: `what`, `share`, `cpu_seconds`."""
-    used = select(importance(store.scores("gloss", "path")["values"], "path"), "layer", 2).names
+    used = importance(store.scores("gloss", "path")["values"], "path").select(keep=2).names
     rows = []
     for content in store.load("search"):
         run = content["search"]
@@ -209,6 +209,6 @@ def stability(store: Store) -> pd.DataFrame:
             }
             names = [name for name, differs in what.items() if differs]
             if names:
-                choice = select(importance(scored["values"], "path"), "layer", 2).names
+                choice = importance(scored["values"], "path").select(keep=2).names
                 rows.append((", ".join(names), overlap(choice, used), scored["cpu_seconds"]))
     return pd.DataFrame(rows, columns=["what", "share", "cpu_seconds"])

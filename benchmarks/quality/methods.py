@@ -7,7 +7,7 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, ge
 from transformers import PreTrainedModel
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ImportanceScores, ParaConfig
-from peft_fanlora.fanlora.modules import Module, candidates, num_parameters_per_rank
+from peft_fanlora.fanlora.modules import ModuleName, candidates, num_parameters_per_rank
 
 from .experiments import Run, Store
 from .generators import feed_constant, feed_embeddings, generators, scale_vectors
@@ -89,30 +89,23 @@ def scored_setting(base: PreTrainedModel, run: Run, store: Store) -> FanLoraSett
     if score != run.score:
         modules = candidates(base)
         values = {name: value / num_parameters_per_rank(modules[name]) for name, value in values.items()}
-    return select(importance(values, run.score, base.config.model_type), run.strategy, run.keep)
+    return importance(values, run.score, base.config.model_type).select(run.keep, strategy=run.strategy)
 
 
 def importance(values: Mapping[str, float], method: str, model_type: str | None = None) -> ImportanceScores:
     """Makes numbers into what `peft_fanlora` selects modules from; they may come from a model of another depth."""
     depths: dict[str, int] = {}
-    for module in map(Module.parse, values):
+    for module in map(ModuleName.parse, values):
         depths[module.stack] = max(depths.get(module.stack, 0), module.layer + 1)
     facts = {"num_tokens": 0, "num_layers": depths, "model_type": model_type, "calibration": {}}
     return ImportanceScores(values, method=method, **facts)
-
-
-def select(scores: ImportanceScores, strategy: str, keep: int) -> FanLoraSetting:
-    """Calls `ImportanceScores.select` with the argument that goes with the strategy."""
-    if strategy == "layer":
-        return scores.select(modules_per_layer=keep)
-    return scores.select(strategy=strategy, keep=keep)  # type: ignore[arg-type]
 
 
 def random_setting(base: PreTrainedModel, seed: int, strategy: str, keep: int) -> FanLoraSetting:
     """Returns a setting chosen as by a score, with random numbers for scores."""
     draw = random.Random(seed)
     values = {name: draw.random() for name in candidates(base)}
-    return select(importance(values, "random", base.config.model_type), strategy, keep)
+    return importance(values, "random", base.config.model_type).select(keep, strategy=strategy)
 
 
 def para(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:

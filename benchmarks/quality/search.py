@@ -9,10 +9,10 @@ from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting
-from peft_fanlora.fanlora.modules import Module, candidates
+from peft_fanlora.fanlora.modules import ModuleName, candidates
 
 from .experiments import Scoring, Search
-from .methods import importance, random_setting, select
+from .methods import importance, random_setting
 from .tasks import BATCH_SIZE, Split, evaluate
 from .training import Bench
 
@@ -54,10 +54,10 @@ def _prune(bench: Bench, model: PeftModel, split: Split, scored: list[dict[str, 
     base = model.get_base_model()
     everything = list(candidates(base))
     kept: list[tuple[str, str, Iterable[str]]] = [("all", "all", everything), ("none", "none", ())]
-    for name, (strategy, keep) in choices(len({Module.parse(name).block for name in everything})).items():
+    for name, (strategy, keep) in choices(len({ModuleName.parse(name).block for name in everything})).items():
         for entry in scored:
             method = entry["scoring"]["method"]
-            setting: FanLoraSetting = select(importance(entry["values"], method), strategy, keep)
+            setting: FanLoraSetting = importance(entry["values"], method).select(keep, strategy=strategy)
             kept.append((name, method, setting.names))
         kept += [
             (name, f"random {draw}", random_setting(base, draw, strategy, keep).names) for draw in range(RANDOM_DRAWS)

@@ -81,7 +81,7 @@ def test_a_variant_trains_scores_prunes_and_comes_back(variant: str, tmp_path: P
     scores = model.score_modules([batch], progress=False, num_points=32)
     assert len(scores) == 7 * len(model.base_model.model.model.layers)
     assert sum(scores.values()) > 0
-    setting = model.prune_modules(scores.select(modules_per_layer=2))
+    setting = model.prune_modules(scores.select(keep=2))
     assert len(setting.kept) == 2 * len(model.base_model.model.model.layers)
     pruned = logits(model)
     answer = generated(model)
@@ -126,7 +126,7 @@ def test_experts_of_a_mixture(architecture: str, tmp_path: Path) -> None:
     batch = {"input_ids": tokens(4, 9), "labels": labelled(tokens(4, 9))}
     scores = model.score_modules([batch], progress=False)
     assert not any("experts" in name for name in scores)
-    model.prune_modules(scores.select(modules_per_layer=2))
+    model.prune_modules(scores.select(keep=2))
     assert any("experts" in name and "lora_" in name for name, _ in model.named_parameters())
     model.save_pretrained(tmp_path)
     close(logits(PeftModel.from_pretrained(base(), tmp_path).eval()), logits(model))

@@ -25,7 +25,7 @@ def torchao(kind: str) -> Any:
 
 QUANTISATIONS: dict[str, Callable[[], Any]] = {
     "bitsandbytes, 4 bit": lambda: bitsandbytes(load_in_4bit=True),
-    "bitsandbytes, 4 bit NF4, twice": lambda: bitsandbytes(
+    "bitsandbytes, 4 bit NF4 with double quantization": lambda: bitsandbytes(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     ),
     "bitsandbytes, 8 bit": lambda: bitsandbytes(load_in_8bit=True),
@@ -74,7 +74,7 @@ def test_a_quantised_base(method: str, how: str, tmp_path: Path) -> None:
         batch = {"input_ids": tokens(4, 9), "labels": labelled(tokens(4, 9))}
         scores = model.score_modules([batch], progress=False)
         assert len(scores) == 14 and sum(scores.values()) > 0
-        model.prune_modules(scores.select(modules_per_layer=2))
+        model.prune_modules(scores.select(keep=2))
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(quantised(folder, how), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
@@ -93,5 +93,5 @@ def test_what_a_quantised_weight_lost_cannot_be_given_back(tmp_path: Path) -> No
     scores = model.score_modules([batch], progress=False)
     before = logits(model.eval())
     with pytest.raises(ValueError, match="can't be undone exactly"):
-        model.prune_modules(scores.select(modules_per_layer=2))
+        model.prune_modules(scores.select(keep=2))
     assert torch.equal(logits(model), before)

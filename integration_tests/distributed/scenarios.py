@@ -154,7 +154,7 @@ def run(trainer: Any, resume: str | None = None) -> dict[str, Any]:
 
 def pruning_run(folder: Path, resume: str | None = None, **others: Any) -> dict[str, Any]:
     """FanLoRA in one run: pruned at step 3 of 6, with checkpoints before and after."""
-    callback = FanLoraCallback(CALIBRATION, prune_at=3, modules_per_layer=2, num_points=4)
+    callback = FanLoraCallback(CALIBRATION, prune_at=3, keep=2, num_points=4)
     others = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, **others}
     trainer = SFTTrainer(
         model("FanLoRA"),
@@ -198,7 +198,7 @@ def scores(folder: Path) -> dict[str, Any]:
     found = {}
     for method in ("path", "ablation", "sensitivity", "output_norm", "weight_norm"):
         scored = model("FanLoRA", trained=True).score_modules(share, method, progress=False)
-        found[method] = (dict(scored), scored.num_tokens, scored.select(modules_per_layer=2).names)
+        found[method] = (dict(scored), scored.num_tokens, scored.select(keep=2).names)
     return found
 
 
@@ -292,7 +292,7 @@ def fsdp_saved(folder: Path) -> dict[str, Any]:
 def fsdp_refusals(folder: Path) -> dict[str, Any]:
     """What scoring and pruning say to an adapter whose weights are sharded."""
     adapted = model("FanLoRA", trained=True)
-    setting = adapted.score_modules(None, "weight_norm", progress=False).select(modules_per_layer=2)
+    setting = adapted.score_modules(None, "weight_norm", progress=False).select(keep=2)
     fsdp(adapted)
     refusals = {}
     for name, call in {
@@ -365,7 +365,7 @@ def dpo_pruned(folder: Path) -> dict[str, Any]:
     words = tokenizer()
     rows = [words(text) for text in WORDS[:11]]
     collator = DataCollatorForLanguageModeling(words, mlm=False)
-    callback = FanLoraCallback(DataLoader(rows, 2, collate_fn=collator), prune_at=2, modules_per_layer=2, num_points=2)
+    callback = FanLoraCallback(DataLoader(rows, 2, collate_fn=collator), prune_at=2, keep=2, num_points=2)
     trainer = DPOTrainer(
         model("FanLoRA"),
         args=DPOConfig(**arguments(folder, max_steps=4)),

@@ -357,7 +357,7 @@ def test_a_failed_call_changes_nothing():
     """Guards against half-wrapped models, and against configs of adapters that were never added."""
     base = tiny("llama")
     expected = base(tokens()).logits
-    with pytest.raises(TypeError, match=r"scales the output of linear layers, and Embedding is none"):
+    with pytest.raises(TypeError, match=r"scales the output of linear layers, and Embedding is not one"):
         get_peft_model(base, ParaConfig(target_modules=["q_proj", "embed_tokens"]))
     with pytest.raises(ValueError, match="nowhere"):
         get_peft_model(base, ParaConfig(target_modules=["nowhere"]))

@@ -9,9 +9,9 @@ from para_models import LLAMA, para, tiny
 from peft import PeftConfig, PeftType, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from peft_fanlora import ParaConfig, ParaModel, prompt_end_token_ids_of
+from peft_fanlora import ParaConfig, ParaModel, get_prompt_end_token_ids
 from peft_fanlora.para import VectorGenerator
-from peft_fanlora.para.generator import RationalActivation, pool, rational, rms_normalise
+from peft_fanlora.para.generator import POOLINGS, RationalActivation, pool, rational, rms_normalise
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def naive_pool(hidden, mask, pooling, query):
     return out
 
 
-@pytest.mark.parametrize("pooling", ["attention", "mean", "max", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_pooling_against_a_loop(pooling):
     torch.manual_seed(0)
     hidden, mask, query = torch.randn(3, 9, 4), torch.rand(3, 2, 9) > 0.5, torch.randn(4)
@@ -120,7 +120,7 @@ def test_pooling_against_a_loop(pooling):
     torch.testing.assert_close(pool(hidden, mask, pooling, query), naive_pool(hidden, mask, pooling, query))
 
 
-@pytest.mark.parametrize("pooling", ["attention", "mean", "max", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_what_is_no_prompt_may_be_anything(pooling):
     """Guards against NaN in padding, which a weight of zero does not remove."""
     hidden, mask = torch.randn(1, 4, 3), torch.tensor([[[True, True, False, False]]])
@@ -227,11 +227,11 @@ def tokenizer(template):
 )
 def test_the_end_of_a_prompt_is_read_from_the_chat_template(template, expected):
     tok = tokenizer(template)
-    assert tok.convert_ids_to_tokens(prompt_end_token_ids_of(tok)) == expected.split()
+    assert tok.convert_ids_to_tokens(get_prompt_end_token_ids(tok)) == expected.split()
 
 
 def test_templates_without_an_end_are_refused():
     with pytest.raises(ValueError, match="puts no tokens of its own between a prompt and its answer"):
-        prompt_end_token_ids_of(tokenizer(NOTHING))
+        get_prompt_end_token_ids(tokenizer(NOTHING))
     with pytest.raises(ValueError, match="has no chat template"):
-        prompt_end_token_ids_of(tokenizer(None))
+        get_prompt_end_token_ids(tokenizer(None))

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from peft_fanlora import ParaConfig
+from peft_fanlora.para.generator import POOLINGS
 
 
 def teacher_forced(model, sequences, prompt_length, since=None, **kwargs):
@@ -43,7 +44,7 @@ def test_cached_generation_equals_one_teacher_forced_pass(name):
     assert (base - torch.stack(generated.logits, 1)).abs().max() > 1e-3, "the adapter does nothing"
 
 
-@pytest.mark.parametrize("pooling", ["attention", "mean", "max", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_padding_changes_nothing(pooling, side):

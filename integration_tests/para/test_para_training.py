@@ -9,6 +9,7 @@ from para_models import CAUSAL, awaken, para, tiny, tokens
 from peft import get_peft_model
 
 from peft_fanlora import ParaConfig
+from peft_fanlora.para.generator import POOLINGS
 
 
 ALL = sorted(CAUSAL)
@@ -47,7 +48,7 @@ def test_a_fresh_adapter_changes_no_logit(name):
 
 
 @pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("pooling", ["attention", "mean", "max", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_answer_tokens_change_no_logit_before_them(name, pooling):
     """Guards against pooling over the answer, which leaks it into the logits that should predict it."""
     model = para(name, pooling=pooling).train()
@@ -139,7 +140,7 @@ def test_training_without_a_known_prompt_raises():
     for labels in (plain_text, lone, None):
         with pytest.raises(ValueError, match="cannot tell where the prompt ends in 2 of 2") as error:
             model(batch, labels=labels)
-        for remedy in ("prompt_mask", "prompt_end_token_ids_of(tokenizer)", "prompt-completion"):
+        for remedy in ("prompt_mask", "get_prompt_end_token_ids(tokenizer)", "prompt-completion"):
             assert remedy in str(error.value)
     model.eval()
     for labels in (plain_text, None):

@@ -25,7 +25,7 @@ def labelled() -> DataLoader:
 
 
 def pruning(data: Any, **others: Any) -> FanLoraCallback:
-    return FanLoraCallback(data, **{"prune_at": 3, "modules_per_layer": 2, "num_points": 2, **others})
+    return FanLoraCallback(data, **{"prune_at": 3, "keep": 2, "num_points": 2, **others})
 
 
 def check_pruned(run: Any, callback: FanLoraCallback) -> None:

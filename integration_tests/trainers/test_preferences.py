@@ -208,7 +208,9 @@ def test_a_preference_trainer_that_passes_no_labels(method: str, tmp_path: Path)
             processing_class=tokenizer(),
         )
 
-    with pytest.raises(ValueError, match=r"the call has no labels.*prompt_mask.*prompt_end_token_ids_of\(tokenizer\)"):
+    with pytest.raises(
+        ValueError, match=r"the call has no labels.*prompt_mask.*get_prompt_end_token_ids\(tokenizer\)"
+    ):
         run(None).train()
     trained = run(END_OF_PROMPT)
     before = snapshot(trained.model)

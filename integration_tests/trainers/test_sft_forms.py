@@ -217,7 +217,7 @@ def test_every_form_of_data(method: str, form: Form, tmp_path: Path) -> None:
 )
 def test_where_nothing_shows_the_prompt_training_raises(method: str, form: Form, tmp_path: Path) -> None:
     """Guards against a silent fallback to "everything is prompt", which would train on leaked answers."""
-    with pytest.raises(ValueError, match=r"prompt_mask.*prompt_end_token_ids_of\(tokenizer\).*prompt-completion"):
+    with pytest.raises(ValueError, match=r"prompt_mask.*get_prompt_end_token_ids\(tokenizer\).*prompt-completion"):
         trainer(method, form, tmp_path, end=False).train()
 
 

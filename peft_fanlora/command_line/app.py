@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..fanlora.importance import Method
+from ..fanlora.importance import SCORES
 from ..fanlora.scores import Strategy
 from . import benching, exporting, finding, looking
 from .output import answers_in_one_line, quiet_stdout, show_json
@@ -22,6 +22,12 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Where = Annotated[str, typer.Argument(help="A folder or the id of a Hub repository.", show_default=False)]
+
+
+def _known_score(name: str) -> str:
+    if name not in SCORES:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(SCORES)}.")
+    return name
 
 
 @app.command(
@@ -45,17 +51,20 @@ def find(
     rows: Annotated[int | None, typer.Option(min=2, help="Use the first rows only.  [default: all]")] = None,
     calibration_rows: Annotated[int, typer.Option(min=1, help="Rows to score on; not trained on.")] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-3,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens a row, at most.")] = 512,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row, at most.")] = 512,
     r: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of LoRA on all modules.")] = 8,
-    method: Annotated[Method, typer.Option(help="The score.")] = "path",
+    method: Annotated[
+        str, typer.Option(metavar=f"[{'|'.join(SCORES)}]", callback=_known_score, help="The score.")
+    ] = "path",
     strategy: Annotated[Strategy, typer.Option(help="What is ranked against what.")] = "layer",
     keep: Annotated[
-        int, typer.Option(min=1, help='How many stay: modules of each layer, roles ("role"), modules ("global").')
+        int,
+        typer.Option(min=1, help='How many to keep: modules per layer ("layer"), roles ("role"), modules ("global").'),
     ] = 2,
-    groups: Annotated[
-        bool, typer.Option("--groups", help="Keep Q, K, V (and gate, up) together or not at all.")
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Keep Q, K, V (and gate, up) together or not at all.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the data and the start of LoRA.")] = 0,
     json: Json = False,
@@ -65,7 +74,7 @@ def find(
     Writes the setting with its heat map and a card, the pruned adapter (`adapter/`) and all scores (`report.json`).
     """
     plan = finding.Plan(
-        model, output, steps, batch_size, learning_rate, max_length, r, method, strategy, keep, groups, seed
+        model, output, steps, batch_size, learning_rate, max_length, r, method, strategy, keep, packed, seed
     )
     with quiet_stdout():
         report, found = finding.run(plan, dataset, split, name, rows, calibration_rows)
@@ -124,7 +133,7 @@ def bench(
         ),
     ] = None,
     tenants: Annotated[int, typer.Option(min=1, help="Adapters in each batch.")] = 1,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows.  [default: 8, or one a tenant]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows.  [default: 8, or one per tenant]")] = None,
     prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 64,
     r: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of LoRA and FanLoRA.")] = 8,
     rounds: Annotated[int, typer.Option(min=2, help="Decoding steps of each contestant.")] = 40,

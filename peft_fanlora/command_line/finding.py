@@ -11,7 +11,6 @@ from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 from ..fanlora.config import FanLoraConfig
-from ..fanlora.importance import Method
 from ..fanlora.scores import ImportanceScores, Strategy
 from ..fanlora.setting import FanLoraSetting
 from . import sources
@@ -29,16 +28,11 @@ class Plan:
     learning_rate: float
     max_length: int
     r: int
-    method: Method
+    method: str
     strategy: Strategy
     keep: int
-    groups: bool
+    packed: bool
     seed: int
-
-    def select(self, scores: ImportanceScores) -> FanLoraSetting:
-        """Chooses the modules that stay."""
-        how_many = {"modules_per_layer" if self.strategy == "layer" else "keep": self.keep}
-        return scores.select(strategy=self.strategy, groups=self.groups, **how_many)
 
 
 def run(
@@ -85,7 +79,7 @@ def run(
         trainer.train()
         trained = trainer.evaluate()["eval_loss"]
         scores = model.score_modules(trainer.get_eval_dataloader(), method=plan.method)
-        setting = model.prune_modules(plan.select(scores))
+        setting = model.prune_modules(scores.select(plan.keep, strategy=plan.strategy, packed=plan.packed))
         pruned = trainer.evaluate()["eval_loss"]
     report = {
         "model": plan.model,
@@ -106,7 +100,7 @@ def run(
 def show(report: dict[str, Any]) -> None:
     """Prints what the choice costs."""
     show_facts(
-        f"loss on the {report['calibration_rows']} calibration rows, nats a token; nothing was retrained after pruning",
+        f"loss on the {report['calibration_rows']} calibration rows, nats per token; nothing was retrained after pruning",
         {name: f"{loss:.3f}" for name, loss in report["calibration_loss"].items()},
     )
     print(f"Wrote the setting to {report['output']}, its adapter to {Path(report['output'], 'adapter')}")

@@ -1,4 +1,4 @@
-"""Which adapters a call's rows have: each LoRA layer adds the deltas of all of them in two products.
+"""Mixed-batch LoRA: all adapters of a batch in two matrix products per layer.
 
 PEFT runs a mixed batch as a loop over its adapters in every layer. Here the adapters of the batch are stacked, and row b
 of a layer becomes y_b = W x_b + s_t B_t A_t x_b, with t the adapter of row b, by `bmm` and `baddbmm` over all the
@@ -117,7 +117,7 @@ class Batches:
         return type(self), ()  # a copy of the model makes stacks of its own
 
     def forget(self) -> None:
-        """Lets go of what the last batches left; whoever adds or removes adapters calls it."""
+        """Drops the kept batches; called whenever adapters are added or removed."""
         self._last.clear()
 
     def leave(self, model: nn.Module) -> None:
@@ -149,9 +149,9 @@ class Batches:
         if given not in (None, len(names)):
             raise wrong_length(names, given)
         last = self._last.get(type(names))
-        goes_on = last is not None and last.names == names and last.has_served(kwargs.get("past_key_values"))
-        batch = last if goes_on and last is not None else self._make(model, names, named)
-        run = Run(batch, model, named, is_checked=not goes_on)
+        continues = last is not None and last.names == names and last.has_served(kwargs.get("past_key_values"))
+        batch = last if continues and last is not None else self._make(model, names, named)
+        run = Run(batch, model, named, is_checked=not continues)
         before, self.current.run = self.current.run, run
         try:
             yield
@@ -168,8 +168,8 @@ class Batches:
             begins: whether something new begins.
         """
         last = self._last.get(PackedRun)
-        goes_on = last is not None and last.names == names and not begins
-        batch = last if goes_on and last is not None else self._make(model, names, {}, PackedRun)
+        continues = last is not None and last.names == names and not begins
+        batch = last if continues and last is not None else self._make(model, names, {}, PackedRun)
         before, self.current.run = self.current.run, PackedRun(batch, model, {}, is_checked=True)
         try:
             yield

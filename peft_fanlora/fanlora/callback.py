@@ -10,9 +10,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from .calibration import calibration_batches, check_calibration_data
-from .importance import METHODS, Method
+from .importance import Method, find_score
 from .model import FanLoraModel
-from .modules import Module
+from .modules import ModuleName
 from .scores import ImportanceScores, Strategy
 from .setting import FanLoraSetting
 
@@ -37,12 +37,14 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             no labels, such as those for preferences, need a `DataLoader`, unshuffled, whose batches have some. None
             will do for "weight_norm".
         prune_at: when to prune: a fraction of all steps (above 0, up to 1), or a number of steps (from 1).
-        modules_per_layer: how many modules stay in each layer, see `ImportanceScores.select`.
+        keep: how many modules per layer (or roles, or modules, as `strategy` says) to keep, see
+            `ImportanceScores.select`.
         strategy: what is ranked against what, see `ImportanceScores.select`.
-        keep: how many roles or modules stay, for the strategies "role" and "global".
-        groups: whether packed projections stay or go together.
+        packed: whether projections that engines pack into one matrix stay or go together.
         method: the score, see `FanLoraModel.score_modules`.
         num_points: the number of points that "path" integrates over.
+        trainer: the trainer that runs the callback, as TRL's callbacks take it: make the trainer, then the callback, and
+            call `trainer.add_callback(callback)`. Without it, the callback looks for the trainer among its callers.
 
     Attributes:
         scores: the scores, after pruning; None before, and after resuming from a pruned checkpoint.
@@ -54,7 +56,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             parallelism or DeepSpeed.
 
     Examples:
-        >>> callback = FanLoraCallback(calibration_dataset, prune_at=0.5, modules_per_layer=2)
+        >>> callback = FanLoraCallback(calibration_dataset, prune_at=0.5, keep=2)
         >>> SFTTrainer(model, train_dataset=instructions, callbacks=[callback]).train()
         >>> callback.setting.save_pretrained("my-setting")
     """
@@ -63,13 +65,13 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         self,
         calibration_dataset: Any,
         *,
+        keep: int = 2,
         prune_at: float | int = 0.5,
-        modules_per_layer: int | None = None,
         strategy: Strategy = "layer",
-        keep: int | None = None,
-        groups: bool = False,
+        packed: bool = False,
         method: Method = "path",
         num_points: int = 8,
+        trainer: Trainer | None = None,
     ) -> None:
         is_fraction = isinstance(prune_at, float) and 0 < prune_at <= 1
         is_step = isinstance(prune_at, int) and not isinstance(prune_at, bool) and prune_at >= 1
@@ -78,18 +80,13 @@ class FanLoraCallback(TrainerCallback, ExportableState):
                 f"prune_at={prune_at!r} says no point of the run; pass a fraction of the steps above 0 and up to 1.0 "
                 "(float), or a step from 1 (int)."
             )
-        if method not in METHODS:
-            raise ValueError(f"method={method!r} is unknown; use one of {', '.join(METHODS)}.")
+        self.score = find_score(method)
         self.calibration_dataset = calibration_dataset
         self.prune_at = prune_at
-        self.selection: dict[str, Any] = {
-            "modules_per_layer": modules_per_layer,
-            "strategy": strategy,
-            "keep": keep,
-            "groups": groups,
-        }
+        self.selection: dict[str, Any] = {"keep": keep, "strategy": strategy, "packed": packed}
         self.method = method
         self.num_points = num_points
+        self.trainer = trainer
         self.scores: ImportanceScores | None = None
         self.setting: FanLoraSetting | None = None
 
@@ -99,7 +96,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             "args": {
                 "calibration_dataset": None,
                 "prune_at": self.prune_at,
-                "method": self.method,
+                "method": self.score.name,  # checkpoints are JSON, where a function cannot stand
                 "num_points": self.num_points,
                 **self.selection,
             },
@@ -111,7 +108,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Checks that the run can be pruned, and takes over the setting of a resumed one."""
         tuner, adapter_name = _fanlora_adapter(kwargs["model"])
-        trainer = _running_trainer(self)
+        trainer = self._running_trainer(state)
         is_sharded = any(hasattr(parameter, "device_mesh") for parameter in kwargs["model"].parameters())
         if is_sharded or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
@@ -125,7 +122,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             self.scores = None  # those of another run
         self.setting, saved = None, self._saved_states(trainer, state)
         if config.setting is None:
-            if self.method != "weight_norm":
+            if self.score.needs_data:
                 check_calibration_data(self.calibration_dataset, trainer)
         elif not saved:
             self.setting = config.setting
@@ -162,7 +159,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Scores and prunes once the step of `prune_at` is reached."""
         if self.setting is None and state.global_step >= self._prune_step(state):
-            self._prune(_running_trainer(self), kwargs["model"], kwargs["optimizer"])
+            self._prune(self._running_trainer(state), kwargs["model"], kwargs["optimizer"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -175,6 +172,17 @@ class FanLoraCallback(TrainerCallback, ExportableState):
                 "score_modules and prune_modules now.",
                 stacklevel=2,
             )
+
+    def _running_trainer(self, state: TrainerState) -> Trainer:
+        """Returns the trainer whose event is being handled: it alone knows how to tokenise, collate and log."""
+        if self.trainer is None:
+            return _calling_trainer(self)
+        if self.trainer.state is not state:
+            raise ValueError(
+                "FanLoraCallback runs in another trainer than the one it was given: pass trainer= the one that it is added "
+                "to, or set `callback.trainer` before the next run."
+            )
+        return self.trainer
 
     def _prune_step(self, state: TrainerState) -> int:
         if isinstance(self.prune_at, float):
@@ -220,11 +228,10 @@ def _fanlora_adapter(model: torch.nn.Module) -> tuple[FanLoraModel, str]:
     return tuner, tuner.active_adapters[0]
 
 
-def _running_trainer(callback: TrainerCallback) -> Trainer:
-    """Returns the trainer whose event a callback is handling.
+def _calling_trainer(callback: TrainerCallback) -> Trainer:
+    """Returns the trainer whose event a callback is handling where it was not given: the nearest caller that has it.
 
-    Events carry the model, the optimizer and more, but not the trainer, which alone knows how to tokenise, collate and
-    log; it is the nearest caller that has this callback.
+    Events carry the model, the optimizer and more, but not the trainer.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -239,11 +246,11 @@ def _log(trainer: Trainer, scores: ImportanceScores, setting: FanLoraSetting) ->
     """Reports what each role adds up to as metrics, and keeps all scores in the log's history."""
     by_role: dict[str, float] = {}
     for name, score in scores.items():
-        role = Module.parse(name).role
+        role = ModuleName.parse(name).role
         by_role[role] = by_role.get(role, 0.0) + score
     counts = {"fanlora/modules_scored": float(len(scores)), "fanlora/modules_kept": float(len(setting.kept))}
     should_log = trainer.control.should_log  # of this step, which logging would take for done
-    # TRL's own `log` would add its running metrics to these and start them anew.
+    # TRL's own `log` would add its running metrics to these and start them again.
     Trainer.log(trainer, counts | {f"fanlora/{scores.method}/{role}": score for role, score in by_role.items()})
     trainer.control.should_log = should_log
     history: list[Any] = trainer.state.log_history
@@ -260,10 +267,10 @@ def _forget_removed_parameters(optimizer: torch.optim.Optimizer, model: torch.nn
 
 
 def _wrap_again(trainer: Trainer) -> None:
-    """Sets DistributedDataParallel up anew for the parameters that are left.
+    """Sets DistributedDataParallel up again for the parameters that are left.
 
     It collects gradients into buckets that it laid out for the parameters it began with, and would wait for the removed
-    ones. The training loop holds the wrapper itself, so the wrapper is constructed once more in its place.
+    ones. The training loop holds the wrapper itself, so the wrapper is constructed again in its place.
     """
     wrappers = [module for module in trainer.model_wrapped.modules() if isinstance(module, DistributedDataParallel)]
     for wrapper in wrappers:

@@ -11,7 +11,7 @@ from transformers.models.auto import modeling_auto
 
 from ..sharing import snippets
 from ..sharing.card import Part
-from .modules import Module, layers_by_role, ranges
+from .modules import ModuleName, layers_by_role, ranges
 
 
 if TYPE_CHECKING:
@@ -26,9 +26,8 @@ _FACTS = {
     "num_points": "points of the path",
     "num_batches": "calibration batches",
     "strategy": "strategy",
-    "modules_per_layer": "modules kept a layer",
     "keep": "kept",
-    "groups": "packed groups kept together",
+    "packed": "packed projections kept together",
     "base_model_name_or_path": "scored on",
     "peft_version": "PEFT",
     "transformers_version": "transformers",
@@ -91,13 +90,13 @@ def setting_part(setting: FanLoraSetting, folder: Path, location: str) -> Part:
     return Part("setting", "FanLoRA setting", "\n\n".join(pieces), tags, metadata)
 
 
-def modules_of(saved: SavedAdapter[FanLoraConfig]) -> list[Module]:
+def modules_of(saved: SavedAdapter[FanLoraConfig]) -> list[ModuleName]:
     """Returns the modules that have LoRA in the file, in the order of their layers."""
     tensors = (name.partition(".lora_") for name in saved.shapes)
-    return sorted({Module.parse(name.removeprefix("base_model.model.")) for name, dot, _ in tensors if dot})
+    return sorted({ModuleName.parse(name.removeprefix("base_model.model.")) for name, dot, _ in tensors if dot})
 
 
-def module_table(modules: Iterable[Module], with_stack: bool) -> str:
+def module_table(modules: Iterable[ModuleName], with_stack: bool) -> str:
     """Returns the modules as a Markdown table: role, how many layers have it, which."""
     roles = layers_by_role(modules, with_stack=with_stack)
     rows = [f"| `{role}` | {len(layers)} | {ranges(layers)} |" for role, layers in roles.items()]

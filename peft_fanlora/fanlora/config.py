@@ -76,13 +76,9 @@ class FanLoraConfig(LoraConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the configuration as PEFT writes it; the setting becomes plain JSON types."""
-        setting, self.setting = self.setting, None
-        try:
-            content = super().to_dict()
-        finally:
-            self.setting = setting
-        if isinstance(setting, FanLoraSetting):
-            content["setting"] = setting.to_dict()
+        content = super().to_dict()
+        if isinstance(self.setting, FanLoraSetting):
+            content["setting"] = self.setting.to_dict()
         return content
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

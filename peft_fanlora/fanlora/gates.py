@@ -9,17 +9,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
+from .modules import lora_factors
+
 
 InitialFactors = tuple[torch.Tensor, torch.Tensor]
 """The (A, B) that an initialisation such as PiSSA's took out of the base weight, (r, in) and (out, r)."""
 
 DeltaObserver = Callable[[str, torch.Tensor], None]
 """Is shown a module's name and its LoRA output ΔW_m x, of shape (..., out)."""
-
-
-def factors(layer: Any, adapter_name: str) -> InitialFactors:
-    """Returns the (A, B) of a LoRA layer, of shapes (r, in) and (out, r), without their history."""
-    return layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
 
 
 class Gates:
@@ -29,6 +26,12 @@ class Gates:
     factor α/r stands between a layer and its LoRA, the gate multiplies that factor, which PEFT keeps in
     `layer.scaling`; so the gates reach every kind of LoRA layer, quantised ones included. Where there is more (DoRA and
     the other variants, initialisations that change the base weight), the gate stands in for the layer's variant.
+
+    Attributes:
+        layers: the LoRA layers by module name.
+        names: these names, in the order of the gates.
+        adapter_name: whose LoRA the gates multiply.
+        initial: for modules whose initialisation changed the base weight, the factors that were taken out of it.
     """
 
     def __init__(
@@ -36,7 +39,9 @@ class Gates:
     ) -> None:
         self.names = list(layers)
         self._layers = list(layers.values())
-        self._adapter_name = adapter_name
+        self.layers = dict(layers)
+        self.adapter_name = adapter_name
+        self.initial = initial
         self._scalings = [layer.scaling[adapter_name] for layer in self._layers]
         self._variants: dict[int, _GatedVariant] = {}
         for index, (name, layer) in enumerate(layers.items()):
@@ -59,8 +64,8 @@ class Gates:
             if index in self._variants:
                 self._variants[index].gate = value
             else:
-                device = factors(layer, self._adapter_name)[1].device
-                layer.scaling[self._adapter_name] = scaling * value.to(device)
+                device = lora_factors(layer, self.adapter_name)[1].device
+                layer.scaling[self.adapter_name] = scaling * value.to(device)
 
     @contextmanager
     def observed(self, observe: DeltaObserver) -> Iterator[None]:
@@ -72,7 +77,7 @@ class Gates:
                     self._variants[index].observe = _bound(observe, name)
                 else:
                     hook = _show_output(_bound(observe, name), scaling)
-                    hooks.append(layer.lora_B[self._adapter_name].register_forward_hook(hook))
+                    hooks.append(layer.lora_B[self.adapter_name].register_forward_hook(hook))
             yield
         finally:
             for handle in hooks:
@@ -82,16 +87,16 @@ class Gates:
 
     def _install(self) -> None:
         for index, variant in self._variants.items():
-            self._layers[index].lora_variant[self._adapter_name] = variant  # type: ignore[assignment]
+            self._layers[index].lora_variant[self.adapter_name] = variant  # type: ignore[assignment]
 
     def _restore(self) -> None:
         for layer, scaling in zip(self._layers, self._scalings, strict=True):
-            layer.scaling[self._adapter_name] = scaling
+            layer.scaling[self.adapter_name] = scaling
         for index, variant in self._variants.items():
             if variant.inner is None:
-                self._layers[index].lora_variant.pop(self._adapter_name, None)
+                self._layers[index].lora_variant.pop(self.adapter_name, None)
             else:
-                self._layers[index].lora_variant[self._adapter_name] = variant.inner
+                self._layers[index].lora_variant[self.adapter_name] = variant.inner
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How much each LoRA module matters: five scores over a gated model and batches of calibration data.
+"""How much each LoRA module matters: scores over a gated model and batches of calibration data.
 
 g_m is the gate of module m and L(g) the calibration loss, the mean cross-entropy over the label tokens of all batches.
 Every score weights each label token equally, so that neither padding nor the batch size changes it. That FanLoRA scores
@@ -7,20 +7,110 @@ here are ours unless marked.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
-from tqdm.auto import tqdm
 
-from .gates import Gates, InitialFactors, factors, module_gates
+from .gates import Gates
+from .modules import lora_factors
 
-
-Method = Literal["path", "ablation", "sensitivity", "output_norm", "weight_norm"]
-METHODS: tuple[Method, ...] = get_args(Method)
 
 Batch = Mapping[str, Any]
+
+ScoreFunction = Callable[[Any, int], torch.Tensor]
+"""Takes a `GatedLoss` (the `Gates` alone where the score needs no data) and K, and returns a number for each module."""
+
+Method = str | ScoreFunction
+"""A score by its name or as a function."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of modules.
+
+    Attributes:
+        function: gets the loss of one batch as a function of the gates, and K, the number of points of an integral;
+            returns one number for each module, shape (M,), summed over the batch's label tokens. One without data gets
+            the gates, and returns the scores themselves.
+        equation: the score of module m.
+        passes: the number of forward passes per batch, from the number of modules and K.
+        needs_data: whether it is computed from calibration batches.
+        is_share: whether the scores are divided by their sum rather than by the number of label tokens.
+    """
+
+    function: ScoreFunction
+    equation: str = ""
+    passes: Callable[[int, int], int] = lambda num_modules, num_points: 1
+    needs_data: bool = True
+    is_share: bool = False
+
+    @property
+    def name(self) -> str:
+        """What `score_modules(method=...)` calls it."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    @property
+    def uses_points(self) -> bool:
+        """Whether it depends on K, as its number of passes tells."""
+        return self.passes(1, 1) != self.passes(1, 2)
+
+
+SCORES: dict[str, Score] = {}
+"""All scores by name."""
+
+
+def importance_score(
+    equation: str,
+    *,
+    passes: Callable[[int, int], int] = Score.passes,
+    needs_data: bool = True,
+    is_share: bool = False,
+) -> Callable[[ScoreFunction], ScoreFunction]:
+    """Makes a function a score that `score_modules`, the callback and the command line know by its name.
+
+    Args:
+        equation: the score of module m.
+        passes: the number of forward passes per batch, from the number of modules M and K; one unless given.
+        needs_data: whether it is computed from calibration batches.
+        is_share: whether the scores are divided by their sum rather than by the number of label tokens.
+
+    Raises:
+        ValueError: another function has registered that name.
+
+    Examples:
+        >>> @importance_score("L(0) - L(only m)", passes=lambda num_modules, num_points: num_modules + 1)
+        ... def alone(loss: GatedLoss, num_points: int) -> torch.Tensor: ...
+        >>> scores = model.score_modules(dataloader, method="alone")
+    """
+
+    def register(function: ScoreFunction) -> ScoreFunction:
+        score = Score(function, equation, passes, needs_data, is_share)
+        before = SCORES.get(score.name)
+        if before is not None and before.function.__module__ != function.__module__:
+            raise ValueError(
+                f"There is a score {score.name!r} already, of {before.function.__module__}; choose another name."
+            )
+        SCORES[score.name] = score
+        return function
+
+    return register
+
+
+def find_score(method: Method) -> Score:
+    """Returns a score by its name or function; a function without the decorator makes one pass per batch.
+
+    Raises:
+        ValueError: there is no score of that name.
+    """
+    if callable(method):
+        return next((score for score in SCORES.values() if score.function is method), Score(method))
+    if method not in SCORES:
+        raise ValueError(
+            f"method={method!r} is unknown; use one of {', '.join(SCORES)}, or pass a function (see `importance_score`)."
+        )
+    return SCORES[method]
 
 
 class GatedLoss:
@@ -31,11 +121,10 @@ class GatedLoss:
         num_tokens: how many these are.
     """
 
-    def __init__(self, model: nn.Module, gates: Gates, batch: Batch, on_forward: Callable[[], Any]) -> None:
+    def __init__(self, model: nn.Module, gates: Gates, batch: Batch) -> None:
         self.model = model
         self.gates = gates
         self.batch = batch
-        self.on_forward = on_forward
         self.label_mask = label_mask(model, batch)
         self.num_tokens = int(self.label_mask.sum())
 
@@ -55,7 +144,6 @@ class GatedLoss:
                 f"The calibration loss is {loss.item()}, so no module can be scored. Check the labels and the dtype of "
                 "the model: float16 overflows where bfloat16 and float32 do not."
             )
-        self.on_forward()
         return loss
 
     def gradient(self, value: float) -> torch.Tensor:
@@ -66,6 +154,10 @@ class GatedLoss:
         return gradient.double()
 
 
+@importance_score(
+    "-(1/K) Σ_k ∂L/∂g_m at g = (k-½)/K · 1, the integrated gradient from no module to all",
+    passes=lambda num_modules, num_points: num_points,
+)
 def path(loss: GatedLoss, num_points: int) -> torch.Tensor:
     """The integrated gradient of -L along g = α·1 for α from 0 to 1, by the midpoint rule with K points.
 
@@ -76,6 +168,9 @@ def path(loss: GatedLoss, num_points: int) -> torch.Tensor:
     return -torch.stack([loss.gradient(point) for point in points]).mean(dim=0)
 
 
+@importance_score(
+    "S(all) - S(all but m) + S(only m), S = -L", passes=lambda num_modules, num_points: 2 * num_modules + 1
+)
 def ablation(loss: GatedLoss, num_points: int) -> torch.Tensor:
     """AB-LoRA, lifted from ranks to modules: S_m = S(all) - S(all but m) + S(only m) with S = -L [sister: ALoRA eq. 6]."""
     alone = torch.eye(len(loss.gates))
@@ -85,11 +180,13 @@ def ablation(loss: GatedLoss, num_points: int) -> torch.Tensor:
     return torch.stack(scores).cpu()
 
 
+@importance_score("-∂L/∂g_m at g = 1")
 def sensitivity(loss: GatedLoss, num_points: int) -> torch.Tensor:
     """The first order of what closing the gate costs: S_m = -∂L/∂g_m at g = 1."""
     return -loss.gradient(1.0)
 
 
+@importance_score("E‖ΔW_m x‖², divided by the sum over all modules", is_share=True)
 def output_norm(loss: GatedLoss, num_points: int) -> torch.Tensor:
     """LoRA-drop: S_m = E‖ΔW_m x‖², normalised to the sum 1 [S].
 
@@ -116,73 +213,42 @@ def output_norm(loss: GatedLoss, num_points: int) -> torch.Tensor:
     return torch.stack(list(scores.values()))
 
 
-def weight_norm(
-    layers: Mapping[str, LoraLayer], adapter_name: str, initial: Mapping[str, InitialFactors]
-) -> torch.Tensor:
+@importance_score("‖ΔW_m‖ in the Frobenius norm", passes=lambda num_modules, num_points: 0, needs_data=False)
+def weight_norm(gates: Gates, num_points: int) -> torch.Tensor:
     """S_m = ‖ΔW_m‖ in the Frobenius norm, from the factors alone: ‖BA‖² = Σ (BᵀB ∘ AAᵀ), r × r each."""
     norms = []
-    for name, layer in layers.items():
-        A, B = (factor.double().cpu() for factor in factors(layer, adapter_name))
-        if name in initial:
-            A0, B0 = (factor.double().cpu() for factor in initial[name])
+    for name, layer in gates.layers.items():
+        A, B = (factor.detach().double().cpu() for factor in lora_factors(layer, gates.adapter_name))
+        if name in gates.initial:
+            A0, B0 = (factor.double().cpu() for factor in gates.initial[name])
             A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)
-        norms.append(layer.scaling[adapter_name] * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
+        norms.append(layer.scaling[gates.adapter_name] * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt())
     return torch.stack(norms)
 
 
-_SCORES: dict[str, Callable[[GatedLoss, int], torch.Tensor]] = {
-    "path": path,
-    "ablation": ablation,
-    "sensitivity": sensitivity,
-    "output_norm": output_norm,
-}
-
-
-def score(
-    model: nn.Module,
-    layers: Mapping[str, LoraLayer],
-    adapter_name: str,
-    batches: Iterable[Batch],
-    *,
-    method: Method,
-    num_points: int,
-    num_batches: int | None,
-    initial: Mapping[str, InitialFactors],
-    progress: bool,
+def score_batches(
+    model: nn.Module, gates: Gates, score: Score, batches: Iterable[Batch], num_points: int
 ) -> tuple[torch.Tensor, int]:
-    """Scores every module on the calibration batches.
+    """Returns the score of every module, shape (M,), in float64, and the number of label tokens it is averaged over.
 
     Args:
         model: the base model with its LoRA layers, in eval mode, no parameter requiring a gradient.
-        layers: the modules to score.
-        adapter_name: the adapter whose LoRA is scored; it has to be the active one.
+        gates: the gates of the modules to score; their adapter has to be the active one.
+        score: which score.
         batches: keyword arguments of the model's forward, labels included.
-        method: which score.
         num_points: K of `path`.
-        num_batches: how many batches `batches` has, None where that is not known.
-        initial: see `gates.module_gates`.
-        progress: whether to show a progress bar, which counts forward passes.
-
-    Returns:
-        The scores, shape (M,), in float64, and the number of label tokens that they were averaged over.
 
     Raises:
-        ValueError: there is no label token, or a loss is not finite.
+        ValueError: there is no label token, a loss is not finite, or the score has another shape.
     """
-    if method == "weight_norm":
-        return weight_norm(layers, adapter_name, initial), 0
-    forwards = {"path": num_points, "ablation": 2 * len(layers) + 1}.get(method, 1)
-    total, num_tokens = torch.zeros(len(layers), dtype=torch.float64), 0
-    steps = None if num_batches is None else num_batches * forwards
-    with (
-        module_gates(layers, adapter_name, initial) as gates,
-        tqdm(total=steps, desc=f"Scoring {len(layers)} modules by {method}", disable=not progress) as bar,
-    ):
-        for batch in batches:
-            loss = GatedLoss(model, gates, batch, bar.update)
-            if loss.num_tokens:
-                total += _SCORES[method](loss, num_points)
-                num_tokens += loss.num_tokens
+    if not score.needs_data:
+        return _checked(score.function(gates, num_points), score, len(gates)), 0
+    total, num_tokens = torch.zeros(len(gates), dtype=torch.float64), 0
+    for batch in batches:
+        loss = GatedLoss(model, gates, batch)
+        if loss.num_tokens:
+            total += _checked(score.function(loss, num_points), score, len(gates))
+            num_tokens += loss.num_tokens
     total, num_tokens = _sum_over_processes(total, num_tokens)
     if not num_tokens:
         raise ValueError(
@@ -190,7 +256,16 @@ def score(
             "all labels are -100. Pass batches "
             "with `labels`, for instance from DataCollatorForLanguageModeling(tokenizer, mlm=False)."
         )
-    return total / (total.sum() if method == "output_norm" else num_tokens), num_tokens
+    return total / (total.sum() if score.is_share else num_tokens), num_tokens
+
+
+def _checked(scores: torch.Tensor, score: Score, num_modules: int) -> torch.Tensor:
+    if scores.shape != (num_modules,):
+        raise ValueError(
+            f"The score {score.name!r} returned the shape {tuple(scores.shape)} for {num_modules} modules; return one number "
+            "for each module."
+        )
+    return scores.detach().to("cpu", torch.float64)
 
 
 def label_mask(model: Any, batch: Batch) -> torch.Tensor:

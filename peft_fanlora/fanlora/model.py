@@ -9,21 +9,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from functools import cached_property
-from itertools import islice
-from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
-import transformers
 from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from ..serving.adapters import require_fit, require_usable_names, taken_back
 from ..serving.tenants import TenantMixin, adapted_modules, changing
-from .gates import factors
-from .modules import Module, adapted_modules_of, exact_names, lora_modules, model_type, num_layers
+from .modules import adapted_modules_of, exact_names, lora_factors, lora_modules
 from .setting import FanLoraSetting
 
 
@@ -47,7 +42,7 @@ class FanLoraModel(TenantMixin, LoraModel):
         >>> model = get_peft_model(base, FanLoraConfig(r=8, task_type="CAUSAL_LM"))
         >>> ...  # (a) train on instructions
         >>> scores = model.score_modules(dataloader)  # (b)
-        >>> setting = model.prune_modules(scores.select(modules_per_layer=2))  # (c)
+        >>> setting = model.prune_modules(scores.select(keep=2))  # (c)
         >>> model = get_peft_model(base, FanLoraConfig(setting=setting, r=27, task_type="CAUSAL_LM"))  # (d)
     """
 
@@ -70,7 +65,7 @@ class FanLoraModel(TenantMixin, LoraModel):
             self._inject(model, adapter_name, *args, **kwargs)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        from .targets import exact_targets, follow_renamed_targets, leave_out_unfit, linear_layers_in
+        from .targets import exact_targets, exclude_unsupported, follow_renamed_targets, linear_layers_in
 
         config: Any = self.peft_config[adapter_name]
         targets = None
@@ -81,24 +76,27 @@ class FanLoraModel(TenantMixin, LoraModel):
         elif str(config.target_modules).lower() == "all-linear":
             if config.layers_to_transform not in (None, []):
                 linear_layers_in(config, model)
-            leave_out_unfit(config, model)
+            exclude_unsupported(config, model)
         else:
             follow_renamed_targets(config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.target_modules = targets or config.target_modules  # PEFT shortens many names to what they end in
         self.continuous_batching.install()
         if config.mutates_base_weights:
-            initial = {name: factors(layer, adapter_name) for name, layer in lora_modules(model, adapter_name).items()}
-            self._initial_factors[adapter_name] = {name: (A.clone(), B.clone()) for name, (A, B) in initial.items()}
+            layers = lora_modules(model, adapter_name)
+            initial = {name: lora_factors(layer, adapter_name) for name, layer in layers.items()}
+            self._initial_factors[adapter_name] = {
+                name: (A.detach().clone(), B.detach().clone()) for name, (A, B) in initial.items()
+            }
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
         """Raises where LoRA has no effect, as on Mamba's fused layers; PEFT tells by the type LORA whom this concerns."""
         super()._check_target_module_compatiblity(_as_lora(peft_config), model, target_name)
 
-    @property
+    @cached_property
     def _initial_factors(self) -> dict[str, dict[str, InitialFactors]]:
         """For each adapter whose initialisation changed base weights, what it took out of each of them."""
-        return self.__dict__.setdefault("_initial_factors_by_adapter", {})
+        return {}
 
     @cached_property
     def _batches(self) -> Batches:
@@ -183,7 +181,7 @@ class FanLoraModel(TenantMixin, LoraModel):
         adapter_name: str | None = None,
         progress: bool = True,
     ) -> ImportanceScores:
-        """Scores how much each module of an adapter matters, step (b) of the method.
+        """Returns how much each module of an adapter matters, step (b) of the method.
 
         That each module is assessed with a score is the paper's [P]; the scores and the default are ours, see
         `peft_fanlora.fanlora.importance` for their equations. The model runs in eval mode with this adapter alone, and
@@ -192,8 +190,9 @@ class FanLoraModel(TenantMixin, LoraModel):
         Args:
             dataloader: the calibration data, dicts of the forward's arguments with `labels`, as a trainer's data
                 collator makes them. Tensors are moved to the model's device. None will do for "weight_norm".
-            method: "path" (K forward and backward passes a batch), "ablation" (2M+1 forward passes), "sensitivity"
-                (one pass), "output_norm" (one forward pass) or "weight_norm" (no data).
+            method: "path" (K forward and backward passes per batch), "ablation" (2M+1 forward passes), "sensitivity"
+                (one pass), "output_norm" (one forward pass) or "weight_norm" (no data); or a function of your own, see
+                `peft_fanlora.fanlora.importance.importance_score`.
             num_batches: how many batches to use; None for all.
             num_points: K, the number of points that "path" integrates over.
             adapter_name: which adapter; None for the active one.
@@ -212,55 +211,25 @@ class FanLoraModel(TenantMixin, LoraModel):
             >>> scores = model.score_modules(dataloader, num_batches=4)
             >>> scores.plot("importance.png")
         """
-        from .importance import METHODS, score
-        from .scores import ImportanceScores
-        from .scoring import inference_state, prepared
+        from .importance import find_score
+        from .scoring import check_arguments, scorable_modules, score_adapter, usable_adapter
 
-        if method not in METHODS:
-            raise ValueError(f"method={method!r} is unknown; use one of {', '.join(METHODS)}.")
-        for argument, value in (("num_batches", num_batches), ("num_points", num_points)):
-            if value is not None and value < 1:
-                raise ValueError(f"`{argument}` is {value}; it has to be at least 1.")
-        if dataloader is None and method != "weight_norm":
-            raise ValueError(f"method={method!r} needs calibration data; pass a dataloader.")
-        if isinstance(dataloader, str) or not (
-            dataloader is None or hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")
-        ):
-            raise ValueError(f"`dataloader` is {dataloader!r}; pass an iterable of batches, such as a DataLoader.")
-        adapter_name = self._require_usable_adapter(adapter_name)
-        layers = self._require_modules(adapter_name)
-        length = length_hint(dataloader, 0) or None
-        total = length if num_batches is None else min(num_batches, length or num_batches)
-
-        with self.call_gate.closed(), inference_state(self, adapter_name):
-            loaded = () if dataloader is None else dataloader  # a streamed one has no length, and so no truth value
-            batches = (prepared(batch, self.model) for batch in islice(loaded, num_batches))
-            values, num_tokens = score(
-                self.model,
-                layers,
+        score = find_score(method)
+        check_arguments(score, dataloader, num_batches, num_points)
+        adapter_name = usable_adapter(self, adapter_name)
+        layers = scorable_modules(self.model, adapter_name)
+        with self.call_gate.closed():
+            return score_adapter(
+                self,
                 adapter_name,
-                batches,
-                method=method,
+                layers,
+                dataloader,
+                score,
+                num_batches=num_batches,
                 num_points=num_points,
-                num_batches=total,
                 initial=self._initial_factors.get(adapter_name, {}),
                 progress=progress,
             )
-        facts = {
-            "num_points": num_points if method == "path" else None,
-            "num_batches": num_batches,
-            "base_model_name_or_path": self.peft_config[adapter_name].base_model_name_or_path,
-            "peft_version": peft.__version__,
-            "transformers_version": transformers.__version__,
-        }
-        return ImportanceScores(
-            dict(zip(layers, values.tolist(), strict=True)),
-            method=method,
-            num_tokens=num_tokens,
-            num_layers=num_layers(self.model, map(Module.parse, layers)),
-            model_type=model_type(self.model),
-            calibration={key: value for key, value in facts.items() if value is not None},
-        )
 
     def prune_modules(self, setting: FanLoraSetting, *, adapter_name: str | None = None) -> FanLoraSetting:
         """Removes an adapter from every module that a setting does not keep, in place; step (c) of the method [P].
@@ -290,40 +259,9 @@ class FanLoraModel(TenantMixin, LoraModel):
                 "`FanLoraSetting.from_pretrained(...)` returns."
             )
         with self.call_gate.closed():
-            return self._prune(setting, adapter_name)
+            from .pruning import prune
 
-    def _prune(self, setting: FanLoraSetting, adapter_name: str | None) -> FanLoraSetting:
-        from .pruning import give_back, is_running, remove_adapter, rewrite_targets
-
-        if is_running(self.model):  # a call of the base model itself
-            raise RuntimeError(
-                "The model is in the middle of a call, whose layers cannot be removed: prune between calls."
-            )
-        adapter_name = self._require_usable_adapter(adapter_name)
-        layers = self._require_modules(adapter_name)
-        setting = setting.resolve(self.model)
-        missing = [name for name in setting.names if name not in layers]
-        if missing:
-            raise ValueError(
-                f"The setting keeps {missing[0]!r}, which adapter {adapter_name!r} does not adapt (any more); "
-                f"it has {len(layers)} modules. Score this adapter, or make a new one with FanLoraConfig(setting=...)."
-            )
-        initial = self._initial_factors.get(adapter_name, {})
-        dropped = [name for name in layers if name not in set(setting.names)]
-        for name in dropped:
-            base_layer: Any = layers[name].get_base_layer()
-            if name in initial and not base_layer.weight.is_floating_point():
-                raise ValueError(
-                    f"The initialisation of adapter {adapter_name!r} changed the quantised weight of {name!r}, which "
-                    "can't be undone exactly. Use init_lora_weights=True on quantised models that will be pruned."
-                )
-
-        for name in dropped:
-            if name in initial:
-                give_back(layers[name], adapter_name, initial.pop(name))
-            remove_adapter(self, name, layers[name], adapter_name)
-        rewrite_targets(self, adapter_name, setting)
-        return setting
+            return prune(self, setting, adapter_name, self._initial_factors)
 
     def prepare_for_weights(self, adapter_name: str, model_id: Any, download_kwargs: dict[str, Any]) -> None:
         """Prunes an adapter to the setting of the saved one whose weights are about to be loaded over it."""
@@ -367,39 +305,6 @@ class FanLoraModel(TenantMixin, LoraModel):
         return super()._convert_state_dict_for_initial_model(
             peft_model, peft_config, path_initial_model_for_weight_conversion, output_state_dict, kwargs
         )
-
-    def _require_usable_adapter(self, adapter_name: str | None) -> str:
-        """Returns the adapter to work on, after checking that it is there and computes."""
-        if adapter_name is None:
-            if len(self.active_adapters) != 1:
-                raise ValueError(
-                    f"{len(self.active_adapters)} adapters are active ({self.active_adapters}); say which one is meant "
-                    "with `adapter_name`."
-                )
-            (adapter_name,) = self.active_adapters
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"There is no adapter {adapter_name!r}; this model has {sorted(self.peft_config)}.")
-        lora_layers = list(_lora_layers(self.model))
-        if any(layer.merged for layer in lora_layers):
-            raise ValueError("The adapter is merged into the base weights; call `unmerge_adapter()` first.")
-        if any(layer.disable_adapters for layer in lora_layers):
-            raise ValueError("The adapters are switched off; call `enable_adapter_layers()` first.")
-        return adapter_name
-
-    def _require_modules(self, adapter_name: str) -> dict[str, LoraLayer]:
-        layers = lora_modules(self.model, adapter_name)
-        if not layers:
-            raise ValueError(
-                f"Adapter {adapter_name!r} adapts no linear layer that FanLoRA chooses among; embeddings, heads and "
-                "vision towers are not scored. Use target_modules='all-linear'."
-            )
-        if any(hasattr(factor, "device_mesh") for layer in layers.values() for factor in factors(layer, adapter_name)):
-            raise ValueError(
-                f"The weights of adapter {adapter_name!r} are sharded over processes, as by FSDP, which neither lets its "
-                "parts run alone nor parameters go. Save the adapter, load it in a single process, score and prune it "
-                "there, and begin the next run from what that saves."
-            )
-        return layers
 
 
 def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:

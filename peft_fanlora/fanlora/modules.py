@@ -1,9 +1,10 @@
-"""What a FanLoRA module is: one linear layer of one Transformer block, named by its stack, layer and role."""
+"""The modules of FanLoRA: the linear layers of the Transformer blocks, named by stack, layer and role."""
 
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
@@ -24,8 +25,8 @@ _PACKED_GROUPS = (
 """Projections of the same input, by the last part of their names, that serving engines fuse into one matrix."""
 
 
-class Module(NamedTuple):
-    """One linear layer of one Transformer block.
+class ModuleName(NamedTuple):
+    """The name of a linear layer: its stack of blocks, its layer (the number of the block) and its role in the block.
 
     `model.layers.7.mlp.up_proj` is the role `mlp.up_proj` of layer 7 in the stack `model.layers`; an encoder-decoder
     model has two stacks. In a model without numbered blocks every linear layer is a role of layer 0 in the stack "".
@@ -36,7 +37,7 @@ class Module(NamedTuple):
     role: str
 
     @classmethod
-    def parse(cls, name: str) -> "Module":
+    def parse(cls, name: str) -> "ModuleName":
         """Reads a qualified module name; the first number in it is the layer."""
         match = _BLOCK.match(name)
         return cls(match["stack"], int(match["layer"]), match["role"]) if match else cls("", 0, name)
@@ -72,7 +73,7 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the linear layers that FanLoRA chooses among, by name and in the model's order.
 
     These are the linear layers in the numbered blocks of the language model. Embeddings and heads stand outside the
-    blocks; the towers that read images or sound run once a request and not once a token, so they are left alone. In a
+    blocks; the towers that read images or sound run once per request and not once per token, so they are left alone. In a
     model without numbered blocks all linear layers but the output head are candidates.
 
     Args:
@@ -89,7 +90,7 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
             inside = f"{name}."
             if module is not head and not name.startswith(towers):
                 linear[name] = module
-    in_blocks = {name: module for name, module in linear.items() if Module.parse(name).stack}
+    in_blocks = {name: module for name, module in linear.items() if ModuleName.parse(name).stack}
     return {name: in_blocks[name] for name in _of_language_model(model, in_blocks)} or linear
 
 
@@ -100,6 +101,11 @@ def lora_modules(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
         for name, module in candidates(model).items()
         if isinstance(module, LoraLayer) and adapter_name in module.lora_A
     }
+
+
+def lora_factors(layer: Any, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the weights A and B of a LoRA layer's adapter, of shapes (r, in) and (out, r)."""
+    return layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
@@ -131,7 +137,7 @@ def exact_names(names: Iterable[str], model: nn.Module) -> set[str] | str:
     return exact
 
 
-def num_layers(model: nn.Module, modules: Iterable[Module]) -> dict[str, int]:
+def num_layers(model: nn.Module, modules: Iterable[ModuleName]) -> dict[str, int]:
     """Returns how many blocks each of the modules' stacks has in `model`, adapted or not."""
     stacks = dict.fromkeys(module.stack for module in modules)
     return {stack: len(list(model.get_submodule(stack).children())) if stack else 1 for stack in stacks}
@@ -165,7 +171,7 @@ def _unwrapped(stack: str, model: nn.Module) -> str:
     return ".".join(parts)
 
 
-def layers_by_role(modules: Iterable[Module], *, with_stack: bool) -> dict[str, list[int]]:
+def layers_by_role(modules: Iterable[ModuleName], *, with_stack: bool) -> dict[str, list[int]]:
     """Returns the layers of each role, the most frequent role first.
 
     Args:

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
-from .modules import Module
+from .modules import ModuleName
 
 
 def plot_modules(
-    scores: Mapping[Module, float], *, path: str | os.PathLike[str], title: str, kept: Collection[Module] = ()
+    scores: Mapping[ModuleName, float], *, path: str | os.PathLike[str], title: str, kept: Collection[ModuleName] = ()
 ) -> None:
     """Draws one panel a stack: layers along the x axis, roles along the y axis, the score as colour.
 

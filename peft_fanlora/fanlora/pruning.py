@@ -4,6 +4,7 @@ import copy
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,53 @@ from torch import nn
 
 from .gates import InitialFactors
 from .modules import adapted_modules_of, exact_names, lora_modules
+from .scoring import scorable_modules, usable_adapter
 from .setting import FanLoraSetting
+
+
+def prune(
+    tuner: LoraModel,
+    setting: FanLoraSetting,
+    adapter_name: str | None,
+    initial_factors: Mapping[str, dict[str, InitialFactors]],
+) -> FanLoraSetting:
+    """Removes an adapter from every module that a setting does not keep, see `FanLoraModel.prune_modules`.
+
+    Args:
+        tuner: the model with its LoRA layers.
+        setting: which modules stay.
+        adapter_name: which adapter; None for the active one.
+        initial_factors: for each adapter, the factors that its initialisation took out of base weights; those of the
+            removed modules go.
+    """
+    if is_running(tuner.model):  # a call of the base model itself
+        raise RuntimeError(
+            "The model is in the middle of a call, whose layers cannot be removed: prune between calls."
+        )
+    adapter_name = usable_adapter(tuner, adapter_name)
+    layers = scorable_modules(tuner.model, adapter_name)
+    setting = setting.resolve(tuner.model)
+    missing = [name for name in setting.names if name not in layers]
+    if missing:
+        raise ValueError(
+            f"The setting keeps {missing[0]!r}, which adapter {adapter_name!r} does not adapt (any more); "
+            f"it has {len(layers)} modules. Score this adapter, or make a new one with FanLoraConfig(setting=...)."
+        )
+    initial = initial_factors.get(adapter_name, {})
+    dropped = [name for name in layers if name not in set(setting.names)]
+    for name in dropped:
+        base_layer: Any = layers[name].get_base_layer()
+        if name in initial and not base_layer.weight.is_floating_point():
+            raise ValueError(
+                f"The initialisation of adapter {adapter_name!r} changed the quantised weight of {name!r}, which "
+                "can't be undone exactly. Use init_lora_weights=True on quantised models that will be pruned."
+            )
+    for name in dropped:
+        if name in initial:
+            restore_base_weight(layers[name], adapter_name, initial.pop(name))
+        remove_adapter(tuner, name, layers[name], adapter_name)
+    rewrite_targets(tuner, adapter_name, setting)
+    return setting
 
 
 def is_running(model: nn.Module) -> bool:
@@ -41,7 +88,7 @@ def remove_adapter(tuner: LoraModel, name: str, layer: LoraLayer, adapter_name: 
         tuner._replace_module(parent, target_name, layer.base_layer, target)
 
 
-def give_back(layer: Any, adapter_name: str, initial: InitialFactors) -> None:
+def restore_base_weight(layer: Any, adapter_name: str, initial: InitialFactors) -> None:
     """Adds to a base weight what an initialisation such as PiSSA's took out of it."""
     weight = layer.get_base_weight()
     A, B = (factor.to(weight.device, torch.float32) for factor in initial)

@@ -11,8 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .gates import factors
-from .modules import adapted_layers, is_linear
+from .modules import adapted_layers, is_linear, lora_factors
 
 
 def read_back(folder: str, model: nn.Module, adapter_name: str) -> None:
@@ -91,8 +90,8 @@ def _hollow(module: Any, adapter_name: str, made: dict[nn.Module, nn.Module]) ->
 
 def _is_same(layer: Any, adapter_name: str, other: Any) -> bool:
     """Whether two LoRA layers add the same, up to the rounding of the adapter's dtype: ‖ΔW - ΔW'‖ beside ‖ΔW‖."""
-    A, B = (factor.double().cpu() for factor in factors(layer, adapter_name))
-    A2, B2 = (factor.double().cpu() for factor in factors(other, "default"))
+    A, B = (factor.detach().double().cpu() for factor in lora_factors(layer, adapter_name))
+    A2, B2 = (factor.detach().double().cpu() for factor in lora_factors(other, "default"))
     B, B2 = B * layer.scaling[adapter_name], B2 * other.scaling["default"]
     if A.shape[1] != A2.shape[1] or B.shape[0] != B2.shape[0]:
         return False

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from .modules import Module
+from .modules import ModuleName
 from .setting import FanLoraSetting
 
 
@@ -58,11 +58,11 @@ class ImportanceScores(Mapping[str, float]):
         return f"ImportanceScores({len(self)} modules, method={self.method!r}, num_tokens={self.num_tokens})"
 
     def to_dataframe(self) -> "pandas.DataFrame":
-        """Returns a table with a row a module: `module`, `stack`, `layer`, `role`, `score`. Needs pandas."""
+        """Returns a table with one row per module: `module`, `stack`, `layer`, `role`, `score`. Needs pandas."""
         import pandas
 
-        rows = [(name, *Module.parse(name), score) for name, score in self.items()]
-        return pandas.DataFrame(rows, columns=["module", *Module._fields, "score"])
+        rows = [(name, *ModuleName.parse(name), score) for name, score in self.items()]
+        return pandas.DataFrame(rows, columns=["module", *ModuleName._fields, "score"])
 
     def plot(self, path: str | os.PathLike[str], setting: FanLoraSetting | None = None) -> None:
         """Draws the scores as a heat map, layers by roles, into an image file. Needs matplotlib.
@@ -73,22 +73,21 @@ class ImportanceScores(Mapping[str, float]):
         """
         from .plots import plot_modules
 
-        scores = {Module.parse(name): score for name, score in self.items()}
+        scores = {ModuleName.parse(name): score for name, score in self.items()}
         kept = setting.kept if setting is not None else ()
         plot_modules(scores, path=path, title=f"Importance by {self.method}", kept=kept)
 
     def select(
         self,
-        modules_per_layer: int | None = None,
+        keep: int = 2,
         *,
         strategy: Strategy = "layer",
-        keep: int | None = None,
-        groups: bool = False,
+        packed: bool = False,
     ) -> FanLoraSetting:
-        """Chooses the modules that stay.
+        """Returns the setting of the most important modules.
 
-        - "layer": in every layer the best `modules_per_layer` modules. That only the most critical modules of each
-          layer stay is the paper's rule [P]; how many is not known to us.
+        - "layer": the best `keep` modules of every layer. That only the most critical modules of each layer stay is the
+          paper's rule [P]; how many is not known to us.
         - "role": the `keep` roles with the highest sum of scores over the layers, in all layers. Engines that wrap a
           linear layer by its role then wrap only these [ours].
         - "global": the best `keep` modules of the whole model [ours].
@@ -96,67 +95,50 @@ class ImportanceScores(Mapping[str, float]):
         Equal scores are decided by the order of the roles in the model, then by the layer.
 
         Args:
-            modules_per_layer: for "layer".
+            keep: how many to keep: modules per layer ("layer"), roles ("role") or modules ("global").
             strategy: what is ranked against what.
-            keep: for "role" the number of roles, for "global" that of modules.
-            groups: choose projections that engines pack into one matrix (Q, K and V; gate and up) together or not at
-                all. A group then counts as one module, and its score is the sum of its members'.
+            packed: keep projections that engines pack into one matrix (Q, K and V; gate and up) together or not at all.
+                A packed layer then counts as one module, and its score is the sum of its members'.
 
         Returns:
             The setting, with the scores of the modules kept and dropped.
 
         Raises:
-            ValueError: the number does not go with the strategy, is below 1, or would keep all.
+            ValueError: `keep` is no whole number, is below 1 or would keep everything; the strategy is unknown.
         """
-        argument, number = _how_many(modules_per_layer, strategy, keep)
-        modules = [Module.parse(name) for name in self]
+        if strategy not in get_args(Strategy):
+            raise ValueError(f"strategy={strategy!r} is unknown; use one of {', '.join(get_args(Strategy))}.")
+        if not isinstance(keep, int) or isinstance(keep, bool):
+            raise ValueError(f"keep={keep!r} is not a whole number; pass how many to keep.")
+        modules = [ModuleName.parse(name) for name in self]
         role_order = {place: position for position, place in enumerate(dict.fromkeys(map(_place, modules)))}
 
-        units: dict[tuple[Any, ...], list[Module]] = {}  # what stays or goes together
+        units: dict[tuple[Any, ...], list[ModuleName]] = {}  # what stays or goes together
         for module in modules:
             layer = None if strategy == "role" else module.layer
-            part = module.packed_group if groups else module.role
+            part = module.packed_group if packed else module.role
             units.setdefault((module.stack, layer, part), []).append(module)
-        contests: dict[str, list[list[Module]]] = {}  # what is ranked against each other
+        contests: dict[str, list[list[ModuleName]]] = {}  # what is ranked against each other
         for unit in units.values():
             contests.setdefault(unit[0].block if strategy == "layer" else "", []).append(unit)
 
         largest = max(map(len, contests.values()))
-        if not 1 <= number < largest:
+        if not 1 <= keep < largest:
             raise ValueError(
-                f"`{argument}`={number} keeps nothing or drops nothing: with strategy={strategy!r}"
-                f"{' and packed groups' if groups else ''} there are {largest} to choose from, so it has to be at least "
-                f"1 and less than {largest}."
+                f"keep={keep} keeps nothing or drops nothing: with strategy={strategy!r} and packed={packed} there are "
+                f"{largest} to choose from, so it has to be at least 1 and less than {largest}."
             )
 
-        def rank(unit: list[Module]) -> tuple[float, int, int]:
+        def rank(unit: list[ModuleName]) -> tuple[float, int, int]:
             return -sum(self[module.name] for module in unit), role_order[_place(unit[0])], unit[0].layer
 
-        best = [unit for contest in contests.values() for unit in sorted(contest, key=rank)[:number]]
+        best = [unit for contest in contests.values() for unit in sorted(contest, key=rank)[:keep]]
         chosen = {module for unit in best for module in unit}
         kept = {module: self[module.name] for module in modules if module in chosen}
         dropped = {module: self[module.name] for module in modules if module not in chosen}
-        how = {"strategy": strategy, argument: number, "groups": groups}
+        how = {"strategy": strategy, "keep": keep, "packed": packed}
         return FanLoraSetting(kept, dropped, self.num_layers, self.model_type, {**self.calibration, **how})
 
 
-def _how_many(modules_per_layer: int | None, strategy: str, keep: int | None) -> tuple[str, int]:
-    """Returns the argument of `select` that goes with the strategy, after checking that it alone is given."""
-    given = {"modules_per_layer": modules_per_layer, "keep": keep}
-    arguments = {"layer": "modules_per_layer", "role": "keep", "global": "keep"}
-    if strategy not in arguments:
-        raise ValueError(f"strategy={strategy!r} is unknown; use one of {', '.join(arguments)}.")
-    argument = arguments[strategy]
-    number = given.pop(argument)
-    (other, unwanted), *_ = given.items()
-    if unwanted is not None:
-        raise ValueError(f"`{other}` does not go with strategy={strategy!r}; pass `{argument}`.")
-    if number is None:
-        raise ValueError(f"strategy={strategy!r} needs `{argument}`, how many to keep.")
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise ValueError(f"`{argument}`={number!r} is no whole number; pass how many to keep.")
-    return argument, number
-
-
-def _place(module: Module) -> tuple[str, str]:
+def _place(module: ModuleName) -> tuple[str, str]:
     return module.stack, module.role

@@ -1,14 +1,161 @@
 """What a model is scored on, and the state that it is in meanwhile."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from operator import length_hint
 from typing import Any
 
 import numpy as np
+import peft
 import torch
-from peft.tuners.lora import LoraModel
+import transformers
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
+from tqdm.auto import tqdm
+
+from .gates import InitialFactors, module_gates
+from .importance import Batch, Score, score_batches
+from .modules import ModuleName, lora_factors, lora_modules, model_type, num_layers
+from .scores import ImportanceScores
+
+
+def check_arguments(
+    score: Score, dataloader: Iterable[Batch] | None, num_batches: int | None, num_points: int
+) -> None:
+    """Checks the arguments of `FanLoraModel.score_modules` that say nothing about the model.
+
+    Raises:
+        ValueError: one is out of range, or there is no calibration data.
+    """
+    for argument, value in (("num_batches", num_batches), ("num_points", num_points)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{argument}` is {value}; it has to be at least 1.")
+    if dataloader is None and score.needs_data:
+        raise ValueError(f"method={score.name!r} needs calibration data; pass a dataloader.")
+    if isinstance(dataloader, str) or not (
+        dataloader is None or hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")
+    ):
+        raise ValueError(f"`dataloader` is {dataloader!r}; pass an iterable of batches, such as a DataLoader.")
+
+
+def score_adapter(
+    tuner: LoraModel,
+    adapter_name: str,
+    layers: Mapping[str, LoraLayer],
+    dataloader: Iterable[Batch] | None,
+    score: Score,
+    *,
+    num_batches: int | None,
+    num_points: int,
+    initial: Mapping[str, InitialFactors],
+    progress: bool,
+) -> ImportanceScores:
+    """Returns the score of each module of an adapter, see `FanLoraModel.score_modules`.
+
+    Args:
+        tuner: the model with its LoRA layers.
+        adapter_name: the adapter.
+        layers: its LoRA layers by module name.
+        dataloader: the calibration batches; None for a score that needs none.
+        score: which score.
+        num_batches: how many batches to use; None for all.
+        num_points: K of `path`.
+        initial: see `gates.module_gates`.
+        progress: whether to show a progress bar, which counts forward passes.
+    """
+    model: Any = tuner.model
+    loaded = () if dataloader is None else dataloader  # a streamed one has no length, and so no truth value
+    length = length_hint(loaded, 0) or None
+    total = length if num_batches is None else min(num_batches, length or num_batches)
+    passes = None if total is None else total * score.passes(len(layers), num_points)
+    title = f"Scoring {len(layers)} modules by {score.name}"
+    with (
+        inference_state(tuner, adapter_name),
+        module_gates(layers, adapter_name, initial) as gates,
+        _passes_shown(model, passes, title, progress and score.needs_data),
+    ):
+        batches = (prepared(batch, model) for batch in islice(loaded, num_batches))
+        values, num_tokens = score_batches(model, gates, score, batches, num_points)
+    facts = {
+        "num_points": num_points if score.uses_points else None,
+        "num_batches": num_batches,
+        "base_model_name_or_path": tuner.peft_config[adapter_name].base_model_name_or_path,
+        "peft_version": peft.__version__,
+        "transformers_version": transformers.__version__,
+    }
+    return ImportanceScores(
+        dict(zip(layers, values.tolist(), strict=True)),
+        method=score.name,
+        num_tokens=num_tokens,
+        num_layers=num_layers(model, map(ModuleName.parse, layers)),
+        model_type=model_type(model),
+        calibration={key: value for key, value in facts.items() if value is not None},
+    )
+
+
+@contextmanager
+def _passes_shown(model: nn.Module, total: int | None, title: str, is_shown: bool) -> Iterator[None]:
+    """Shows a progress bar that counts the forward passes of a model."""
+    if not is_shown:
+        yield
+        return
+    with tqdm(total=total, desc=title) as bar:
+
+        def count(*call: Any) -> None:  # what a hook returns would replace the model's output
+            bar.update()
+
+        hook = model.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def usable_adapter(tuner: LoraModel, adapter_name: str | None) -> str:
+    """Returns the name of the adapter to work on, after checking that it is there and computes.
+
+    Raises:
+        ValueError: there is no such adapter, it is merged or switched off, or several are active and none is named.
+    """
+    if adapter_name is None:
+        if len(tuner.active_adapters) != 1:
+            raise ValueError(
+                f"{len(tuner.active_adapters)} adapters are active ({tuner.active_adapters}); say which one is meant "
+                "with `adapter_name`."
+            )
+        (adapter_name,) = tuner.active_adapters
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(f"There is no adapter {adapter_name!r}; this model has {sorted(tuner.peft_config)}.")
+    lora_layers = [module for module in tuner.model.modules() if isinstance(module, LoraLayer)]
+    if any(layer.merged for layer in lora_layers):
+        raise ValueError("The adapter is merged into the base weights; call `unmerge_adapter()` first.")
+    if any(layer.disable_adapters for layer in lora_layers):
+        raise ValueError("The adapters are switched off; call `enable_adapter_layers()` first.")
+    return adapter_name
+
+
+def scorable_modules(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """Returns the modules of an adapter that are scored and pruned, by name and in the model's order.
+
+    Raises:
+        ValueError: there are none, or their weights are sharded by FSDP.
+    """
+    layers = lora_modules(model, adapter_name)
+    if not layers:
+        raise ValueError(
+            f"Adapter {adapter_name!r} adapts no linear layer that FanLoRA chooses among; embeddings, heads and "
+            "vision towers are not scored. Use target_modules='all-linear'."
+        )
+    factors = (factor for layer in layers.values() for factor in lora_factors(layer, adapter_name))
+    if any(hasattr(factor, "device_mesh") for factor in factors):
+        raise ValueError(
+            f"The weights of adapter {adapter_name!r} are sharded over processes, as by FSDP, which neither lets its "
+            "parts run alone nor parameters go. Save the adapter, load it in a single process, score and prune it "
+            "there, and begin the next run from what that saves."
+        )
+    return layers
 
 
 @contextmanager

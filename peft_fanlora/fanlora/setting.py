@@ -14,7 +14,7 @@ from torch import nn
 
 from ..sharing.saving import write_card
 from .modules import (
-    Module,
+    ModuleName,
     candidates,
     counterpart,
     layers_by_role,
@@ -44,8 +44,8 @@ class FanLoraSetting:
         calibration: how the scores came about: method, number of label tokens, base model, versions.
     """
 
-    kept: Mapping[Module, float | None]
-    dropped: Mapping[Module, float | None] = field(default_factory=dict)
+    kept: Mapping[ModuleName, float | None]
+    dropped: Mapping[ModuleName, float | None] = field(default_factory=dict)
     num_layers: Mapping[str, int] = field(default_factory=dict)
     model_type: str | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
@@ -74,14 +74,14 @@ class FanLoraSetting:
         """Makes a setting from names of modules of `model`, without scores.
 
         Raises:
-            ValueError: a name is given twice, or is none of the model's linear layers.
+            ValueError: a name is given twice, or is not a linear layer of the model.
         """
         names = list(names)
         repeated = sorted(name for name, count in Counter(names).items() if count > 1)
         if repeated:
             raise ValueError(f"{repeated[0]} is named {Counter(names)[repeated[0]]} times; name each module once.")
         _require(names, candidates(model))
-        modules = [Module.parse(name) for name in names]
+        modules = [ModuleName.parse(name) for name in names]
         return cls(dict.fromkeys(modules), {}, num_layers(model, modules), model_type(model))
 
     @property
@@ -113,7 +113,7 @@ class FanLoraSetting:
                 f"{model_type(model)!r}; score a {model_type(model)!r} model with `score_modules` instead."
             )
         available = candidates(model)
-        depths = num_layers(model, map(Module.parse, available))
+        depths = num_layers(model, map(ModuleName.parse, available))
         stacks = {stack: counterpart(stack, depths, model) for stack in self.num_layers}
         if len(set(stacks.values())) < len(stacks):
             raise ValueError(
@@ -121,7 +121,7 @@ class FanLoraSetting:
                 "setting belongs to another architecture."
             )
 
-        def transfer(modules: Mapping[Module, float | None]) -> dict[Module, float | None]:
+        def transfer(modules: Mapping[ModuleName, float | None]) -> dict[ModuleName, float | None]:
             scores = {}
             for stack, target in stacks.items():
                 roles: dict[int, dict[str, float | None]] = {}
@@ -131,7 +131,7 @@ class FanLoraSetting:
                 for layer in range(depths[target]):
                     source = _relative_layer(layer, depths[target], self.num_layers[stack])
                     for role, score in roles.get(source, {}).items():
-                        scores[Module(target, layer, role)] = score
+                        scores[ModuleName(target, layer, role)] = score
             return scores
 
         kept = transfer(self.kept)
@@ -219,9 +219,9 @@ class FanLoraSetting:
         if missing:
             raise ValueError(f"This FanLoRA setting has no {missing[0]!r}; is the file complete?")
 
-        def modules(choice: str) -> dict[Module, float | None]:
+        def modules(choice: str) -> dict[ModuleName, float | None]:
             return {
-                Module.parse(f"{block}.{role}" if block else role): score
+                ModuleName.parse(f"{block}.{role}" if block else role): score
                 for block, choices in content["blocks"].items()
                 for role, score in choices.get(choice, {}).items()
             }

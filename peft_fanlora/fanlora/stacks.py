@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .modules import lora_factors
+
 
 class RowFinder(Protocol):
     """Knows where a layer's input has the rows of the batch."""
@@ -74,7 +76,7 @@ class AdapterStack:
         self.adapters = slots.adapters
         self.num_rows = len(names)
         self.slot_of_row = [self.adapters.index(name) if name in self.adapters else None for name in names]
-        factors = [_factors(layer, name) for name in self.adapters]
+        factors = [lora_factors(layer, name) for name in self.adapters]
         rank = max(len(A) for A, _ in factors)
         scalings = torch.tensor([layer.scaling[name] for name in self.adapters], device=factors[0][0].device)
         A = torch.stack([_padded(A, rank) for A, _ in factors])
@@ -144,7 +146,7 @@ class SharedAdapter:
     def __init__(self, layer: Any, name: str) -> None:
         self.layer = layer
         self.name = name
-        A, B = _factors(layer, name)
+        A, B = lora_factors(layer, name)
         self.A, self.B = A.detach().t(), B.detach().t()
         self.num_in, self.num_out = A.shape[1], B.shape[0]
         self.scaling = layer.scaling[name]
@@ -161,13 +163,9 @@ class SharedAdapter:
             hidden = x.reshape(-1, self.num_in) @ self.A
             result.view(-1, self.num_out).addmm_(hidden, self.B, alpha=self.scaling)
             return result
-        A, B = _factors(self.layer, self.name)
+        A, B = lora_factors(self.layer, self.name)
         delta = F.linear(F.linear(x.to(A.device, A.dtype), A), B) * self.scaling
         return result + delta.to(result.device, result.dtype)
-
-
-def _factors(layer: Any, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return layer.lora_A[name].weight, layer.lora_B[name].weight
 
 
 def _fit_in_place(result: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> bool:
@@ -207,4 +205,4 @@ def is_plain(layer: Any, names: Sequence[str]) -> bool:
         dropout = layer.lora_dropout[name]
         if not isinstance(dropout, nn.Identity) and dropout.training:
             return False
-    return len({(factor.device, factor.dtype) for name in names for factor in _factors(layer, name)}) == 1
+    return len({(factor.device, factor.dtype) for name in names for factor in lora_factors(layer, name)}) == 1

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraModel
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from .modules import Module, candidates, exact_names
+from .modules import ModuleName, candidates, exact_names
 from .setting import FanLoraSetting
 
 
@@ -22,7 +22,7 @@ def linear_layers_in(config: Any, model: nn.Module) -> None:
     layers, pattern = config.layers_to_transform, config.layers_pattern
     indices = {layers} if isinstance(layers, int) else set(layers)
     stacks = {pattern} if isinstance(pattern, str) else set(pattern or ())
-    modules = map(Module.parse, candidates(model))
+    modules = map(ModuleName.parse, candidates(model))
     names = {
         module.name
         for module in modules
@@ -38,7 +38,7 @@ def linear_layers_in(config: Any, model: nn.Module) -> None:
         config.layers_to_transform = config.layers_pattern = None
 
 
-def leave_out_unfit(config: Any, model: nn.Module) -> None:
+def exclude_unsupported(config: Any, model: nn.Module) -> None:
     """Takes out of "all-linear" what LoRA cannot adapt.
 
     That is a head which PEFT is going to train in full (PEFT itself thinks of sequence classification alone), and the

@@ -126,7 +126,7 @@ class CachedVectors:
         return again
 
     def goes_on_with(self, input_ids: torch.Tensor | None) -> bool:
-        """Says whether tokens begin with the one that `generate` gave, as a further turn does and more prompt does not."""
+        """Whether tokens begin with the one that `generate` gave, as a further turn does and more prompt does not."""
         answer = self.answer
         return (
             answer is not None and input_ids is not None and torch.equal(input_ids[:, :1], answer.to(input_ids.device))
@@ -186,7 +186,7 @@ def usable(kept: CachedVectors | None, model: str) -> CachedVectors:
 
 
 def is_compiled_step(length: Any, tokens: int | None) -> bool:
-    """Says whether torch.compile traces a call of one token a row, with a static cache.
+    """Whether torch.compile traces a call of one token a row, with a static cache.
 
     Such a cache keeps its length in a tensor. To read it would break the graph at each step, and there is nothing to
     find out: one token after a prompt is never in doubt.
@@ -274,7 +274,7 @@ def cache_in(values: Any) -> Any:
 
 
 def holds_tokens(cache: Any) -> bool:
-    """Says whether a cache holds the keys, values or states of some tokens, whoever computed them."""
+    """Whether a cache holds the keys, values or states of some tokens, also those that another model computed."""
     if isinstance(cache, Cache):
         linear = getattr(cache, "linear_cache", ())  # MiniMax
         return any(_holds(layer) for layer in _layers(cache)) or any(len(state) for state in linear)
@@ -295,7 +295,7 @@ def _layers(cache: Any) -> list[Any]:
 
 
 def _holds(layer: Any) -> bool:
-    """Says whether a layer of a cache holds anything."""
+    """Whether a layer of a cache holds anything."""
     states = getattr(layer, "has_previous_state", None)
     return bool(states and any(states.values())) or (_length(layer) or 0) > 0
 

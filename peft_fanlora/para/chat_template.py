@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def prompt_end_token_ids_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def get_prompt_end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the token ids with which the tokenizer's chat template ends a prompt, for `ParaConfig`.
 
     What two prompts of different text have in common at their end is what the template puts there, such as

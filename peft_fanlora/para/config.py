@@ -31,7 +31,7 @@ class ParaConfig(PeftConfig):
         activation: the name of an activation of transformers, or "rational" for the learned rational function of
             the sister papers [sister].
         prompt_end_token_ids: the token ids with which every prompt ends, such as those of "<|im_start|>assistant\\n".
-            Training needs them wherever the labels do not show the prompt; `prompt_end_token_ids_of` reads them from
+            Training needs them wherever the labels do not show the prompt; `get_prompt_end_token_ids` reads them from
             a tokenizer's chat template.
         para_dropout: the dropout probability of the pooled vector, 0 <= p < 1.
         init_para_weights: whether the adapter starts as the identity, with `up` at zero. With False `up` is random,

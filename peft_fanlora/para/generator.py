@@ -6,16 +6,15 @@ float64 where the model does: a bfloat16 sum over a long prompt stops growing, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 
-POOLINGS = ("attention", "mean", "max", "last")
 RATIONAL = "rational"
 
 
@@ -37,33 +36,64 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query: torch.Te
     """
     # What lies outside of every prompt may be anything, even NaN, and 0 * NaN is not 0.
     hidden = _precise(hidden.masked_fill(~mask.any(1).unsqueeze(-1), 0))
-    if pooling == "max":
-        lowest = torch.finfo(hidden.dtype).min
-        pooled = [
-            hidden.masked_fill(~sequence.unsqueeze(-1), lowest).amax(1) * sequence.any(1, keepdim=True)
-            for sequence in mask.unbind(1)
-        ]
-        return torch.stack(pooled, 1)
-    return _token_weights(hidden, mask, pooling, query).to(hidden.dtype) @ hidden
+    entry = POOLINGS[pooling]
+    if entry.has_query and query is None:
+        raise ValueError(f'pooling="{pooling}" needs a query.')
+    pooled = entry.rule(hidden, mask, query) if entry.has_query else entry.rule(hidden, mask)
+    return pooled.to(hidden.dtype) @ hidden if entry.is_weighted else pooled
 
 
 def _precise(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _token_weights(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query: torch.Tensor | None) -> torch.Tensor:
-    """Returns the weight of each token in its sequence's pooled vector, (batch, sequences, tokens)."""
-    if pooling == "mean":
-        return mask / mask.sum(-1, keepdim=True).clamp(min=1)
-    if pooling == "last":
-        positions = torch.arange(mask.shape[-1], device=mask.device)
-        last = (positions * mask).amax(-1, keepdim=True)
-        return ((positions == last) & mask).float()
-    if query is None:
-        raise ValueError('pooling="attention" needs a query.')
+def _attention(hidden: torch.Tensor, mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     scores = (hidden @ query.to(hidden.dtype).unsqueeze(-1)).mT * query.shape[-1] ** -0.5
     weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
     return weights * mask
+
+
+def _mean(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return mask / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def _max(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    lowest = torch.finfo(hidden.dtype).min
+    pooled = [
+        hidden.masked_fill(~sequence.unsqueeze(-1), lowest).amax(1) * sequence.any(1, keepdim=True)
+        for sequence in mask.unbind(1)
+    ]
+    return torch.stack(pooled, 1)
+
+
+def _last(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(mask.shape[-1], device=mask.device)
+    last = (positions * mask).amax(-1, keepdim=True)
+    return ((positions == last) & mask).float()
+
+
+class Pooling(NamedTuple):
+    """One way to pool the prompt.
+
+    Attributes:
+        rule: from the hidden states (batch, tokens, d), the mask (batch, sequences, tokens) and the query, the weight of
+            each token, (batch, sequences, tokens); it must give zeros for a sequence without prompt tokens.
+        is_weighted: whether the rule gives weights, rather than the pooled vectors (batch, sequences, d) themselves.
+        has_query: whether the generator has a query w, (d,), that the rule takes as its third argument.
+    """
+
+    rule: Callable[..., torch.Tensor]
+    is_weighted: bool = True
+    has_query: bool = False
+
+
+POOLINGS: dict[str, Pooling] = {
+    "attention": Pooling(_attention, has_query=True),
+    "mean": Pooling(_mean),
+    "max": Pooling(_max, is_weighted=False),
+    "last": Pooling(_last),
+}
+"""All poolings by the name that `ParaConfig` takes."""
 
 
 def rms_normalise(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -122,8 +152,8 @@ class VectorGenerator(nn.Module):
     """Makes a block's adjusting vectors from its prompt: l_m = 1 + U_m act(D norm(pool(h)) / √d), for each target m.
 
     D, (r, d), is shared by the targets of the block, each of which has its own U_m, (outputs, r); there are no biases.
-    With one generator a block this is 32·12·(4096 + 4096 + 4096 + 11008) = 8,945,664 parameters on LLaMA-2-7B at r=12
-    [ours, to match the 8.9M of S]; attention pooling adds its query, d a block. U_m starts at zero, so l = 1, and D with
+    With one generator per block this is 32·12·(4096 + 4096 + 4096 + 11008) = 8,945,664 parameters on LLaMA-2-7B at r=12
+    [ours, to match the 8.9M of S]; attention pooling adds its query, d per block. U_m starts at zero, so l = 1, and D with
     the standard deviation 1 [ours].
 
     The factors 1/√d keep the bottleneck near unit scale, and they slow D and w down [ours]. Adam moves each parameter by
@@ -155,7 +185,7 @@ class VectorGenerator(nn.Module):
         self.prompt_end = prompt_end
         self.down = nn.Parameter(torch.randn(r, in_features))
         self.targets: list[str] = []
-        self.query = nn.Parameter(torch.zeros(in_features)) if pooling == "attention" else None
+        self.query = nn.Parameter(torch.zeros(in_features)) if POOLINGS[pooling].has_query else None
         self.activation = RationalActivation() if activation == RATIONAL else ACT2FN[activation]
         self.dropout = nn.Dropout(dropout)
 
@@ -185,8 +215,8 @@ class VectorGenerator(nn.Module):
         return self._vectors(hidden, mask, dict(self.named_parameters()), self.activation)
 
     @property
-    def kind(self) -> tuple[Any, ...]:
-        """What generators have in common that `of_rows` can compute together."""
+    def stack_key(self) -> tuple[Any, ...]:
+        """What generators have in common that `batched` can compute together."""
         if "forward" in vars(self) or self._forward_pre_hooks or self._forward_hooks:
             return (self,)  # someone, such as what loads offloaded weights, waits for its own call
         outputs = tuple((name, len(getattr(self, f"up_{name}"))) for name in self.targets)
@@ -194,7 +224,7 @@ class VectorGenerator(nn.Module):
         return self.pooling, type(self.activation), self.dropout.p, self.prompt_end, shape, outputs
 
     @staticmethod
-    def of_rows(
+    def batched(
         generators: Sequence[VectorGenerator], hidden: torch.Tensor, mask: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Returns what `forward` does, for rows that each have a generator of their own.
@@ -202,7 +232,7 @@ class VectorGenerator(nn.Module):
         The parameters are stacked, so that the number of operations is that of one generator.
 
         Args:
-            generators: the generator of each row, all of one kind.
+            generators: the generator of each row, all with the same `stack_key`.
             hidden: the block's hidden states, (batch, tokens, d).
             mask: which tokens are the prompt of which sequence, bool (batch, sequences, tokens).
         """

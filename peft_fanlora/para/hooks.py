@@ -1,4 +1,4 @@
-"""Tells the layers which call of the model is running, whoever makes it.
+"""Forward hooks that find the prompt of each call of the model and tell the layers.
 
 Hooks on the adapted model find the prompt of each call and store its vectors on the cache that the call filled. They
 sit on the model rather than on the tuner, because PEFT calls the model directly where a config has no task type, and
@@ -20,7 +20,7 @@ from ..serving.tenants import adapted_modules
 from .caches import CachedVectors, cache_in, holds_tokens, is_compiled_step, usable
 from .inputs import inputs_of
 from .prompt import Prompt, causal_prompt, whole_input
-from .state import ParaState, PromptPass
+from .state import Call, ParaState
 from .wrappers import (
     CHECKPOINT_FUNCTION,
     PromptKeepingCheckpoint,
@@ -42,7 +42,6 @@ class CallHooks:
     def __init__(self, model: Any, state: ParaState) -> None:
         self.model = model
         self.state = state
-        self.watched: list[nn.Module] = []
         self.handles: list[Any] = []
         config = getattr(model, "config", None)
         self.has_encoder_and_decoder = bool(getattr(config, "is_encoder_decoder", False))
@@ -53,9 +52,8 @@ class CallHooks:
         """Puts the hooks on the model and on each pretrained model inside of it that has none yet."""
         parts = [self.model, *(part for part in self.model.modules() if isinstance(part, PreTrainedModel))]
         for part in parts:
-            if any(part is watched for watched in self.watched):
+            if any(getattr(hook, "__self__", None) is self for hook in part._forward_pre_hooks.values()):
                 continue
-            self.watched.append(part)
             self.handles.append(part.register_forward_pre_hook(self.before, with_kwargs=True))
             self.handles.append(part.register_forward_hook(self.after, with_kwargs=True, always_call=True))
         if _can_generate(self.model) and not isinstance(self.model.generate, PromptKeepingGenerate):
@@ -74,7 +72,7 @@ class CallHooks:
             del self.model.generate
             if generate.wrapped is not None:
                 self.model.generate = generate.wrapped
-        self.handles, self.watched = [], []
+        self.handles = []
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Opens a call: finds its prompt, or its vectors on the cache.
@@ -125,7 +123,7 @@ class CallHooks:
             self._keep(call, cache, named.get("input_ids"))
 
     @torch.compiler.disable
-    def _keep(self, call: PromptPass, cache: Any, ids: torch.Tensor | None) -> None:
+    def _keep(self, call: Call, cache: Any, ids: torch.Tensor | None) -> None:
         """Stores a call's vectors on the cache that it filled."""
         tokens, generation = call.tokens or 0, self.state.current.generation
         length = max((prompt.length(tokens) for prompt in call.prompts.values()), default=tokens)
@@ -142,7 +140,7 @@ class CallHooks:
             continued=tokens > length,
         ).keep_on(cache, self.has_encoder_and_decoder)
 
-    def _open(self, module: nn.Module, named: dict[str, Any]) -> PromptPass:
+    def _open(self, module: nn.Module, named: dict[str, Any]) -> Call:
         rows = self.state.current.rows
         adapters = self.state.active_adapters()
         cache = cache_in(named)
@@ -150,7 +148,7 @@ class CallHooks:
         if not adapters or self.state.current.measuring:
             if kept is not None:
                 kept.lost = True  # tokens of the base model follow
-            return PromptPass()
+            return Call()
         named, choices = choices_as_rows(module, named)
         prompt_mask = named.get("prompt_mask")
         if rows is not None:
@@ -164,7 +162,7 @@ class CallHooks:
         return self._fill(module, named, adapters, rows, prompt_mask)
 
     def _is_filled(self, cache: Any, kept: CachedVectors | None, tokens: int | None) -> bool:
-        """Says whether a call of so many tokens a row goes on from what a cache holds."""
+        """Whether a call of so many tokens a row goes on from what a cache holds."""
         if kept is None:
             return holds_tokens(cache)
         length: Any = None if self.has_encoder_and_decoder else kept.length(cache)
@@ -186,7 +184,7 @@ class CallHooks:
         adapters: tuple[str, ...],
         rows: tuple[str, ...] | None,
         prompt_mask: torch.Tensor | None,
-    ) -> PromptPass:
+    ) -> Call:
         """Opens a call that goes on from a filled cache.
 
         Raises:
@@ -207,7 +205,7 @@ class CallHooks:
                 ids, mask = rest
                 brought = None if tokens is None else tokens - again
                 self._refuse_longer_prompt(kept, cached + again, brought, ids, mask)
-        return PromptPass(adapters, expected, batch=batch, tokens=tokens, vectors=kept.vectors, from_cache=True)
+        return Call(adapters, expected, batch=batch, tokens=tokens, vectors=kept.vectors, from_cache=True)
 
     def _refuse_longer_prompt(
         self,
@@ -256,7 +254,7 @@ class CallHooks:
         adapters: tuple[str, ...],
         rows: tuple[str, ...] | None,
         prompt_mask: torch.Tensor | None,
-    ) -> PromptPass:
+    ) -> Call:
         """Opens a call that makes the vectors of its prompt."""
         batch, tokens = _token_shape(named)
         ends = self.state.prompt_ends(adapters)
@@ -284,9 +282,9 @@ class CallHooks:
             )
         if rows is not None:
             if batch is None and module is not self.model and self.model.main_input_name not in named:
-                return PromptPass(adapters, has_no_rows=True)
+                return Call(adapters, has_no_rows=True)
             rows = self._rows_for(rows, rows_and_tokens(self.model, named)[0] if batch is None else batch)
-        return PromptPass(adapters, rows, prompts, batch, tokens=tokens, segments=segments, memory=memory)
+        return Call(adapters, rows, prompts, batch, tokens=tokens, segments=segments, memory=memory)
 
     def _find_rows(
         self, named: dict[str, Any], rows: tuple[str, ...] | None, batch: int | None, tokens: int | None

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..serving.layers import is_observed
 from .config import ParaConfig
 from .generator import VectorGenerator
-from .state import ParaState, PromptPass
+from .state import Call, ParaState
 from .targets import OutputSlices
 
 
@@ -34,7 +34,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(module, BaseTunerLayer) or not all(isinstance(size, int) for size in shape):
         raise TypeError(
-            f"PARA scales the output of linear layers, and {type(module).__name__} is none: choose target_modules that "
+            f"PARA scales the output of linear layers, and {type(module).__name__} is not one: choose target_modules that "
             "name linear layers."
         )
     return shape  # type: ignore[return-value]
@@ -67,7 +67,7 @@ class ParaBlock:
 
     Whichever of an adapter's layers a call reaches first makes the vectors of all of them, from its own input: the
     hidden states with which the block begins. That happens inside of the layer's `forward`, so that gradient checkpointing, which
-    runs the block once more, makes them once more.
+    runs the block again, makes them again.
 
     Attributes:
         name: the block's name in the model.
@@ -89,7 +89,7 @@ class ParaBlock:
         """Returns the generator of an adapter that has a target in the block."""
         return cast(VectorGenerator, self.owners[adapter].para_generator[adapter])
 
-    def vector_for(self, layer: ParaLayer, call: PromptPass, hidden: torch.Tensor) -> torch.Tensor | None:
+    def vector_for(self, layer: ParaLayer, call: Call, hidden: torch.Tensor) -> torch.Tensor | None:
         """Returns a layer's vector, and keeps it in the call.
 
         Several active adapters multiply; in a mixed batch each row takes the vector of its own adapter.
@@ -108,8 +108,8 @@ class ParaBlock:
         groups: dict[Any, list[str]] = {}
         for adapter in adapters:
             if (self.name, adapter) not in call.made:
-                kind = adapter if call.rows is None else self.generator(adapter).kind
-                groups.setdefault(kind, []).append(adapter)
+                stack_key = adapter if call.rows is None else self.generator(adapter).stack_key
+                groups.setdefault(stack_key, []).append(adapter)
         for group in groups.values():
             made = self._make_vectors(layer, group, call, hidden)
             call.made.update({(self.name, adapter): made for adapter in group})
@@ -124,11 +124,11 @@ class ParaBlock:
         return vector
 
     def _make_vectors(
-        self, layer: ParaLayer, adapters: list[str], call: PromptPass, hidden: torch.Tensor
+        self, layer: ParaLayer, adapters: list[str], call: Call, hidden: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Returns the vectors for the targets in the block: of one adapter, or of some of a mixed batch.
 
-        In a mixed batch these are adapters whose generators are of one kind, and the rows of all others have 1.
+        In a mixed batch these are adapters whose generators have the same `stack_key`, and the rows of all others have 1.
 
         Raises:
             ValueError: the hidden states do not have the tokens that the prompt mask speaks of.
@@ -147,14 +147,14 @@ class ParaBlock:
         own = [row for row, name in enumerate(call.rows) if name in adapters]
         generators = [self.generator(call.rows[row]) for row in own]
         if len(own) == len(hidden):
-            return VectorGenerator.of_rows(generators, hidden, mask)
+            return VectorGenerator.batched(generators, hidden, mask)
         rows = torch.tensor(own, device=hidden.device)
         return {
             target: vector.new_ones(hidden.shape[0], *vector.shape[1:]).index_copy(0, rows, vector)
-            for target, vector in VectorGenerator.of_rows(generators, hidden[rows], mask[rows]).items()
+            for target, vector in VectorGenerator.batched(generators, hidden[rows], mask[rows]).items()
         }
 
-    def _prompt_states(self, layer: ParaLayer, call: PromptPass, hidden: torch.Tensor) -> torch.Tensor:
+    def _prompt_states(self, layer: ParaLayer, call: Call, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the hidden states to pool, (batch, tokens, d)."""
         if self.reads_memory:
             if call.memory is None:
@@ -272,7 +272,7 @@ class ParaLayer(nn.Module, BaseTunerLayer):
             return scale(result.transpose(0, 1), vector, call.segments, in_place).transpose(0, 1)
         return scale(result, vector, call.segments, in_place)
 
-    def dimension_of_rows(self, call: PromptPass, x: torch.Tensor, rows: int) -> int:
+    def dimension_of_rows(self, call: Call, x: torch.Tensor, rows: int) -> int:
         """Returns the dimension of the layer's input or output that holds the rows of the call.
 
         Raises:

@@ -133,7 +133,7 @@ class ParaModel(TenantMixin, BaseTuner):
         if hasattr(new_module, "base_layer"):
             super()._replace_module(parent, child_name, new_module, child)
         else:
-            # What comes back has its weights. PEFT would assign them once more, and fails where an output layer is tied
+            # What comes back has its weights. PEFT would assign them again, and fails where an output layer is tied
             # to embeddings whose new tokens are trained.
             setattr(parent, child_name, new_module)
 
@@ -149,7 +149,7 @@ class ParaModel(TenantMixin, BaseTuner):
         return self._state.blocks[name]
 
     def _in_decoder(self, block_name: str) -> bool:
-        """Says whether a block belongs to the decoder of an encoder-decoder model."""
+        """Whether a block belongs to the decoder of an encoder-decoder model."""
         if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             return False
         block = self.model.get_submodule(block_name)

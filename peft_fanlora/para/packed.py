@@ -12,7 +12,7 @@ import torch
 
 from ..serving.continuous_batching import Request
 from .prompt import Inputs, causal_prompt
-from .state import ParaState, PromptPass, Vectors
+from .state import Call, ParaState, Vectors
 
 
 class PackedStep:
@@ -27,10 +27,10 @@ class PackedStep:
         self.requests = requests
         self.kept = kept
         self.new = [index for index, request in enumerate(requests) if request.begins]
-        self.call: PromptPass | None = None
+        self.call: Call | None = None
         self._identifiers = [request.identifier for request in requests]
 
-    def open(self, input_ids: torch.Tensor, adapters: tuple[str, ...], state: ParaState) -> PromptPass:
+    def open(self, input_ids: torch.Tensor, adapters: tuple[str, ...], state: ParaState) -> Call:
         """Opens the step's call.
 
         Args:
@@ -40,7 +40,7 @@ class PackedStep:
         """
         device, lengths = input_ids.device, [request.num_tokens for request in self.requests]
         starts = [0, *accumulate(lengths)]
-        call = PromptPass(adapters, batch=1, tokens=starts[-1], from_cache=not self.new, step=self)
+        call = Call(adapters, batch=1, tokens=starts[-1], from_cache=not self.new, step=self)
         if starts[-1] > len(lengths):
             segments = [index for index, length in enumerate(lengths) for _ in range(length)]
             call.segments = torch.tensor([segments], device=device)

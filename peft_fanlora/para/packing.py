@@ -82,7 +82,7 @@ def sequences(
 
 
 def jumps_begin_sequences(module: nn.Module, named: dict[str, Any]) -> bool:
-    """Says whether transformers takes each jump of the positions for a new sequence, in a call without a mask.
+    """Whether transformers takes each jump of the positions for a new sequence, in a call without a mask.
 
     It does where it makes a causal mask without a cache; flash attention looks for the lowest position instead.
     """
@@ -101,7 +101,7 @@ def jumps_begin_sequences(module: nn.Module, named: dict[str, Any]) -> bool:
 
 
 def is_square(attention_mask: Any, tokens: int) -> bool:
-    """Says whether a mask tells for each token which others it sees."""
+    """Whether a mask tells for each token which others it sees."""
     return (
         isinstance(attention_mask, torch.Tensor)
         and attention_mask.dim() == 4

@@ -191,6 +191,6 @@ def _check_found(
         f"PARA cannot tell where the prompt ends in {int(missing.sum())} of {int(trained_on.sum())} training sequences, "
         "and must not read the answer: the call has no prompt_mask, the config's prompt_end_token_ids did not help "
         f"({looked_for}), and {labels}. Either pass prompt_mask (bool, batch x tokens) to the model, or set "
-        "ParaConfig(prompt_end_token_ids=prompt_end_token_ids_of(tokenizer)), or train on prompt-completion data, whose "
+        "ParaConfig(prompt_end_token_ids=get_prompt_end_token_ids(tokenizer)), or train on prompt-completion data, whose "
         "prompts are labelled -100."
     )

@@ -27,7 +27,7 @@ Vectors = dict[str, torch.Tensor | None]
 class Step(Protocol):
     """A step of continuous batching, as a call sees it: `packed.PackedStep`."""
 
-    def open(self, input_ids: torch.Tensor, adapters: tuple[str, ...], state: ParaState) -> PromptPass:
+    def open(self, input_ids: torch.Tensor, adapters: tuple[str, ...], state: ParaState) -> Call:
         """Opens the step's call."""
 
     def prompts_in(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ class Step(Protocol):
 
 
 @dataclass
-class PromptPass:
+class Call:
     """One call of the model, as its target layers see it.
 
     Attributes:
@@ -76,8 +76,8 @@ class PromptPass:
         """All tokens of the call; None where that is unknown."""
         return None if self.batch is None or self.tokens is None else self.batch * self.tokens
 
-    def renewed(self) -> PromptPass:
-        """Returns the same call before its vectors were made: checkpointing makes them once more, with gradients."""
+    def without_vectors(self) -> Call:
+        """Returns the same call before its vectors were made: checkpointing makes them again, with gradients."""
         return self if self.from_cache else replace(self, vectors={}, made={})
 
 
@@ -94,7 +94,7 @@ class Text:
     expected: int
 
     def begins(self, input_ids: torch.Tensor) -> bool:
-        """Says whether each row begins with the prompt; each row of the prompt may have been repeated."""
+        """Whether each row begins with the prompt; each row of the prompt may have been repeated."""
         own, batch = self.prompt, input_ids.shape[0]
         if input_ids.shape[1] < own.shape[1] or batch % own.shape[0]:
             return False
@@ -155,7 +155,7 @@ class Generation:
 
 
 class _Current(threading.local):
-    call: PromptPass | None = None
+    call: Call | None = None
     owner: Any = None
     generation: Generation | None = None
     rows: tuple[str, ...] | None = None
@@ -219,7 +219,7 @@ class ParaState:
         return [name for name in call.rows for _ in range(len(x) // rows)]
 
     @contextmanager
-    def using(self, call: PromptPass) -> Iterator[None]:
+    def using(self, call: Call) -> Iterator[None]:
         """Makes a call the current one of this thread, for as long as the context lasts."""
         before, self.current.call = self.current.call, call
         try:

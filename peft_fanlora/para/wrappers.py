@@ -45,7 +45,7 @@ class PromptKeepingCheckpoint:
             )
 
         def under_this_call(*block_args: Any, **block_kwargs: Any) -> Any:
-            with self.state.using(call.renewed()):
+            with self.state.using(call.without_vectors()):
                 return function(*block_args, **block_kwargs)
 
         return self.checkpoint(under_this_call, *args, **kwargs)

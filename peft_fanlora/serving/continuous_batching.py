@@ -310,5 +310,5 @@ def _keep_prompts_whole(scheduler: Any, note: Callable[[Exception], None]) -> No
 
 
 def is_paged(kwargs: dict[str, Any]) -> bool:
-    """Says whether a call of a model is one of continuous batching, by its cache."""
+    """Whether a call of a model is one of continuous batching, by its cache."""
     return isinstance(kwargs.get("cache"), PagedAttentionCache)

@@ -1,4 +1,4 @@
-"""A card's file: its parts by this package are written anew at each save, all else in it is the user's."""
+"""A card's file: its parts by this package are rewritten at each save, all else in it is the user's."""
 
 import re
 from collections.abc import Iterable
@@ -90,7 +90,7 @@ def write(folder: Path, part: Part, *, is_new: bool, tags: Iterable[str] = ()) -
 def _begin(subject: str, closed: bool = True) -> str:
     start = f"<!-- peft_fanlora: {subject}"
     return (
-        f"{start}. Each save writes this anew, down to the next such line; your own text goes outside. -->"
+        f"{start}. Each save rewrites this, down to the next such line; your own text goes outside. -->"
         if closed
         else start
     )
