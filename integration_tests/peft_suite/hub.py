@@ -249,9 +249,7 @@ ADAPTERS: dict[str, Adapter] = {
     "peft-internal-testing/tiny_GPT2ForTokenClassification-lora": Adapter(
         "peft-internal-testing/tiny-random-gpt2", "AutoModelForTokenClassification", "TOKEN_CLS"
     ),
-    "peft-internal-testing/tiny_OPTForFeatureExtraction-lora": Adapter(
-        OPT, "AutoModelForCausalLM", "FEATURE_EXTRACTION"
-    ),
+    "peft-internal-testing/tiny_OPTForFeatureExtraction-lora": Adapter(OPT, "AutoModel", "FEATURE_EXTRACTION"),
     "peft-internal-testing/tiny_WhisperForConditionalGeneration-lora": Adapter(
         "openai/whisper-tiny", "WhisperForConditionalGeneration"
     ),

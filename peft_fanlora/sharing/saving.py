@@ -15,6 +15,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME
 
 
@@ -115,7 +116,8 @@ def _ours(model: PeftModel, selected: Iterable[str] | None) -> list[str]:
     """Returns the names of those adapters that are to be saved and have a card of ours, "default" first."""
     configs = model.peft_config
     names = configs if selected is None else selected
-    ours = [name for name in names if name in configs and _card_of(type(configs[name]))]
+    types: Any = {name: configs[name].peft_type for name in names if name in configs}
+    ours = [name for name, peft_type in types.items() if _card_of(PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type, object))]
     return sorted(ours, key=lambda name: name != "default")
 
 
