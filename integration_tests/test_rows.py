@@ -147,6 +147,33 @@ def test_generation_of_an_encoder_that_puts_the_tokens_first(options: dict[str, 
         assert mixed.chunk(2)[row].equal(model.generate(input_ids=batch[row : row + 1], **options))
 
 
+def whisper() -> PeftModel:
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "num_mel_bins": 8, "max_source_positions": 10}
+    heads = {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")} | {"max_target_positions": 20}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    config = tf.WhisperConfig(
+        vocab_size=VOCAB, encoder_ffn_dim=24, decoder_ffn_dim=24, **sizes, **heads, **ids, begin_suppress_tokens=None
+    )
+    return made(tf.WhisperForConditionalGeneration, config)
+
+
+@pytest.mark.parametrize("rows", [2, 4, 10])
+@pytest.mark.parametrize("architecture", ["whisper", "vit"])
+def test_models_that_read_no_text(architecture: str, rows: int) -> None:
+    """In Whisper's first layer the sound is a small part beside the positions, which all rows share."""
+    if architecture == "whisper":
+        batch = {"input_features": torch.randn(rows, 8, 20), "decoder_input_ids": ids(rows, rows)}
+        check(whisper(), batch, by_row(batch, rows))
+    else:
+        sizes = {key: value for key, value in SMALL.items() if key != "vocab_size"}
+        batch = {"pixel_values": torch.randn(rows, 3, 8, 8)}
+        check(
+            made(tf.ViTForImageClassification, tf.ViTConfig(**sizes, image_size=8, patch_size=4)),
+            batch,
+            by_row(batch, rows),
+        )
+
+
 @pytest.mark.parametrize("rows, choices, tokens", [(2, 3, 7), (2, 2, 2)])
 def test_multiple_choice(rows: int, choices: int, tokens: int) -> None:
     model = made(tf.BertForMultipleChoice, tf.BertConfig(**SMALL))
