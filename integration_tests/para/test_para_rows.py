@@ -56,6 +56,18 @@ def test_tokens_first(architecture: str, rows: int, tokens: int) -> None:
     check(model, batch, rows)
 
 
+@pytest.mark.parametrize("rows", [2, 4, 10])
+def test_models_that_read_no_text(rows: int) -> None:
+    """As many images as each of them has patches were refused."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = tf.ViTConfig(**sizes, image_size=12, patch_size=4)  # nine patches and a class
+    check(
+        made(tf.ViTForImageClassification, config, ["q_proj", "v_proj"]),
+        {"pixel_values": torch.randn(rows, 3, 12, 12)},
+        rows,
+    )
+
+
 def test_experts_are_refused() -> None:
     batch = {"input_ids": ids(2, 7), "decoder_input_ids": ids(2, 5)}
     model = made(tf.SwitchTransformersForConditionalGeneration, SWITCH, ["q", "v", "wi"])

@@ -290,7 +290,10 @@ class CallHooks:
         self, named: dict[str, Any], rows: tuple[str, ...] | None, batch: int | None, tokens: int | None
     ) -> None:
         """Finds out where the layers see the rows, where the shapes of a call may leave that open."""
-        if batch is None or batch < 2 or not (rows or batch in (tokens, rows_and_tokens(self.model, named)[1])):
+        found, tokens_of_decoder = rows_and_tokens(self.model, named)
+        # How many tokens images and sounds become is not known before.
+        is_open = rows or batch in (None, tokens, tokens_of_decoder)
+        if not is_open or (found if batch is None else batch) in (None, 0, 1):
             return
         current = self.state.current
         current.measuring = True
