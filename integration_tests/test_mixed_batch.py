@@ -572,7 +572,7 @@ def test_a_call_repeats_no_rows_though_generate_would() -> None:
     """With beams in its generation config, a model took four rows for the beams of one in plain calls too."""
     model = tenants()
     model.base_model.model.generation_config.num_beams = 4
-    with torch.no_grad(), pytest.raises(ValueError, match="2 names, but the call has 8 rows"):
+    with torch.no_grad(), pytest.raises(ValueError, match="but got 2 and 8 respectively"):
         model(**TINY["llama"].batch(rows=8), adapter_names=["default", "two"])
 
 
@@ -586,8 +586,8 @@ def test_what_fails_leaves_no_hook_and_says_why() -> None:
     assert hooks == hooks[:1] * 3
     for names, message in [
         (["thrid", "default"], r"non-existing adapter\(s\): thrid. The adapters are .*'two'.*__base__"),
-        (["default"] * 3, "adapter_names has 3 names, but the call has 2 rows"),
-        (["default"], "adapter_names has 1 names, but the call has 2 rows"),
+        (["default"] * 3, "but got 3 and 2 respectively"),
+        (["default"], "but got 1 and 2 respectively"),
         ("default", "pass a list with the adapter's name for each row"),
         ([1, 2], "pass a list with the adapter's name for each row"),
     ]:

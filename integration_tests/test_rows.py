@@ -311,5 +311,5 @@ def test_rows_doubled_for_guidance_are_refused() -> None:
         return {name: torch.cat([value] * 2) if name == "input_ids" else value for name, value in inputs.items()}
 
     base.prepare_inputs_for_generation = doubled
-    with pytest.raises(ValueError, match="2 names, but the call has 4 rows"):
+    with pytest.raises(ValueError, match="but got 2 and 4 respectively"):
         model.generate(input_ids=ids(2, 5), adapter_names=["default", "two"], max_new_tokens=2)

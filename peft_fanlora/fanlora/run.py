@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..serving.call import choices_as_rows, expansion, given_rows, row_of_each_item, rows_and_tokens
@@ -91,6 +92,8 @@ class Run:
             return NoAdapters(len(x) if isinstance(x, torch.Tensor) else len(self.batch.names))
         if len(set(names)) == 1:
             return names[:1] * len(x)
+        if isinstance(module, LoraLayer) and type(module)._check_forward_args is not LoraLayer._check_forward_args:
+            return names  # PEFT says that this layer mixes no adapters
         rows = self.rows_of(module, x)
         if isinstance(rows, list):
             return [names[row] for row in rows]
@@ -137,8 +140,8 @@ class PackedRun(Run):
 def wrong_length(names: Sequence[str], rows: int) -> ValueError:
     """Returns the error of a call that has other rows than there are names for."""
     return ValueError(
-        f"adapter_names has {len(names)} names, but the call has {rows} rows: pass one name for each row, {BASE_ROWS!r} "
-        "for those without an adapter."
+        f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {rows} respectively: "
+        f"pass one name for each row, {BASE_ROWS!r} for those without an adapter."
     )
 
 

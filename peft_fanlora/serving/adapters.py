@@ -45,8 +45,8 @@ def require_usable_names(model: nn.Module, new: str, names: Collection[str], own
     Args:
         model: the model to adapt.
         new: the name of the new adapter.
-        names: the names of all its adapters. A single one may have a name that the method uses in its own layers.
-        own_parts: those names.
+        names: the names of all its adapters. A single one may have the name of a part: there are no others to mix it up with.
+        own_parts: the names that the method uses in its own layers.
 
     Raises:
         ValueError: the name is empty, has a dot or is the name of a part.
@@ -55,8 +55,8 @@ def require_usable_names(model: nn.Module, new: str, names: Collection[str], own
         raise ValueError(
             f"adapter_name={new!r} is empty or contains a dot, which parameter names cannot: leave it out."
         )
-    parts = _PEFT_PARTS.union(_parts_of(model))
-    refused = [new] if new in parts else [name for name in names if name in own_parts and len(names) > 1]
+    parts = _PEFT_PARTS.union(_parts_of(model), own_parts) if len(names) > 1 else _PEFT_PARTS
+    refused = [name for name in (new, *names) if name in parts]
     if refused:
         raise ValueError(
             f"adapter_name={refused[0]!r} is also the name of a part of this model. PEFT would take that part's parameters "
