@@ -380,7 +380,7 @@ def test_engines_that_hold_on_to_parameters_are_refused(
         next(model.parameters()).device_mesh = "as a DTensor has one"
     else:
         setattr(trainer, engine, True)
-    monkeypatch.setattr("peft_fanlora.fanlora.callback._running_trainer", lambda callback: trainer)
+    monkeypatch.setattr("peft_fanlora.fanlora.callback._calling_trainer", lambda callback: trainer)
     callback = FanLoraCallback(CALIBRATION, keep=2)
     with pytest.raises(
         ValueError, match=r"cannot prune under FSDP, tensor parallelism or DeepSpeed.*a single process"

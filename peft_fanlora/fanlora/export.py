@@ -17,6 +17,7 @@ from .config import FanLoraConfig
 from .model import FanLoraModel
 from .modules import adapted_layers, exact_names, is_linear
 from .reading import read_back
+from .scoring import usable_adapter
 
 
 _HEADS = {"classifier", "score"}
@@ -51,7 +52,7 @@ def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, ada
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, FanLoraModel):
         raise ValueError(f"export_lora needs a PeftModel with a FanLoRA adapter, not a {type(model).__name__}.")
-    adapter_name = tuner._require_usable_adapter(adapter_name)
+    adapter_name = usable_adapter(tuner, adapter_name)
     config = tuner.peft_config[adapter_name]
     layers = adapted_layers(tuner.model, adapter_name)
     _refuse_more_than_plain_lora(config, layers, adapter_name)
