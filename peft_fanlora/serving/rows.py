@@ -47,6 +47,7 @@ class RowPlaces:
     def __init__(self) -> None:
         self._measured: weakref.WeakKeyDictionary[nn.Module, Place | None] = weakref.WeakKeyDictionary()
         self._tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._some_have_none = False  # looked at for each layer at each token
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -69,6 +70,7 @@ class RowPlaces:
                 return  # FSDP does not take a call within a call
             try:
                 self._measured.update(_measured(model, new, inputs))
+                self._some_have_none = None in self._measured.values()
             except Exception as error:
                 logger.debug("%s cannot run on made-up rows: %r", type(model).__name__, error)
 
@@ -78,7 +80,7 @@ class RowPlaces:
 
     def has_none(self, layer: nn.Module) -> bool:
         """Whether a layer is known to see something else than rows."""
-        return self._measured.get(layer, Place(0)) is None
+        return self._some_have_none and self._measured.get(layer, Place(0)) is None
 
     def dimension(self, layer: nn.Module, shape: torch.Size, rows: int, tokens: int | None) -> int | None:
         """Returns the dimension of a layer's input that holds the rows; None where that is not certain.
