@@ -25,8 +25,8 @@ from torch import nn
 from ..serving.call import given_rows, named_arguments
 from ..serving.layers import is_observed
 from ..serving.rows import RowPlaces
-from ..serving.tenants import BASE_ROWS, adapted_modules
-from .run import PackedRun, Run, wrong_length
+from ..serving.tenants import BASE_ROWS, adapted_modules, wrong_length
+from .run import PackedRun, Run
 from .stacks import AdapterStack, SharedAdapter, Slots, is_plain
 
 

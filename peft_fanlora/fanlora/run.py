@@ -12,7 +12,7 @@ from torch import nn
 
 from ..serving.call import choices_as_rows, expansion, given_rows, row_of_each_item, rows_and_tokens
 from ..serving.rows import RowPlaces
-from ..serving.tenants import BASE_ROWS
+from ..serving.tenants import BASE_ROWS, wrong_length
 
 
 class Batch(Protocol):
@@ -135,14 +135,6 @@ class PackedRun(Run):
             "Continuous batching mixes adapters, but it is not certain to which request each entry of an input of the "
             f"shape {tuple(x.shape)} belongs: leave the experts of a mixture out of target_modules, or use `generate`."
         )
-
-
-def wrong_length(names: Sequence[str], rows: int) -> ValueError:
-    """Returns the error of a call that has other rows than there are names for."""
-    return ValueError(
-        f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {rows} respectively: "
-        f"pass one name for each row, {BASE_ROWS!r} for those without an adapter."
-    )
 
 
 class NoAdapters(Sequence[str]):

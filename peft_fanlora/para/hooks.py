@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..serving.call import choices_as_rows, named_arguments, rows_and_tokens
 from ..serving.continuous_batching import is_paged
-from ..serving.tenants import adapted_modules
+from ..serving.tenants import adapted_modules, wrong_length
 from .caches import CachedVectors, cache_in, holds_tokens, is_compiled_step, usable
 from .inputs import inputs_of
 from .prompt import Prompt, causal_prompt, whole_input
@@ -312,11 +312,7 @@ class CallHooks:
             return rows
         generation = self.state.current.generation
         if generation is None or batch != len(rows) * generation.expansion:
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(rows)} and {batch} respectively: pass one name for each row, "
-                "'__base__' for those without an adapter."
-            )
+            raise wrong_length(rows, batch)
         return tuple(name for name in rows for _ in range(generation.expansion))
 
     def _keep_prompts_in_checkpoints(self) -> None:

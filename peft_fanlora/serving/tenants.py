@@ -6,7 +6,7 @@ it does so here, the adapters that are not concerned are taken out of the layers
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 BASE_ROWS = "__base__"
 """The name that PEFT gives to rows without an adapter."""
+
+
+def wrong_length(names: Sequence[str], rows: int) -> ValueError:
+    """Returns the error of a call that has other rows than there are names for."""
+    return ValueError(
+        f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {rows} respectively: "
+        f"pass one name for each row, {BASE_ROWS!r} for those without an adapter."
+    )
 
 
 def load_tenant(model: PeftModel, model_id: Any, adapter_name: str, **kwargs: Any) -> Any:
