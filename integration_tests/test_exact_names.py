@@ -12,7 +12,7 @@ from tiny_models import TINY, randomize
 from torch import nn
 
 from peft_fanlora import FanLoraConfig, FanLoraModel, FanLoraSetting, export_lora
-from peft_fanlora.fanlora.modules import adapted_layers
+from peft_fanlora.fanlora.candidates import adapted_layers
 
 
 class Stack(nn.Module):

@@ -13,7 +13,7 @@ from tiny_models import TINY, adapted, logits, randomize
 from torch import nn
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, load_tenant
-from peft_fanlora.fanlora.modules import lora_modules
+from peft_fanlora.fanlora.candidates import lora_modules
 
 
 BATCH = TINY["llama"].batch()

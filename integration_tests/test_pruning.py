@@ -10,8 +10,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting
+from peft_fanlora.fanlora.candidates import lora_modules
 from peft_fanlora.fanlora.gates import module_gates
-from peft_fanlora.fanlora.modules import lora_modules
 
 
 def setting_of(model: PeftModel, keep: slice = slice(None, None, 3)) -> FanLoraSetting:
@@ -239,27 +239,6 @@ class TestRefusals:
         logits(model, TINY["llama"].batch())
         handle.remove()
         model.prune_modules(setting)
-
-    def test_in_the_middle_of_the_base_model_s_forward_in_another_thread(self) -> None:
-        import threading
-
-        model = adapted()
-        setting = setting_of(model)
-        inside, done = threading.Event(), threading.Event()
-
-        def hook(module: nn.Module, inputs: Any) -> None:
-            inside.set()
-            done.wait(timeout=20)
-
-        model.get_base_model().model.layers[1].mlp.register_forward_pre_hook(hook)
-        thread = threading.Thread(target=logits, args=(model.get_base_model(), TINY["llama"].batch()))
-        thread.start()
-        assert inside.wait(timeout=20)
-        try:
-            self.refused(model, setting, RuntimeError, "in the middle of a call")
-        finally:
-            done.set()
-            thread.join()
 
     def test_an_adapter_without_linear_layers(self) -> None:
         model = adapted("llama", target_modules=["embed_tokens"])

@@ -18,7 +18,7 @@ from quality.experiments import Run, Scoring, Search, Store, known, pending, rea
 from tiny_models import TINY
 from trainers.trainer_models import tokenizer
 
-from peft_fanlora.fanlora.modules import candidates, num_parameters_per_rank
+from peft_fanlora.fanlora.candidates import candidates, num_parameters_per_rank
 
 
 EXPERIMENTS = """

@@ -16,8 +16,8 @@ from tiny_models import TINY, adapted, logits, randomize
 from torch.utils.data import DataLoader, IterableDataset
 
 from peft_fanlora import ImportanceScores
+from peft_fanlora.fanlora.candidates import lora_modules
 from peft_fanlora.fanlora.importance import SCORES
-from peft_fanlora.fanlora.modules import lora_modules
 
 
 METHODS = list(SCORES)
@@ -325,7 +325,7 @@ def test_heads_embeddings_and_towers_are_no_candidates() -> None:
     """A vision tower runs once a request; its linear layers must not compete with those that run at every token."""
     import transformers
 
-    from peft_fanlora.fanlora.modules import candidates
+    from peft_fanlora.fanlora.candidates import candidates
 
     text = TINY["llama"].config
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -358,7 +358,8 @@ def test_of_a_multimodal_model_the_language_model_alone_is_chosen_among(
     """Towers and connectors of these were candidates once; the models have no memory here, and their usual sizes."""
     import transformers
 
-    from peft_fanlora.fanlora.modules import ModuleName, candidates
+    from peft_fanlora.fanlora.candidates import candidates
+    from peft_fanlora.fanlora.modules import ModuleName
 
     with torch.device("meta"):
         model = getattr(transformers, model_class)(getattr(transformers, config_class)())
