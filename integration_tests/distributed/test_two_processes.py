@@ -17,6 +17,9 @@ from integration_tests.helpers.processes import environment
 from peft_fanlora import FanLoraSetting
 
 
+pytestmark = pytest.mark.xdist_group("two_processes")  # one worker makes what its tests share
+
+
 HERE = Path(__file__).parent
 
 

@@ -1,8 +1,7 @@
 """The exported adapter is plain LoRA: PEFT alone reads it, with the same output."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from integration_tests.helpers.models import TINY, fanlora, logits
+from integration_tests.helpers.processes import OtherProcess
 from peft_fanlora import FanLoraConfig, export_lora
 from peft_fanlora.fanlora.reading import _hollow
 
 
-PLAIN_PEFT = """
-import sys, torch, transformers
-from peft import PeftModel
-base = getattr(transformers, sys.argv[1]).from_pretrained(sys.argv[2])
-model = PeftModel.from_pretrained(base, sys.argv[3]).eval()
-with torch.no_grad():
-    torch.save(model(**torch.load(sys.argv[4])).logits, sys.argv[5])
-assert "peft_fanlora" not in sys.modules
-"""
+pytestmark = pytest.mark.xdist_group("export")  # one worker makes what its tests share
+
+
+@pytest.fixture(scope="module")
+def plain_peft() -> Iterator[OtherProcess]:
+    with OtherProcess() as process:
+        yield process
 
 
 @pytest.mark.support("export as plain LoRA")
@@ -41,9 +39,12 @@ assert "peft_fanlora" not in sys.modules
     ],
     ids=str,
 )
-def test_plain_peft_loads_it_with_the_same_logits(name: str, config: dict[str, Any], tmp_path: Path) -> None:
+def test_plain_peft_loads_it_with_the_same_logits(
+    name: str, config: dict[str, Any], tmp_path: Path, plain_peft: OtherProcess
+) -> None:
     tiny = TINY[name]
-    tiny.base().save_pretrained(tmp_path / "base")
+    base = tiny.base()
+    base.save_pretrained(tmp_path / "base")
     model, batch = fanlora(name, **config), tiny.batch()
     model.prune_modules(model.score_modules([batch], num_points=2, progress=False).select(2))
     export_lora(model, tmp_path / "plain")
@@ -53,10 +54,9 @@ def test_plain_peft_loads_it_with_the_same_logits(name: str, config: dict[str, A
     assert not written["use_rslora"]
     assert not written["rank_pattern"]
     assert not written["alpha_pattern"]
-    torch.save(batch, tmp_path / "batch.pt")
-    paths = [str(tmp_path / part) for part in ("base", "plain", "batch.pt", "logits.pt")]
-    subprocess.run([sys.executable, "-c", PLAIN_PEFT, tiny.model_class, *paths], check=True)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model, batch), rtol=0, atol=1e-6)
+    found = plain_peft.logits(type(base), tmp_path / "base", tmp_path / "plain", batch)
+    torch.testing.assert_close(found, logits(model, batch), rtol=0, atol=1e-6)
+    assert plain_peft.modules == ["peft"]
 
 
 def test_a_named_adapter(tmp_path: Path) -> None:

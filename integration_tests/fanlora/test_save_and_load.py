@@ -9,17 +9,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 
 from integration_tests.helpers.models import TINY, fanlora, logits
-from integration_tests.helpers.processes import run_python
+from integration_tests.helpers.processes import OtherProcess
 from peft_fanlora import FanLoraConfig, FanLoraSetting
-
-
-NEW_PROCESS = """
-import sys, torch, peft_fanlora
-from peft import AutoPeftModelForCausalLM
-model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-with torch.no_grad():
-    torch.save(model(**torch.load(sys.argv[2])).logits, sys.argv[3])
-"""
 
 
 def saved_model(name: str, folder: Path, **config: Any) -> PeftModel:
@@ -85,10 +76,9 @@ def test_a_new_process_gives_the_same_logits(tmp_path: Path) -> None:
     model, batch = saved_model("llama", tmp_path), TINY["llama"].batch()
     prune(model)
     model.save_pretrained(tmp_path / "adapter")
-    torch.save(batch, tmp_path / "batch.pt")
-    arguments = [tmp_path / "adapter", tmp_path / "batch.pt", tmp_path / "logits.pt"]
-    run_python("-c", NEW_PROCESS, *arguments)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model, batch))
+    with OtherProcess("import peft_fanlora") as process:
+        found = process.logits(type(TINY["llama"].base()), tmp_path / "base", tmp_path / "adapter", batch)
+    assert torch.equal(found, logits(model, batch))
 
 
 def test_a_pruned_adapter_beside_another(tmp_path: Path) -> None:

@@ -427,5 +427,5 @@ class TestFilledByOthers:
         before = dict(DYNAMIC_LAYER_TYPE_MAPPING)
         _, cache = filled(para())
         assert before == DYNAMIC_LAYER_TYPE_MAPPING and isinstance(cache.layers[0], DynamicLayer)
-        assert repr(cache) == "DynamicCache(layers=[DynamicLayer, DynamicLayer])"
+        assert repr(cache) == "DynamicCache(layers=[DynamicLayer, DynamicLayer, DynamicLayer])"
         assert type(DynamicCache(config=para().config).layers[0]) is DynamicLayer

@@ -1,6 +1,7 @@
 """Every habit of PEFT's users: saving, loading, switching, mixing, removing."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,10 +10,13 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_ada
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from integration_tests.helpers.models import GREEDY, LLAMA, generate, leading, para, randomize, tiny, tokens
-from integration_tests.helpers.processes import run_python
+from integration_tests.helpers.models import GREEDY, LLAMA, generate, leading, logits, para, randomize, tiny, tokens
+from integration_tests.helpers.processes import OtherProcess
 from peft_fanlora import ParaConfig
 from peft_fanlora.para import ParaLayer
+
+
+pytestmark = pytest.mark.xdist_group("model")  # one worker makes what its tests share
 
 
 def close(a, b):
@@ -30,30 +34,23 @@ def logits_of(model, batch, adapter):
     return model(batch).logits.detach()
 
 
+@pytest.fixture(scope="module")
+def other_process() -> Iterator[OtherProcess]:
+    with OtherProcess("import peft_fanlora") as process:
+        yield process
+
+
 @pytest.mark.support("saving and loading")
 @pytest.mark.parametrize("pooling", ["attention", "mean"])
 @pytest.mark.parametrize("activation", ["gelu", "rational"])
-def test_saved_and_loaded_in_a_new_process(tmp_path, pooling, activation):
-    base = tiny("llama")
-    base.save_pretrained(tmp_path / "base")
-    model = randomize(
-        get_peft_model(
-            base,
-            ParaConfig(r=4, pooling=pooling, activation=activation, prompt_end_token_ids=[7], task_type="CAUSAL_LM"),
-        )
-    )
-    model.eval().save_pretrained(tmp_path / "adapter")
-    torch.save(model(tokens()).logits.detach(), tmp_path / "logits.pt")
-    script = f"""
-import torch
-import peft_fanlora
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r}), {str(tmp_path / "adapter")!r})
-torch.testing.assert_close(model(tokens()).logits, torch.load({str(tmp_path / "logits.pt")!r}), atol=1e-6, rtol=1e-6)
-assert model.peft_config["default"].prompt_end_token_ids == [7]
-"""
-    run_python("-c", script)
+def test_saved_and_loaded_in_another_process(tmp_path, pooling, activation, other_process):
+    model = para(pooling=pooling, activation=activation, prompt_end_token_ids=[7])
+    tiny("llama").save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    batch = tokens()
+    found = other_process.logits(tf.LlamaForCausalLM, tmp_path / "base", tmp_path / "adapter", {"input_ids": batch})
+    close(found, logits(model, batch))
+    assert ParaConfig.from_pretrained(tmp_path / "adapter").prompt_end_token_ids == [7]
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [True, False])

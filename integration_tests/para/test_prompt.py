@@ -398,6 +398,7 @@ def test_packed_sequences_with_positions_of_several_rows(rows):
     torch.manual_seed(0)
     text = {
         **LLAMA,
+        "num_attention_heads": 2,
         "head_dim": 8,
         "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
     }

@@ -21,6 +21,9 @@ from peft_fanlora.command_line import main
 from peft_fanlora.command_line.app import app
 
 
+pytestmark = pytest.mark.xdist_group("command_line")  # one worker makes what its tests share
+
+
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")

@@ -32,6 +32,9 @@ from peft_fanlora import (
 )
 
 
+pytestmark = pytest.mark.xdist_group("docs_code")  # one worker makes what its tests share
+
+
 ROOT = Path(__file__).parents[2]
 PAGES = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -12,6 +12,9 @@ import pytest
 import peft_fanlora
 
 
+pytestmark = pytest.mark.xdist_group("docs_site")  # one worker makes what its tests share
+
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -9,7 +9,10 @@ import dpo_para
 import fanlora_sft
 import multi_tenant
 import nbformat
+import para_sft
 import pytest
+import scoring
+import serving
 import torch
 import transfer_setting
 from nbclient import NotebookClient
@@ -18,6 +21,9 @@ from transformers import AutoModelForCausalLM
 from integration_tests.helpers.chat import save_tiny_chat_model
 from integration_tests.helpers.processes import run_python
 from peft_fanlora import FanLoraSetting
+
+
+pytestmark = pytest.mark.xdist_group("examples")  # one worker makes what its tests share
 
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +62,7 @@ def test_quickstart(tiny_chat_model: Path, tmp_path: Path) -> None:
 
 def test_scoring_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "new" / "scoring.json"
-    run_python("benchmarks/scoring.py", "--model", tiny_chat_model, "--steps", "1", "--output", file)
+    scoring.main(model=str(tiny_chat_model), steps=1, output=file)
     result = json.loads(file.read_text())
     assert result["modules"] == 21
     assert set(result["seconds"]) == {"path", "ablation", "sensitivity", "output_norm", "weight_norm"}
@@ -64,8 +70,7 @@ def test_scoring_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
 
 
 def test_para_example(tiny_chat_model: Path, tmp_path: Path) -> None:
-    arguments = ["--model", tiny_chat_model, "--steps", "2", "--ia3", "1e-2", "--output", tmp_path / "out"]
-    run_python("examples/para_sft.py", *arguments)
+    para_sft.main(model=str(tiny_chat_model), steps=2, ia3=1e-2, output=tmp_path / "out")
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert [result["method"] for result in results] == ["PARA", "IA3"]
     assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
@@ -136,13 +141,10 @@ def test_notebook(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_serving_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "serving.json"
-    arguments = ["--model", tiny_chat_model, "--rounds", "2", "--slow-rounds", "1", "--new-tokens", "2"]
-    arguments += ["--prompt-length", "4", "--output", file, "--plots", tmp_path]
-    options = [option for measure in ("decode", "prefill", "beams3") for option in ("--measure", measure)]
-    run_python("benchmarks/serving.py", *arguments, "--tenants", "1", "--tenants", "2", *options)
-    run_python(
-        "benchmarks/serving.py", *arguments, "--tenants", "2", "--measure", "decode"
-    )  # takes the place of the first
+    small = {"rounds": 2, "slow_rounds": 1, "new_tokens": 2, "prompt_length": 4}
+    small |= {"model": str(tiny_chat_model), "output": file, "plots": tmp_path}
+    serving.main(tenants=[1, 2], measure=[serving.Measure(name) for name in ("decode", "prefill", "beams3")], **small)
+    serving.main(tenants=[2], measure=[serving.Measure("decode")], **small)  # takes the place of the first
     results = json.loads(file.read_text())["results"]
     assert {result["ratio"] for result in results if result["method"] == "base model"} == {1}
     assert len(results) == 3 * (9 + 7)

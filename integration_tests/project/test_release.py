@@ -17,6 +17,9 @@ import yaml
 import peft_fanlora
 
 
+pytestmark = pytest.mark.xdist_group("release")  # one worker makes what its tests share
+
+
 ROOT = Path(__file__).parents[2]
 RELEASE = runpy.run_path(str(ROOT / ".github/release.py"), run_name="release")
 

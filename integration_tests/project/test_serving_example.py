@@ -13,6 +13,9 @@ from typer.testing import CliRunner
 from integration_tests.helpers.chat import save_tiny_chat_model
 
 
+pytestmark = pytest.mark.xdist_group("serving_example")  # one worker makes what its tests share
+
+
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `serve_vllm.py train` leaves for a tiny chat model."""

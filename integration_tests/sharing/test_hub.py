@@ -19,6 +19,9 @@ from integration_tests.sharing.loopback import Hub, serve
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, load_tenant
 
 
+pytestmark = pytest.mark.xdist_group("hub")  # one worker makes what its tests share
+
+
 Run = Callable[..., Any]
 both = pytest.mark.parametrize("method", ["FanLoRA", "PARA"])
 
