@@ -87,7 +87,7 @@ class Run:
 def evaluate(
     model: torch.nn.Module, dataloader: DataLoader, name: str, choices: tuple[int, ...] = ()
 ) -> dict[str, float]:
-    """Returns the loss in nats a label token, and the accuracy if the answers begin with one of some tokens.
+    """Returns the loss in nats per label token, and the accuracy if the answers begin with one of some tokens.
 
     An answer is right if its first token is the likeliest of `choices`.
     """

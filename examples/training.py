@@ -50,7 +50,7 @@ def sft_arguments(
 
 @torch.no_grad()
 def held_out_loss(trainer: SFTTrainer) -> float:
-    """Returns the loss of a trainer's model on its evaluation data, in nats a label token."""
+    """Returns the loss of a trainer's model on its evaluation data, in nats per label token."""
     trainer.model.eval()
     total, count = 0.0, 0
     for batch in trainer.get_eval_dataloader():

@@ -47,7 +47,7 @@ def save_search(store: Store, search: Search, *, best: str) -> None:
     ]
     pruned = [
         {"choice": choice, "method": "path", "loss": 3.0}
-        for choice in ("1 a layer", "2 a layer", "2 roles", "60 anywhere")
+        for choice in ("1 per layer", "2 per layer", "2 roles", "60 anywhere")
     ]
     limits = [{"choice": name, "method": name, "loss": loss} for name, loss in (("all", 2.5), ("none", 4.5))]
     store.save(
@@ -117,7 +117,7 @@ def test_differences_are_paired_over_seeds(store: Store) -> None:
 
     one_seed = frame[frame["seed"] == 0]
     single = difference(one_seed, PATH, RANDOM)
-    assert single is not None and single.half_width is None and single.verdict == "one pair: nothing to say"
+    assert single is not None and single.half_width is None and single.verdict == "one pair, no interval"
     assert mean_and_half_width(pd.Series([2.0])) == (2.0, None)
 
 
@@ -158,7 +158,7 @@ def test_the_page_says_what_is_missing(store: Store, tmp_path: Path) -> None:
     file.write_text("runs: [{seed: [0, 1, 2, 3], task: category, method: fanlora}]")
     page = results.page(store, [file])
     assert "| 3-some.yaml | 3 of 4 | category-fanlora-0.003-seed3 |" in page
-    assert "| FanLoRA, path less FanLoRA, random | mean over these tasks | -0.100 ± 0.025 |" in page
+    assert "| FanLoRA, path vs. FanLoRA, random | mean over these tasks | -0.100 ± 0.025 |" in page
     save(store, Run("category", "fanlora", 0, 1e-2), 0.5)
     rates = "| FanLoRA, path, category, 610,560 | 0.003: **0.310 ± 0.025** (3); 0.01: 0.500 (1) | lower |"
     assert rates in results.page(store, [file])
