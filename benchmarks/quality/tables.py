@@ -87,7 +87,11 @@ def _by_task(frame: pd.DataFrame, first: str, second: str) -> dict[str, Differen
 def claims(frame: pd.DataFrame, lost: pd.DataFrame) -> str:
     """Returns the outcome of each claim over all tasks and per task; `lost` has the losses after pruning in the searches."""
     kept = difference_without_retraining(lost[lost["task"] == "gloss"], "2 per layer")
-    rows = [] if kept is None else [["Before retraining, the modules that `path` keeps beat a random choice", *_claim(kept), ""]]
+    rows = (
+        []
+        if kept is None
+        else [["Before retraining, the modules that `path` keeps beat a random choice", *_claim(kept), ""]]
+    )
     for claim, (first, second) in CLAIMS.items():
         found = difference(frame, first, second)
         if found is not None:
