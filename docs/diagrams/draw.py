@@ -114,7 +114,7 @@ def fanlora() -> Figure:
     modules(axes, 50, 40.5, lambda layer, role: mixed(LORA, SCORES[layer][role]))
     step(4, 32, "c", "The best modules per layer", "the others are removed: the setting")
     modules(axes, 8, 5.5, lambda layer, role: LORA if KEPT[layer][role] else EMPTY)
-    step(46, 32, "d", "The setting is reused for all tasks", "a new adapter for each tenant")
+    step(46, 32, "d", "The setting is reused", "a new adapter for each tenant")
     for shift, (tenant, colour) in enumerate({"A": LORA, "B": ORANGE, "C": TEAL}.items()):
         x = 49 + 11.4 * shift
         modules(axes, x, 12, lambda layer, role, c=colour: c if KEPT[layer][role] else EMPTY, cell=1.45, names=False)
