@@ -231,7 +231,7 @@ def test_centred_prompts_have_the_mean_zero(tiny: dict[str, Any]) -> None:
     from quality.generators import centre, generators
     from quality.methods import adapted
 
-    from peft_fanlora.para.generator import pool
+    from peft_fanlora.para.core.generator import pool
 
     bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
     model = adapted(bench.base(0), Run("category", "para", rank=2), bench.store)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from peft import PeftModel
 
-from peft_fanlora.para.generator import VectorGenerator, pool
+from peft_fanlora.para.core.generator import VectorGenerator, pool
 
 from .tasks import Batch, on
 

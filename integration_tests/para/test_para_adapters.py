@@ -305,7 +305,7 @@ def test_injection_without_a_tuner():
     close(torch.stack(generated.logits, 1), torch.stack(expected.logits, 1))
     model = awaken(inject_adapter_in_model(ParaConfig(r=2), model, "more"), "more").eval()
     layers = [layer for layer in model.modules() if isinstance(layer, ParaLayer)]
-    assert len({id(layer.block.state) for layer in layers}) == 1
+    assert len({id(layer.block.blocks) for layer in layers}) == 1
     state = get_peft_model_state_dict(para(), adapter_name="default")
     result = set_peft_model_state_dict(model, state, "default")
     assert not result.unexpected_keys

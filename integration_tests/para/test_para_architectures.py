@@ -9,7 +9,7 @@ from torch import nn
 
 from peft_fanlora import ParaConfig
 from peft_fanlora.para import ParaLayer
-from peft_fanlora.para.targets import OutputSlices
+from peft_fanlora.para.core.slices import OutputSlices
 
 
 def close(a, b):

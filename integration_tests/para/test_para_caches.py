@@ -17,7 +17,8 @@ from transformers import DynamicCache, EncoderDecoderCache, QuantizedCache, Stat
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, Fp8QuantizedLayer
 
 from peft_fanlora import ParaConfig
-from peft_fanlora.para.caches import cache_in, holds_tokens
+from peft_fanlora.para.caches import holds_tokens
+from peft_fanlora.serving.call import cache_in
 
 
 PROMPT = 6

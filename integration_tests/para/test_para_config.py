@@ -8,10 +8,11 @@ import transformers as tf
 from para_models import LLAMA, para, tiny
 from peft import PeftConfig, PeftType, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 
 from peft_fanlora import ParaConfig, ParaModel, get_prompt_end_token_ids
 from peft_fanlora.para import VectorGenerator
-from peft_fanlora.para.generator import POOLINGS, RationalActivation, pool, rational, rms_normalise
+from peft_fanlora.para.core.generator import POOLINGS, RationalActivation, pool, rational, rms_normalise
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_long_prompts_in_bfloat16(pooling):
 
 def test_the_generators_equation():
     torch.manual_seed(0)
-    generator = VectorGenerator(6, 3, pooling="mean", activation="silu")
+    generator = VectorGenerator(6, 3, "mean", nn.SiLU())
     generator.add_target("q", 5, identity=False)
     generator.add_target("u", 7)
     hidden, mask = torch.randn(2, 4, 6), torch.ones(2, 1, 4, dtype=torch.bool)

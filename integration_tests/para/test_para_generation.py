@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from peft_fanlora import ParaConfig
-from peft_fanlora.para.generator import POOLINGS
+from peft_fanlora.para.core.generator import POOLINGS
 
 
 def teacher_forced(model, sequences, prompt_length, since=None, **kwargs):

@@ -9,7 +9,7 @@ from para_models import CAUSAL, awaken, para, tiny, tokens
 from peft import get_peft_model
 
 from peft_fanlora import ParaConfig
-from peft_fanlora.para.generator import POOLINGS
+from peft_fanlora.para.core.generator import POOLINGS
 
 
 ALL = sorted(CAUSAL)

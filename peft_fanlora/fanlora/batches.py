@@ -22,7 +22,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..serving.call import given_rows, named_arguments
+from ..serving.call import Arguments
 from ..serving.layers import is_observed
 from ..serving.rows import RowPlaces
 from ..serving.tenants import BASE_ROWS, adapted_modules, wrong_length
@@ -144,14 +144,13 @@ class Batches:
         Raises:
             ValueError: there is not one name for each row.
         """
-        named = named_arguments(model, args, kwargs)
-        given = given_rows(model, named) if isinstance(names, tuple) else None
-        if given not in (None, len(names)):
-            raise wrong_length(names, given)
+        given = Arguments.of(model, args, kwargs)
+        if isinstance(names, tuple) and given.given_rows not in (None, len(names)):
+            raise wrong_length(names, given.given_rows)
         last = self._last.get(type(names))
-        continues = last is not None and last.names == names and last.has_served(kwargs.get("past_key_values"))
-        batch = last if continues and last is not None else self._make(model, names, named)
-        run = Run(batch, model, named, is_checked=not continues)
+        continues = last is not None and last.names == names and last.has_served(given.cache)
+        batch = last if continues and last is not None else self._make(model, names, given)
+        run = Run(batch, model, given, is_checked=not continues)
         before, self.current.run = self.current.run, run
         try:
             yield
@@ -169,14 +168,15 @@ class Batches:
         """
         last = self._last.get(PackedRun)
         continues = last is not None and last.names == names and not begins
-        batch = last if continues and last is not None else self._make(model, names, {}, PackedRun)
-        before, self.current.run = self.current.run, PackedRun(batch, model, {}, is_checked=True)
+        given = Arguments(model, {})
+        batch = last if continues and last is not None else self._make(model, names, given, PackedRun)
+        before, self.current.run = self.current.run, PackedRun(batch, model, given, is_checked=True)
         try:
             yield
         finally:
             self.current.run = before
 
-    def find_rows(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+    def find_rows(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Finds out where the layers see the rows.
 
         Args:
@@ -193,13 +193,13 @@ class Batches:
         self,
         model: nn.Module,
         names: tuple[str, ...] | str,
-        named: dict[str, Any],
+        given: Arguments,
         kind: type | None = None,
     ) -> Batch:
         kind = kind or type(names)
         self._last.pop(kind, None)
         if not isinstance(names, str) and len(set(names)) > 1:
-            self.find_rows(model, named)
+            self.find_rows(model, given.named)
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
             batch = Batch(model, names, self._places)
@@ -227,11 +227,10 @@ class Batches:
         run = self.current.run
         if run is None:
             return
-        args, kwargs = call
-        named = named_arguments(module, args, kwargs)
-        run.begin_call_of_model(named)
+        arguments = Arguments.of(module, *call)
+        run.begin_call_of_model(arguments)
         if not run.is_checked and run.tokens != 1:
-            run.batch = self._make(module, run.batch.names, named)
+            run.batch = self._make(module, run.batch.names, arguments)
         run.is_checked = True
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

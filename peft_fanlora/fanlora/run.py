@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..serving.call import choices_as_rows, expansion, given_rows, row_of_each_item, rows_and_tokens
+from ..serving.call import Arguments
 from ..serving.rows import RowPlaces
 from ..serving.tenants import BASE_ROWS, wrong_length
 
@@ -31,38 +31,37 @@ class Run:
     Args:
         batch: its adapters, stacked.
         model: the adapted model.
-        named: the arguments of the model's forward or of `generate`, as far as they are known.
+        given: what the caller passes to the model's forward or to `generate`.
         is_checked: whether the stacks are known to be what the adapters' weights are now.
     """
 
-    def __init__(self, batch: Batch, model: nn.Module, named: dict[str, Any], is_checked: bool) -> None:
+    def __init__(self, batch: Batch, model: nn.Module, given: Arguments, is_checked: bool) -> None:
         self.batch = batch
         self.model = model
         self.is_mixed = not isinstance(batch.names, str)
         # Who passes the rows here may be `generate`, whose calls of the model repeat them.
-        self.expansion = 1 if given_rows(model, named) is None else expansion(model, named)
+        self.expansion = 1 if given.given_rows is None else given.expansion
         self.is_checked = is_checked
         self.repeats = 1
         self.tokens: int | None = None
-        self.items = row_of_each_item(model, named, len(batch.names))  # `generate` encodes images by itself
+        self.items = given.row_of_each_item(len(batch.names))  # `generate` encodes images by itself
 
-    def begin_call_of_model(self, named: dict[str, Any]) -> None:
+    def begin_call_of_model(self, arguments: Arguments) -> None:
         """Finds out which rows this call of the model has.
 
         Raises:
             ValueError: they are not those that there are names for.
         """
-        named, choices = choices_as_rows(self.model, named)
-        found, self.tokens = rows_and_tokens(self.model, named)
+        self.tokens = arguments.tokens
         if not self.is_mixed:
             return
         num_rows = len(self.batch.names)
-        found = num_rows if found is None else found // choices
+        found = num_rows if arguments.rows is None else arguments.rows // arguments.choices
         self.repeats = found // num_rows
         if found not in (num_rows, num_rows * self.expansion):
             raise wrong_length(self.batch.names, found)
-        self.repeats *= choices
-        self.items = row_of_each_item(self.model, named, num_rows * self.repeats)
+        self.repeats *= arguments.choices
+        self.items = arguments.row_of_each_item(num_rows * self.repeats)
 
     def rows_of(self, layer: Any, x: torch.Tensor) -> int | list[int]:
         """Returns the dimension of a layer's input that has the rows, or the row of each image or sound.
@@ -108,11 +107,13 @@ class Run:
 class PackedRun(Run):
     """One step of continuous batching: the rows of its batch are the tokens of the single row that the layers see."""
 
-    def begin_call_of_model(self, named: dict[str, Any]) -> None:
+    def begin_call_of_model(self, arguments: Arguments) -> None:
         """Checks that there is a name for each token."""
-        found, self.tokens = rows_and_tokens(self.model, named)
-        if (found, self.tokens) != (1, len(self.batch.names)):
-            raise ValueError(f"A step of {len(self.batch.names)} tokens ran the model on {found} x {self.tokens}.")
+        self.tokens = arguments.tokens
+        if (arguments.rows, self.tokens) != (1, len(self.batch.names)):
+            raise ValueError(
+                f"A step of {len(self.batch.names)} tokens ran the model on {arguments.rows} x {self.tokens}."
+            )
 
     def rows_of(self, layer: Any, x: torch.Tensor) -> int | list[int]:
         """Returns the dimension of a layer's input that has the tokens.

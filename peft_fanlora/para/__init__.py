@@ -3,7 +3,7 @@
 from ..registration import register
 from .chat_template import get_prompt_end_token_ids
 from .config import ParaConfig
-from .generator import VectorGenerator
+from .core.generator import VectorGenerator
 from .layer import ParaLayer
 from .model import ParaModel
 

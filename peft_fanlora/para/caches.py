@@ -1,197 +1,43 @@
-"""The vectors of a prompt live with the cache that its call filled.
+"""What transformers' caches hold, and how to follow what happens to it.
 
-They are copied with the cache, pickled with it and die with it. Whatever the cache does to its rows, it does to each of
-its layers; one of them gets a subclass of its own class, which does the same to the vectors. It also notices when
-something other than a call of the adapted model writes into the cache: then the vectors do not belong to what it holds.
+Whatever a cache does to its rows, it does to each of its layers. One of them, or a cache without layers, gets a subclass
+of its own class, which tells a follower of the same, and of whatever is written into it.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import Cache
-from transformers.generation.utils import ALL_CACHE_NAMES
-
-from .state import Vectors
 
 
-_ON_CACHE = "para_vectors"
+ON_CACHE = "para_vectors"
+"""The attribute in which a cache, and the layer of it that is followed, have the follower."""
 
 
-@dataclass
-class CachedVectors:
-    """What lives with a cache.
+class Follower(Protocol):
+    """What follows a cache.
 
     Attributes:
-        model: the identifier of the model that filled the cache.
-        adapters: the adapters that were active then.
-        rows: the adapter of each row, in a mixed batch.
-        vectors: the vectors that they made.
-        batch: the rows of the cache; None where that is unknown.
-        prompt_length: the token slots that the prompt took.
-        prompt_ids: the ids in these slots, (batch, prompt_length); None where they are unknown.
-        tokens: the tokens of each row of the call that filled the cache.
-        generation: the identifier of the `generate` that the call belonged to; None outside of one.
-        answer: the first token that `generate` gave to each row, (batch, 1); None where it is not known.
-        anchor: which layer of the cache carries the vectors; None where the cache has no layers.
-        continued: whether tokens came after the prompt, for a cache that does not count them.
-        written: whether something wrote into the cache since the last call of the model.
-        lost: whether the cache dropped what the vectors belong to.
+        written: whether something wrote into the cache.
+        lost: whether the cache dropped something.
     """
 
-    model: str
-    adapters: tuple[str, ...]
-    rows: tuple[str, ...] | None
-    vectors: Vectors
-    batch: int | None
-    prompt_length: int
-    prompt_ids: torch.Tensor | None = None
-    tokens: int = 0
-    generation: str | None = None
-    answer: torch.Tensor | None = None
-    anchor: int | None = None
-    continued: bool = False
-    written: bool = False
-    lost: bool = False
-
-    @staticmethod
-    def of(cache: Any) -> CachedVectors | None:
-        """Returns what an earlier call left on a cache; None also where its layers were exchanged since."""
-        kept = getattr(_holder(cache), _ON_CACHE, None)
-        return kept if kept is not None and getattr(kept.carrier(cache), _ON_CACHE, None) is kept else None
-
-    def keep_on(self, cache: Any, of_encoder: bool = False) -> None:
-        """Stores the vectors on the cache, where they replace those of an earlier prompt.
-
-        Args:
-            cache: the cache that the prompt's call filled.
-            of_encoder: whether the prompt is the encoder's, so that they belong to the keys of the cross-attention.
-        """
-        layers = _layers(cache)
-        holding = [index for index, layer in enumerate(layers) if _holds(layer)]
-        if of_encoder:
-            holding.reverse()
-        # A layer that counts its tokens can say how far it was cropped.
-        counting = [index for index in holding if hasattr(layers[index], "get_seq_length")]
-        self.anchor = next(iter(counting + holding), None)
-        carrier = self.carrier(cache)
-        if hasattr(carrier, "__dict__"):
-            setattr(_holder(cache), _ON_CACHE, self)
-            setattr(carrier, _ON_CACHE, self)
-        kind: Any = type(carrier)
-        if not isinstance(carrier, (torch.Tensor, list, tuple)) and not hasattr(kind, "followed"):
-            carrier.__class__ = _following(kind)
-
-    def carrier(self, cache: Any) -> Any:
-        """Returns the layer of the cache that carries the vectors, or the cache itself."""
-        layers = _layers(cache)
-        if self.anchor is None:
-            return _holder(cache)
-        return layers[self.anchor] if self.anchor < len(layers) else None
-
-    def length(self, cache: Any) -> Any:
-        """Returns how many tokens the cache holds, as an int or a tensor; None where it does not count them."""
-        return None if self.anchor is None else _length(self.carrier(cache))
-
-    def go_on(self, cache: Any) -> None:
-        """Notes that what was written into the cache came from a call under these vectors."""
-        self.written = False
-        if not self.continued and self.length(cache) is None:
-            self.continued = True
-
-    def prompt_tokens_again(self, cached: int, ids: torch.Tensor | None) -> int:
-        """Returns how many tokens of a call put back what was cropped off the prompt.
-
-        Args:
-            cached: how many tokens the cache holds.
-            ids: the ids of the call.
-
-        Raises:
-            ValueError: the call brings other tokens than the prompt's.
-        """
-        if cached >= self.prompt_length:
-            return 0
-        again = 0 if ids is None else min(self.prompt_length - cached, ids.shape[1])
-        own = None if self.prompt_ids is None else self.prompt_ids[:, cached : cached + again]
-        if ids is None or own is None or not torch.equal(own.to(ids.device), ids[:, :again]):
-            raise ValueError(
-                f"The cache was cropped to {cached} tokens, which is within the prompt of {self.prompt_length} that its "
-                "PARA vectors were made from, and this call does not go on with that prompt: vectors of another prompt "
-                "have to be made from all of it. Start from an empty cache."
-            )
-        return again
-
-    def goes_on_with(self, input_ids: torch.Tensor | None) -> bool:
-        """Whether tokens begin with the one that `generate` gave, as a further turn does and more prompt does not."""
-        answer = self.answer
-        return (
-            answer is not None and input_ids is not None and torch.equal(input_ids[:, :1], answer.to(input_ids.device))
-        )
+    written: bool
+    lost: bool
 
     def select(self, index: Any, times: int = 1) -> None:
         """Takes the rows that an index names, each of them so many times, as the cache does."""
-        rows = torch.arange(
-            next((len(vector) for vector in self.vectors.values() if vector is not None), self.batch or 0)
-        )
-        index = rows[index.cpu() if isinstance(index, torch.Tensor) else index].repeat_interleave(times)
-        self.vectors = {
-            name: None if vector is None else vector[index.to(vector.device)] for name, vector in self.vectors.items()
-        }
-        self.rows = None if self.rows is None else tuple(self.rows[row] for row in index.tolist())
-        self.prompt_ids, self.answer = (
-            None if ids is None else ids[index.to(ids.device)] for ids in (self.prompt_ids, self.answer)
-        )
-        self.batch = None if self.batch is None else len(index)
-
-    def check_call(self, batch: int | None, rows: tuple[str, ...] | None, adapters: tuple[str, ...]) -> None:
-        """Checks that a call has the rows of the cache, and their adapters.
-
-        Raises:
-            ValueError: it has others.
-        """
-        if batch is not None and self.batch is not None and batch != self.batch:
-            raise ValueError(
-                f"The cache holds the prompts of {self.batch} rows, but this call has {batch}: PARA cannot tell which "
-                "prompt each row goes on with. Fill a new cache with the prompts of these rows."
-            )
-        if self.rows != rows or (rows is None and set(self.adapters) != set(adapters)):
-            raise ValueError(
-                f"The cache was filled with the adapters {list(self.rows or self.adapters)}, but "
-                f"{list(rows or adapters)} are active now: a prompt's vectors serve the adapter that made them. "
-                "Start from an empty cache after switching adapters."
-            )
 
 
-def usable(kept: CachedVectors | None, model: str) -> CachedVectors:
-    """Returns what a call of a model goes on with.
-
-    Args:
-        kept: what earlier calls left on the cache.
-        model: the identifier of the model.
-
-    Raises:
-        ValueError: the cache holds something else than calls of the model left there.
-    """
-    if kept is None or kept.model != model or kept.lost or kept.written:
-        raise ValueError(
-            "The cache was not filled by a call of this model with its PARA adapter active, or something else changed it "
-            "since, so that it holds no vectors of its prompt: what another model, the base model or a call that failed "
-            "computed cannot be reused. Start from an empty cache, with the adapter active."
-        )
-    return kept
-
-
-def is_compiled_step(length: Any, tokens: int | None) -> bool:
-    """Whether torch.compile traces a call of one token a row, with a static cache.
-
-    Such a cache keeps its length in a tensor. To read it would break the graph at each step, and there is nothing to
-    find out: one token after a prompt is never in doubt.
-    """
-    return torch.compiler.is_compiling() and tokens == 1 and isinstance(length, torch.Tensor)
+def follow(carrier: Any) -> None:
+    """Lets a cache, or a layer of one, tell the follower that it has in `ON_CACHE` what happens to it."""
+    kind: Any = type(carrier)
+    if not isinstance(carrier, (torch.Tensor, list, tuple)) and not hasattr(kind, "followed"):
+        carrier.__class__ = _following(kind)
 
 
 @functools.cache
@@ -219,7 +65,7 @@ def _unpickled(kind: type) -> Any:
 def _with_note(method: Callable[..., Any], note: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def following(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kept = getattr(self, _ON_CACHE, None)
+        kept = getattr(self, ON_CACHE, None)
         if kept is None:
             return method(self, *args, **kwargs)
         return note(kept, self, method, *args, **kwargs)
@@ -227,29 +73,29 @@ def _with_note(method: Callable[..., Any], note: Callable[..., Any]) -> Callable
     return following
 
 
-def _write(kept: CachedVectors, carrier: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _write(kept: Follower, carrier: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     kept.written = True
     return method(carrier, *args, **kwargs)
 
 
-def _reset(kept: CachedVectors, carrier: Any, method: Callable[..., Any]) -> None:
+def _reset(kept: Follower, carrier: Any, method: Callable[..., Any]) -> None:
     kept.lost = True
     method(carrier)
 
 
-def _crop(kept: CachedVectors, carrier: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    before, amount = _length(carrier), next(iter((*args, *kwargs.values())), 0)
+def _crop(kept: Follower, carrier: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    before, amount = length_of(carrier), next(iter((*args, *kwargs.values())), 0)
     method(carrier, *args, **kwargs)
     # What was cropped is read off the length, which some layers do not count, or do not correct.
-    kept.lost = kept.lost or (amount < 0 and before == _length(carrier))
+    kept.lost = kept.lost or (amount < 0 and before == length_of(carrier))
 
 
-def _select(kept: CachedVectors, carrier: Any, method: Callable[..., Any], index: Any) -> None:
+def _select(kept: Follower, carrier: Any, method: Callable[..., Any], index: Any) -> None:
     method(carrier, index)
     kept.select(index)
 
 
-def _repeat(kept: CachedVectors, carrier: Any, method: Callable[..., Any], repeats: int) -> None:
+def _repeat(kept: Follower, carrier: Any, method: Callable[..., Any], repeats: int) -> None:
     method(carrier, repeats)
     kept.select(slice(None), repeats)
 
@@ -263,43 +109,33 @@ _NOTES: dict[str, Callable[..., Any]] = {
 }
 
 
-def cache_in(values: Any) -> Any:
-    """Returns the cache among a call's arguments, or in its output."""
-    if isinstance(values, tuple):
-        return next((value for value in values if hasattr(value, "get_seq_length")), None)
-    get = values.get if isinstance(values, dict) else functools.partial(getattr, values)
-    named = (get(name, None) for name in ALL_CACHE_NAMES)
-    # The `state` of a model for robots is a tensor.
-    return next((value for value in named if not isinstance(value, (torch.Tensor, type(None)))), None)
-
-
 def holds_tokens(cache: Any) -> bool:
     """Whether a cache holds the keys, values or states of some tokens, also those that another model computed."""
     if isinstance(cache, Cache):
         linear = getattr(cache, "linear_cache", ())  # MiniMax
-        return any(_holds(layer) for layer in _layers(cache)) or any(len(state) for state in linear)
+        return any(holds(layer) for layer in layers_of(cache)) or any(len(state) for state in linear)
     seen = getattr(cache, "seqlen_offset", None)  # xLSTM
     return len(cache) > 0 if seen is None else bool(seen > 0)
 
 
-def _holder(cache: Any) -> Any:
+def holder(cache: Any) -> Any:
     """Returns what carries the attributes of a cache: of a list of states, its first tensor."""
     return cache[0] if isinstance(cache, (list, tuple)) and cache else cache
 
 
-def _layers(cache: Any) -> list[Any]:
+def layers_of(cache: Any) -> list[Any]:
     """Returns the layers of a cache, those of the cross-attention last."""
     if hasattr(cache, "cross_attention_cache"):
         return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
     return getattr(cache, "layers", [])
 
 
-def _holds(layer: Any) -> bool:
+def holds(layer: Any) -> bool:
     """Whether a layer of a cache holds anything."""
     states = getattr(layer, "has_previous_state", None)
-    return bool(states and any(states.values())) or (_length(layer) or 0) > 0
+    return bool(states and any(states.values())) or (length_of(layer) or 0) > 0
 
 
-def _length(layer: Any) -> Any:
+def length_of(layer: Any) -> Any:
     count = getattr(layer, "get_seq_length", None)
     return None if count is None else count()

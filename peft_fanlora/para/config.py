@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
-from transformers.activations import ACT2FN
 
 from ..registration import add_peft_type
-from .generator import POOLINGS, RATIONAL
+from .activations import RATIONAL, is_activation
+from .core.generator import POOLINGS
 
 
 @dataclass
@@ -105,7 +105,7 @@ class ParaConfig(PeftConfig):
             raise ValueError(f"r={self.r!r} is not a width: pass a whole number of at least 1, such as r=12.")
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling={self.pooling!r} is unknown: choose one of {', '.join(map(repr, POOLINGS))}.")
-        if self.activation != RATIONAL and self.activation not in ACT2FN:
+        if not is_activation(self.activation):
             raise ValueError(
                 f"activation={self.activation!r} is unknown: pass {RATIONAL!r} or a name from transformers' ACT2FN, "
                 "such as 'gelu', 'silu' or 'relu'."

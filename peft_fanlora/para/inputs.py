@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 
+from ..serving.call import Arguments, first_not_none
 from .packing import is_square, jumps_begin_sequences, numbered_sequences
 from .prompt import Inputs, attended_tokens
 from .state import Generation
-from .wrappers import first_not_none
 
 
 _ENCODER_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
 
 
-def inputs_of(
-    module: nn.Module,
-    named: dict[str, Any],
-    shape: tuple[int, int],
-    memory: torch.Tensor | None,
-    prompt_mask: torch.Tensor | None,
-    generation: Generation | None,
-    is_causal: bool,
-) -> Inputs:
+def inputs_of(arguments: Arguments, shape: tuple[int, int], generation: Generation | None, is_causal: bool) -> Inputs:
     """Returns what a call that makes vectors says about its tokens.
 
     Args:
-        module: the model that is called.
-        named: its arguments by name.
-        shape: the rows and tokens of the call.
-        memory: the output of the encoder of an encoder-decoder model, where the call brings it.
-        prompt_mask: the prompt as the caller gives it.
+        arguments: what the call brings.
+        shape: the rows and tokens in which its prompt is.
         generation: the running `generate`.
         is_causal: whether the model generates text from left to right.
 
     Raises:
         ValueError: the prompt_mask has another shape.
     """
-    ids = named.get("input_ids")
+    named, ids, memory, prompt_mask = (
+        arguments.named,
+        arguments.ids,
+        arguments.memory,
+        arguments.named.get("prompt_mask"),
+    )
     device = first_not_none(memory, *(named.get(name) for name in _ENCODER_INPUTS)).device
     mask = first_not_none(named.get("encoder_attention_mask"), named.get("attention_mask"))
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != shape[1] and not is_causal:
@@ -60,7 +51,7 @@ def inputs_of(
         attended=attended,
         input_ids=ids if memory is None else None,
         position_ids=None if memory is not None or is_square(mask, shape[1]) else named.get("position_ids"),
-        by_jumps=mask is None and jumps_begin_sequences(module, named),
+        by_jumps=mask is None and jumps_begin_sequences(arguments.model, named),
         numbers=numbered_sequences(named, mask, attended),
         labels=named.get("labels"),
         prompt_mask=None if prompt_mask is None else prompt_mask.to(device).bool(),

@@ -13,13 +13,13 @@ import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..serving.adapters import require_fit, require_usable_names, taken_back
 from ..serving.tenants import TenantMixin, adapted_modules, changing
-from .layer import MERGE_REFUSAL, ParaBlock, ParaLayer, ParaLinear, linear_shape
-from .state import ParaState, Vectors
-from .targets import DEFAULT_TARGETS, scaled_outputs
+from .blocks import ParaBlocks
+from .layer import MERGE_REFUSAL, ParaLayer, ParaLinear
+from .state import Vectors
+from .targets import DEFAULT_TARGETS, linear_shape, scaled_outputs
 
 
 if TYPE_CHECKING:
@@ -80,12 +80,10 @@ class ParaModel(TenantMixin, BaseTuner):
                 if not known:
                     require_usable_names(model, adapter_name, self.peft_config, _part_names(self.peft_config))
                 self._check_targets(model, adapter_name)
-                self._state = _state_of(model)
+                self._blocks = _blocks_of(model)
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-            if self._state.hooks is None:
-                self._state.hooks = CallHooks(model, self._state)
-            self._state.hooks.install()
-            WholeModules(self._state.rows_of).install(model)
+            CallHooks.of(model, self._blocks).install()
+            WholeModules(self._blocks.rows_of).install(model)
             self.continuous_batching.install()
 
     def _check_targets(self, model: nn.Module, adapter_name: str) -> None:
@@ -123,7 +121,7 @@ class ParaModel(TenantMixin, BaseTuner):
         if isinstance(target, ParaLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        block = self._block_of(current_key)
+        block = self._blocks.block_of(current_key, self.model)
         slices = scaled_outputs(getattr(self.model, "config", None), current_key, linear_shape(target)[1])
         layer = ParaLinear(target, current_key, block, slices, is_expert=containers(self.model, current_key) > 1)
         layer.update_layer(adapter_name, peft_config)
@@ -137,27 +135,6 @@ class ParaModel(TenantMixin, BaseTuner):
             # to embeddings whose new tokens are trained.
             setattr(parent, child_name, new_module)
 
-    def _block_of(self, key: str) -> ParaBlock:
-        """Returns the block that a module belongs to; a module outside of any block is one by itself."""
-        parts = key.split(".")
-        prefixes = [".".join(parts[:length]) for length in range(1, len(parts))]
-        blocks = [name for name in prefixes if isinstance(self.model.get_submodule(name), GradientCheckpointingLayer)]
-        numbered = [name for name in prefixes if name.rpartition(".")[2].isdigit()]
-        name = next(iter(blocks[-1:] + numbered[:1]), key)
-        if name not in self._state.blocks:
-            self._state.blocks[name] = ParaBlock(name, self._state, reads_memory=self._in_decoder(name))
-        return self._state.blocks[name]
-
-    def _in_decoder(self, block_name: str) -> bool:
-        """Whether a block belongs to the decoder of an encoder-decoder model."""
-        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            return False
-        block = self.model.get_submodule(block_name)
-        encoder, decoder = self.model.get_encoder(), self.model.get_decoder()
-        # A model with the encoder alone, such as an audio classifier, calls itself its decoder.
-        in_encoder = encoder is not self.model and any(module is block for module in encoder.modules())
-        return not in_encoder and any(module is block for module in decoder.modules())
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Gives each row of the calls inside of the context the adapter that `adapter_names` names for it.
@@ -166,12 +143,15 @@ class ParaModel(TenantMixin, BaseTuner):
             ValueError: the model is training, or there is no adapter of some name.
         """
         names = kwargs.get("adapter_names")
-        with self.calling(kwargs), nullcontext() if names is None else self._state.mixing(self.row_names(names)):
+        with (
+            self.calling(kwargs),
+            nullcontext() if names is None else self._blocks.state.mixing(self.row_names(names)),
+        ):
             yield
 
     def names_of_thread(self) -> tuple[str, ...] | None:
         """Returns the adapter of each row of this thread's mixed batch; None outside of one."""
-        return self._state.current.rows
+        return self._blocks.state.rows
 
     @contextmanager
     def decoding(self, requests: Sequence[Request], kept: dict[str, Vectors]) -> Iterator[None]:
@@ -179,7 +159,7 @@ class ParaModel(TenantMixin, BaseTuner):
         from .packed import PackedStep
 
         step = PackedStep(requests, kept)
-        with self._state.decoding(step):
+        with self._blocks.state.decoding(step):
             yield
         step.keep_vectors()
 
@@ -191,9 +171,10 @@ class ParaModel(TenantMixin, BaseTuner):
 
     def unload(self) -> nn.Module:
         """Returns the base model, without the adapters and their hooks."""
+        from .hooks import CallHooks
+
         model = super().unload()
-        if self._state.hooks is not None:
-            self._state.hooks.remove()
+        CallHooks.of(model, self._blocks).remove()
         self.continuous_batching.remove()
         return model
 
@@ -245,6 +226,6 @@ def _para_layers(model: nn.Module) -> Iterator[ParaLayer]:
     return (module for module in adapted_modules(model) if isinstance(module, ParaLayer))
 
 
-def _state_of(model: nn.Module) -> ParaState:
-    """Returns the state that the model's layers share already, or a new one."""
-    return next((layer.block.state for layer in _para_layers(model)), None) or ParaState()
+def _blocks_of(model: nn.Module) -> ParaBlocks:
+    """Returns the blocks that the model has already, or none yet."""
+    return next((layer.block.blocks for layer in _para_layers(model)), None) or ParaBlocks()

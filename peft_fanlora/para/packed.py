@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 
+from ..serving.call import Arguments
 from ..serving.continuous_batching import Request
 from .prompt import Inputs, causal_prompt
-from .state import Call, ParaState, Vectors
+from .state import Call, EndsOf, Vectors
 
 
 class PackedStep:
@@ -27,20 +29,22 @@ class PackedStep:
         self.requests = requests
         self.kept = kept
         self.new = [index for index, request in enumerate(requests) if request.begins]
-        self.call: Call | None = None
+        self.vectors: Vectors | None = None
         self._identifiers = [request.identifier for request in requests]
 
-    def open(self, input_ids: torch.Tensor, adapters: tuple[str, ...], state: ParaState) -> Call:
+    def open(self, arguments: Arguments, adapters: tuple[str, ...], ends_of: EndsOf, before: Any) -> Call:
         """Opens the step's call.
 
         Args:
-            input_ids: the tokens, (1, tokens).
+            arguments: what the step's call brings.
             adapters: the active adapters, for requests that name none.
-            state: what the model's layers share.
+            ends_of: returns the different ways in which the prompts of some adapters end.
+            before: the step before, or None.
         """
-        device, lengths = input_ids.device, [request.num_tokens for request in self.requests]
+        ids = arguments.named["input_ids"]
+        device, lengths = ids.device, [request.num_tokens for request in self.requests]
         starts = [0, *accumulate(lengths)]
-        call = Call(adapters, batch=1, tokens=starts[-1], from_cache=not self.new, step=self)
+        call = Call(arguments, adapters, batch=1, tokens=starts[-1], from_cache=not self.new, step=self)
         if starts[-1] > len(lengths):
             segments = [index for index, length in enumerate(lengths) for _ in range(length)]
             call.segments = torch.tensor([segments], device=device)
@@ -50,13 +54,13 @@ class PackedStep:
             attended = steps < torch.tensor([lengths[index] for index in self.new], device=device).unsqueeze(1)
             first = torch.tensor([starts[index] for index in self.new], device=device).unsqueeze(1)
             self.places = torch.where(attended, first + steps, first)
-            inputs = Inputs(attended, self._rows_of(input_ids.squeeze(0)))
+            inputs = Inputs(attended, self._rows_of(ids.squeeze(0)))
             call.rows = tuple(name for index in self.new if (name := self.requests[index].adapter) is not None) or None
             call.adapters = tuple(dict.fromkeys(call.rows or adapters))
-            call.prompts = {end: causal_prompt(inputs, end, False) for end in state.prompt_ends(call.adapters)}
+            call.prompts = {end: causal_prompt(inputs, end, False) for end in ends_of(call.adapters)}
         else:
-            call.vectors = self._all_kept(state.current.step_before)
-        self.call = call
+            call.vectors = self._all_kept(before)
+        self.vectors = call.vectors
         return call
 
     def prompts_in(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -80,17 +84,17 @@ class PackedStep:
 
     def _all_kept(self, before: PackedStep | None) -> Vectors:
         """Returns the vectors for all requests: those of the step before, where these are the same requests."""
-        if before is not None and before.call is not None and before._identifiers == self._identifiers:
-            return before.call.vectors
+        if before is not None and before.vectors is not None and before._identifiers == self._identifiers:
+            return before.vectors
         names = dict.fromkeys(name for request in self.requests for name in self.kept[request.identifier])
         return {name: self.with_kept(name, None) for name in names}
 
     def keep_vectors(self) -> None:
         """Keeps the vectors that the call has made."""
-        if self.call is None:
+        if self.vectors is None:
             return
         for index in self.new:
             self.kept[self.requests[index].identifier] = {
                 name: None if vectors is None else vectors[0, index : index + 1].clone()
-                for name, vectors in self.call.vectors.items()
+                for name, vectors in self.vectors.items()
             }

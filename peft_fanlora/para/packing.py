@@ -6,6 +6,7 @@ positions, in the lengths for flash attention (`cu_seq_lens_q`, `cu_seq_lens_k`)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 _BLOCKED = -1e4  # masks that are added to the scores hold at most this where a token is not seen
 
 
-def numbered_sequences(named: dict[str, Any], attention_mask: Any, attended: torch.Tensor) -> torch.Tensor | None:
+def numbered_sequences(named: Mapping[str, Any], attention_mask: Any, attended: torch.Tensor) -> torch.Tensor | None:
     """Returns a number for each token that grows where a call says that another sequence begins.
 
     Args:
@@ -81,7 +82,7 @@ def sequences(
     return (starts & attended & ~first).cumsum(1)
 
 
-def jumps_begin_sequences(module: nn.Module, named: dict[str, Any]) -> bool:
+def jumps_begin_sequences(module: nn.Module, named: Mapping[str, Any]) -> bool:
     """Whether transformers takes each jump of the positions for a new sequence, in a call without a mask.
 
     It does where it makes a causal mask without a cache; flash attention looks for the lowest position instead.

@@ -1,33 +1,36 @@
-"""What PARA remembers for the length of one call.
+"""What PARA remembers for the length of one call, apart for each thread.
 
-`ParaState` belongs to one adapted model; its layers and hooks share it. What is current in it is kept apart for each
-thread. What outlives the call is stored on the cache that it filled, see `caches`.
+What outlives the call is stored on the cache that it filled, see `caches`.
 """
 
 from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
 
 
 if TYPE_CHECKING:
+    from ..serving.call import Arguments
     from .prompt import Prompt
 
 
 Vectors = dict[str, torch.Tensor | None]
+PromptEnd = tuple[int, ...] | None
+"""The token ids that end every prompt of an adapter, `VectorGenerator.prompt_end`."""
+EndsOf = Callable[[tuple[str, ...]], set[PromptEnd]]
+"""Returns the different ways in which the prompts of some adapters end."""
 
 
 class Step(Protocol):
     """A step of continuous batching, as a call sees it: `packed.PackedStep`."""
 
-    def open(self, input_ids: torch.Tensor, adapters: tuple[str, ...], state: ParaState) -> Call:
+    def open(self, arguments: Arguments, adapters: tuple[str, ...], ends_of: EndsOf, before: Any) -> Call:
         """Opens the step's call."""
 
     def prompts_in(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -42,6 +45,7 @@ class Call:
     """One call of the model, as its target layers see it.
 
     Attributes:
+        arguments: what the call brings.
         adapters: the names of the active adapters.
         rows: the adapter of each row of a mixed batch; None where all rows use the active ones.
         prompts: the prompt for each way to end it, `VectorGenerator.prompt_end`.
@@ -58,9 +62,10 @@ class Call:
         step: the step of continuous batching that the call is, whose row holds the tokens of many requests.
     """
 
+    arguments: Arguments
     adapters: tuple[str, ...] = ()
     rows: tuple[str, ...] | None = None
-    prompts: dict[tuple[int, ...] | None, Prompt] = field(default_factory=dict)
+    prompts: dict[PromptEnd, Prompt] = field(default_factory=dict)
     batch: int | None = None
     tokens: int | None = None
     vectors: Vectors = field(default_factory=dict)
@@ -154,117 +159,62 @@ class Generation:
         return self.prompt_mask[:, max(slot - self.length + self.prompt_mask.shape[1], 0) :]
 
 
-class _Current(threading.local):
+class ParaState(threading.local):
+    """What is current in a thread for one adapted model.
+
+    Attributes:
+        call: the running call of the model, which the target layers read.
+        owner: the module whose call it is; what runs inside of it runs under it.
+        generation: the running `generate`.
+        rows: the adapter of each row, as the caller of a mixed batch names it.
+        measuring: whether the model runs on made-up rows, without its adapters.
+        step: the running step of continuous batching.
+        step_before: the one before it.
+    """
+
     call: Call | None = None
     owner: Any = None
     generation: Generation | None = None
     rows: tuple[str, ...] | None = None
     measuring: bool = False
     step: Step | None = None
-    step_before: Any = None
+    step_before: Step | None = None
 
-
-class ParaState:
-    """What the layers and hooks of one adapted model share.
-
-    Attributes:
-        blocks: the adapted blocks by name.
-        hooks: the hooks on the model.
-        places: where the layers see the rows of a call.
-    """
-
-    def __init__(self) -> None:
-        from ..serving.rows import RowPlaces
-
-        self.identifier = uuid.uuid4().hex
-        self.blocks: dict[str, Any] = {}
-        self.current = _Current()
-        self.hooks: Any = None
-        self.places = RowPlaces()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What is running belongs to the threads of this model, not to a copy of it.
-        return {name: value for name, value in self.__dict__.items() if name != "current"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.current = _Current()
-
-    def active_adapters(self) -> tuple[str, ...]:
-        """Returns the adapters that take part in a forward pass: none while they are disabled."""
-        layers = (layer for block in self.blocks.values() for layer in block.layers if not layer.disable_adapters)
-        return tuple(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
-
-    def prompt_ends(self, adapters: tuple[str, ...]) -> set[tuple[int, ...] | None]:
-        """Returns the different ways in which the prompts of these adapters end."""
-        blocks = self.blocks.values()
-        return {block.generator(name).prompt_end for block in blocks for name in adapters if name in block.owners}
-
-    def rows_of(self, module: nn.Module, x: torch.Tensor) -> Sequence[str] | None:
-        """Returns the adapter of each entry of a module's input in a mixed batch; None outside of one.
-
-        Raises:
-            ValueError: it is not certain where the input has the rows.
-        """
-        call = self.current.call
-        if call is None or call.rows is None:
-            return None
-        rows = len(call.rows)
-        if self.places.dimension(module, x.shape, rows, call.tokens) != 0:
-            raise ValueError(
-                f"{type(module).__name__} saw a tensor of the shape {tuple(x.shape)} in a mixed batch of {rows} rows, so that "
-                "PARA cannot tell which adapter's copy each entry takes: run the rows of each adapter in a call of their "
-                "own."
-            )
-        return [name for name in call.rows for _ in range(len(x) // rows)]
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # what is running belongs to the threads of this model, not to a copy of it
 
     @contextmanager
     def using(self, call: Call) -> Iterator[None]:
-        """Makes a call the current one of this thread, for as long as the context lasts."""
-        before, self.current.call = self.current.call, call
+        """Makes a call the current one, for as long as the context lasts."""
+        before, self.call = self.call, call
         try:
             yield
         finally:
-            self.current.call = before
+            self.call = before
 
     @contextmanager
     def generating(self, generation: Generation) -> Iterator[None]:
-        """Tells the calls inside of the context which prompt they go on from."""
-        before, self.current.generation = self.current.generation, generation
+        """Tells the calls inside of the context which prompt they continue."""
+        before, self.generation = self.generation, generation
         try:
             yield
         finally:
-            self.current.generation = before
+            self.generation = before
 
     @contextmanager
     def mixing(self, rows: tuple[str, ...]) -> Iterator[None]:
         """Gives the rows of the calls inside of the context each its own adapter."""
-        before, self.current.rows = self.current.rows, rows
+        before, self.rows = self.rows, rows
         try:
             yield
         finally:
-            self.current.rows = before
-
-    def current_step(self) -> Step:
-        """Returns the step of continuous batching that this thread runs.
-
-        Raises:
-            ValueError: nobody said which requests it has.
-        """
-        from ..serving.continuous_batching import FIX
-
-        if self.current.step is None:
-            raise ValueError(
-                "This continuous batching does not tell PARA which request each token belongs to: take the manager that "
-                f"the adapted model's own init_continuous_batching returns, or {FIX}."
-            )
-        return self.current.step
+            self.rows = before
 
     @contextmanager
     def decoding(self, step: Step) -> Iterator[None]:
         """Tells the call inside of the context which request each of its tokens belongs to."""
-        self.current.step = step
+        self.step = step
         try:
             yield
         finally:
-            self.current.step, self.current.step_before = None, step
+            self.step, self.step_before = None, step

@@ -7,10 +7,13 @@ model fuses some of these into one linear layer, only the outputs that belong to
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .core.slices import OutputSlices
 
 
 _LLAMA = ["q_proj", "v_proj", "up_proj"]
@@ -47,50 +50,6 @@ _ARCHITECTURES: list[tuple[str, list[str] | str]] = [
 DEFAULT_TARGETS: dict[str, list[str] | str] = {
     model_type: targets for model_types, targets in _ARCHITECTURES for model_type in model_types.split()
 }
-
-
-@dataclass(frozen=True)
-class OutputSlices:
-    """Which outputs of a fused projection are scaled: `groups` repetitions of the same run of sections.
-
-    A NeoX layer with 8 heads of width 64 is `OutputSlices(8, ((64, True), (64, False), (64, True)))`: each head's
-    query, key and value lie side by side.
-
-    Attributes:
-        groups: how often the sections repeat.
-        sections: the (width, scaled or not) of each section, in order.
-    """
-
-    groups: int
-    sections: tuple[tuple[int, bool], ...]
-
-    @property
-    def num_outputs(self) -> int:
-        """All outputs of the projection."""
-        return self.groups * sum(width for width, _ in self.sections)
-
-    @property
-    def num_scaled(self) -> int:
-        """The outputs that a vector scales."""
-        return self.groups * sum(width for width, scaled in self.sections if scaled)
-
-    def spread(self, vector: torch.Tensor) -> torch.Tensor:
-        """Puts a vector's entries where the scaled outputs are, and 1 everywhere else.
-
-        Args:
-            vector: (…, `num_scaled`).
-
-        Returns:
-            (…, `num_outputs`).
-        """
-        rows = vector.shape[:-1]
-        widths = [width for width, scaled in self.sections if scaled]
-        scaled_parts = iter(vector.reshape(*rows, self.groups, sum(widths)).split(widths, -1))
-        parts = [
-            next(scaled_parts) if scaled else vector.new_ones(*rows, self.groups, width)
-            for width, scaled in self.sections
-        ]
-        return torch.cat(parts, -1).reshape(*rows, self.num_outputs)
 
 
 def _qkv(groups: int, queries: int, head_dim: int, keys: int = 1) -> OutputSlices:
@@ -173,3 +132,20 @@ def scaled_outputs(model_config: Any, module_name: str, out_features: int) -> Ou
             f"{slices.num_outputs}: leave it out with exclude_modules=[{module_name!r}]."
         )
     return slices
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Returns the (inputs, outputs) of a linear layer: torch's, GPT-2's `Conv1D`, or a quantised one.
+
+    Raises:
+        TypeError: the module is not linear.
+    """
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(module, BaseTunerLayer) or not all(isinstance(size, int) for size in shape):
+        raise TypeError(
+            f"PARA scales the output of linear layers, and {type(module).__name__} is not one: choose target_modules that "
+            "name linear layers."
+        )
+    return shape  # type: ignore[return-value]

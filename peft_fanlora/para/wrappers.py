@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from ..serving.call import expansion
-from .caches import CachedVectors
+from ..serving.call import Arguments, first_not_none
+from .blocks import ParaBlocks
+from .cached_vectors import CachedVectors
 from .state import Generation, ParaState, Text
 
 
@@ -26,7 +27,7 @@ class PromptKeepingCheckpoint:
 
     Args:
         checkpoint: the function that transformers gave to the module.
-        state: what the model's layers share.
+        state: what is current in a thread.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], state: ParaState) -> None:
@@ -34,7 +35,7 @@ class PromptKeepingCheckpoint:
         self.state = state
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = self.state.current.call
+        call = self.state.call
         if call is None:
             return self.checkpoint(function, *args, **kwargs)
         reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant")
@@ -59,13 +60,13 @@ class PromptKeepingGenerate:
     Args:
         model: the model.
         wrapped: the `generate` of this instance, where it has another than its class.
-        state: what the model's layers share.
+        blocks: the model's adapted blocks.
     """
 
-    def __init__(self, model: Any, wrapped: Callable[..., Any] | None, state: ParaState) -> None:
+    def __init__(self, model: Any, wrapped: Callable[..., Any] | None, blocks: ParaBlocks) -> None:
         self.model = model
         self.wrapped = wrapped
-        self.state = state
+        self.blocks = blocks
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -74,7 +75,7 @@ class PromptKeepingGenerate:
 
     def __call__(self, *args: Any, prompt_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         generate = self.wrapped or type(self.model).generate.__get__(self.model)
-        if not self.state.active_adapters():
+        if not self.blocks.active_adapters():
             return generate(*args, **kwargs)
         config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or self.model.generation_config
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
@@ -88,8 +89,8 @@ class PromptKeepingGenerate:
         generation = self._generation(args, kwargs, prompt_mask)
         if getattr(config, "is_assistant", False):
             generation.drafts = True
-        generation.expansion = expansion(self.model, {"generation_config": config, **kwargs})
-        with self.state.generating(generation):
+        generation.expansion = Arguments(self.model, {"generation_config": config, **kwargs}).expansion
+        with self.blocks.state.generating(generation):
             output = generate(*args, **kwargs)
         self._remember_answer(generation, first_not_none(kwargs.get("past_key_values"), output), output)
         return output
@@ -144,8 +145,3 @@ def _negative_prompts(kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
 
 def _same(ids: torch.Tensor, others: torch.Tensor | None) -> bool:
     return others is not None and torch.equal(ids, others.to(ids.device))
-
-
-def first_not_none(*values: Any) -> Any:
-    """Returns the first value that is not None, or None."""
-    return next((value for value in values if value is not None), None)

@@ -1,44 +1,160 @@
-"""Reads the arguments of one call of a model."""
+"""What one call of a model brings, read once for both methods."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.utils import ALL_CACHE_NAMES
 
 
-_TEXT = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+_DECODED = ("decoder_input_ids", "decoder_inputs_embeds")
+_TEXT = ("input_ids", "inputs_embeds")
 _ITEMS = {"pixel_values": "image", "input_features": "audio", "input_values": "audio"}
 """Inputs whose entries are images or sounds, each of which belongs to a row of the text, and what they are called."""
 
+Shape = tuple[int | None, int | None]
+"""Rows, and tokens of each; None for what the arguments do not say."""
 
-def named_arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a call by name."""
-    if not args:
-        return dict(kwargs)
-    return {**dict(zip(_argument_names(cast(Any, type(model))), args, strict=False)), **kwargs}
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of a model's forward or of `generate`; what is found out from them is found out once.
+
+    A multiple-choice model takes its tokens as (batch, choices, tokens) and makes a row of each choice, which is how
+    they stand here.
+
+    Attributes:
+        model: the model that is called.
+        named: the arguments by name.
+        choices: how many choices each row of the caller has.
+    """
+
+    model: nn.Module
+    named: Mapping[str, Any]
+    choices: int = 1
+
+    @classmethod
+    def of(cls, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Arguments:
+        """Returns the arguments of a call."""
+        named = kwargs if not args else {**dict(zip(_names(cast(Any, type(model))), args, strict=False)), **kwargs}
+        return cls(model, *_choices_as_rows(model, named))
+
+    @cached_property
+    def rows(self) -> int | None:
+        """How many rows the layers see: those of the text, with more images or fewer, or else of the main input."""
+        return self._shape[0]
+
+    @cached_property
+    def tokens(self) -> int | None:
+        """How many tokens each row has."""
+        return self._shape[1]
+
+    @cached_property
+    def _shape(self) -> Shape:
+        text = self._first_text((*_DECODED, *_TEXT))
+        if text is not None:
+            return text.shape[0], text.shape[1]
+        main = self.named.get(getattr(self.model, "main_input_name", None) or "")
+        values = (value for value in (main, *self.named.values()) if isinstance(value, torch.Tensor) and value.dim())
+        first = next(values, None)
+        return (None, None) if first is None else (len(first), first.shape[1] if first.dim() == 3 else None)
+
+    @cached_property
+    def text_shape(self) -> Shape:
+        """The rows and tokens of the text that a prompt is in; of a decoder's text the rows alone."""
+        text = self._first_text(_TEXT)
+        if text is not None:
+            return text.shape[0], text.shape[1]
+        decoded = self._first_text(_DECODED)
+        return (None if decoded is None else len(decoded)), None
+
+    def _first_text(self, names: Sequence[str]) -> torch.Tensor | None:
+        for name in names:
+            if isinstance(value := self.named.get(name), torch.Tensor) and value.dim() >= 2:
+                return value
+        return None
+
+    @property
+    def ids(self) -> torch.Tensor | None:
+        """The token ids, (rows, tokens)."""
+        return self.named.get("input_ids")
+
+    @cached_property
+    def cache(self) -> Any:
+        """The cache that the call continues or fills."""
+        return cache_in(self.named)
+
+    @cached_property
+    def memory(self) -> torch.Tensor | None:
+        """The encoder's output that the call brings, (rows, tokens, d)."""
+        memory = first_not_none(self.named.get("encoder_hidden_states"), self.named.get("encoder_outputs"))
+        return memory if memory is None or isinstance(memory, torch.Tensor) else memory[0]
+
+    @cached_property
+    def given_rows(self) -> int | None:
+        """How many rows the caller passes to forward or `generate`; None where PEFT does not pass them on."""
+        if not isinstance(self.model, PreTrainedModel):
+            return self.rows
+        names = (*_TEXT, "inputs", self.model.main_input_name)
+        values = (self.named[name] for name in names if isinstance(self.named.get(name), torch.Tensor))
+        return next((len(value) // self.choices for value in values), None)
+
+    @cached_property
+    def expansion(self) -> int:
+        """How often `generate` repeats each row, one after the other; guidance may repeat the whole batch instead."""
+        given = next((value for value in self.named.values() if isinstance(value, GenerationConfig)), None)
+        configs = given, getattr(self.model, "generation_config", None)
+        numbers = []
+        for name in ("num_beams", "num_return_sequences"):
+            values = (self.named.get(name), *(getattr(config, name, None) for config in configs))
+            numbers.append(first_not_none(*values, 1))
+        return max(numbers)
+
+    def row_of_each_item(self, rows: int) -> dict[int, list[int] | None]:
+        """Returns for a number of images or sounds the row of each, as the placeholders in the text say it.
+
+        Args:
+            rows: the rows of the call.
+
+        Returns:
+            The rows by the number of items, since a layer does not know more of them; None where these are not certain.
+        """
+        ids = self.ids
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or len(ids) != rows:
+            return {}
+        found: dict[int, list[int] | None] = {}
+        for name, what in _ITEMS.items():
+            items = self.named.get(name)
+            if not isinstance(items, torch.Tensor) or items.dim() < 3:
+                continue
+            own = _rows_of_items(ids, len(items), list(_placeholders(self.model, what)))
+            found[len(items)] = own if found.get(len(items), own) == own else None
+        return found
 
 
 @lru_cache(maxsize=64)
-def _argument_names(kind: Any) -> list[str]:
+def _names(kind: Any) -> list[str]:
     return list(inspect.signature(kind.forward).parameters)[1:]
 
 
-def choices_as_rows(model: nn.Module, named: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Returns a call's arguments as the layers of a multiple-choice model see them, and how many choices a row has.
+def _choices_as_rows(model: nn.Module, named: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
+    """Returns a call's arguments with a row for each choice, and how many choices a row of the caller has.
 
-    Such a model takes its tokens as (batch, choices, tokens) and makes a row of each choice. The third dimension of a
-    model of sound may hold codebooks instead.
+    The third dimension of a model of sound may hold codebooks instead.
     """
-    has_codebooks = hasattr(getattr(model, "config", None), "num_codebooks")
-    ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
-    for value, dims in ((ids, 3), (embeds, 4)):
-        if isinstance(value, torch.Tensor) and value.dim() == dims and not has_codebooks:
+    for name, dims in (("input_ids", 3), ("inputs_embeds", 4)):
+        value = named.get(name)
+        if isinstance(value, torch.Tensor) and value.dim() == dims:
+            if hasattr(getattr(model, "config", None), "num_codebooks"):
+                break
             shape = value.shape[:2]
             flat = {
                 name: each.flatten(0, 1)
@@ -49,67 +165,11 @@ def choices_as_rows(model: nn.Module, named: dict[str, Any]) -> tuple[dict[str, 
     return named, 1
 
 
-def rows_and_tokens(model: nn.Module, named: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Returns how many rows a call has, and how many tokens each of them has; None for what its arguments do not say.
-
-    The rows are those of the text, which may come with more images or fewer, or else those of the model's main input.
-
-    Args:
-        model: the model.
-        named: the arguments of the call, by name.
-    """
-    for name in _TEXT:
-        if isinstance(value := named.get(name), torch.Tensor) and value.dim() >= 2:
-            return value.shape[0], value.shape[1]
-    main = named.get(getattr(model, "main_input_name", None) or "")
-    tensors = (value for value in (main, *named.values()) if isinstance(value, torch.Tensor) and value.dim())
-    first = next(tensors, None)
-    return (None, None) if first is None else (len(first), first.shape[1] if first.dim() == 3 else None)
-
-
-def given_rows(model: nn.Module, named: Mapping[str, Any]) -> int | None:
-    """Returns how many rows a caller passes to a model's forward or to `generate`; None where he does not pass them here.
-
-    Args:
-        model: the model.
-        named: the arguments, by name; PEFT may keep some of them back.
-    """
-    if not isinstance(model, PreTrainedModel):
-        return rows_and_tokens(model, named)[0]
-    names = (*_TEXT[2:], "inputs", model.main_input_name)
-    values = (named[name] for name in names if isinstance(name, str) and isinstance(named.get(name), torch.Tensor))
-    return next((len(value) for value in values), None)
-
-
-def row_of_each_item(model: nn.Module, named: Mapping[str, Any], rows: int) -> dict[int, list[int] | None]:
-    """Returns for a number of images or sounds the row of each, as the placeholders in the text say it.
-
-    Args:
-        model: the model.
-        named: the arguments of the call, by name.
-        rows: the rows of the call.
-
-    Returns:
-        The rows by the number of items, since a layer does not know more of them; None where these are not certain.
-    """
-    ids = named.get("input_ids")
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or len(ids) != rows:
-        return {}
-    found: dict[int, list[int] | None] = {}
-    for name, what in _ITEMS.items():
-        items = named.get(name)
-        if not isinstance(items, torch.Tensor) or items.dim() < 3:
-            continue
-        own = _rows_of_items(ids, len(items), _placeholders(model, what))
-        found[len(items)] = own if found.get(len(items), own) == own else None
-    return found
-
-
-def _placeholders(model: Any, what: str) -> list[int]:
-    """Returns the ids of the tokens in whose place the features of images or sounds come."""
+def _placeholders(model: Any, what: str) -> Iterator[int]:
+    """Yields the ids of the tokens in whose place the features of images or sounds come."""
     config = getattr(model, "config", None)
     values = (getattr(config, f"{what}_token_{suffix}", None) for suffix in ("id", "index"))
-    return [value for value in values if isinstance(value, int)]
+    return (value for value in values if isinstance(value, int))
 
 
 def _rows_of_items(ids: torch.Tensor, items: int, placeholders: list[int]) -> list[int] | None:
@@ -125,17 +185,16 @@ def _rows_of_items(ids: torch.Tensor, items: int, placeholders: list[int]) -> li
     return [row for row, number in enumerate(in_row) for _ in range(number)]
 
 
-def expansion(model: Any, named: Mapping[str, Any]) -> int:
-    """Returns how often `generate` repeats each row, one after the other; guidance may repeat the whole batch instead.
+def cache_in(values: Any) -> Any:
+    """Returns the cache among a call's arguments, or in its output."""
+    if isinstance(values, tuple):
+        return next((value for value in values if hasattr(value, "get_seq_length")), None)
+    get = values.get if isinstance(values, Mapping) else functools.partial(getattr, values)
+    named = (get(name, None) for name in ALL_CACHE_NAMES)
+    # The `state` of a model for robots is a tensor.
+    return next((value for value in named if not isinstance(value, (torch.Tensor, type(None)))), None)
 
-    Args:
-        model: the model.
-        named: the arguments of `generate`.
-    """
-    given = next((value for value in named.values() if isinstance(value, GenerationConfig)), None)
-    configs = given, getattr(model, "generation_config", None)
-    numbers = []
-    for name in ("num_beams", "num_return_sequences"):
-        values = (named.get(name), *(getattr(config, name, None) for config in configs))
-        numbers.append(next((value for value in values if value is not None), 1))
-    return max(numbers)
+
+def first_not_none(*values: Any) -> Any:
+    """Returns the first value that is not None, or None."""
+    return next((value for value in values if value is not None), None)

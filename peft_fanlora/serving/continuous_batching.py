@@ -10,7 +10,7 @@ share the cache of a prefix, whose adapters or prompts differ; the manager does 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -58,12 +58,6 @@ class ContinuousBatching:
     def __init__(self, tuner: Any) -> None:
         self.tuner = tuner
         self.current = _Current()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"tuner": self.tuner}  # what is running belongs to the threads of this model, not to a copy of it
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.tuner, self.current = state["tuner"], _Current()
 
     def install(self) -> None:
         """Puts the entries on the tuner's model, where it has them and they are not there yet."""
@@ -164,6 +158,9 @@ class ContinuousBatching:
 class _Current(threading.local):
     names: tuple[str, ...] | None = None
     manager: _Manager | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # what is running belongs to the threads of this model, not to a copy of it
 
 
 class _Prompt(list[int]):
@@ -309,6 +306,6 @@ def _keep_prompts_whole(scheduler: Any, note: Callable[[Exception], None]) -> No
     scheduler.add_waiting_request = add_waiting_request
 
 
-def is_paged(kwargs: dict[str, Any]) -> bool:
+def is_paged(kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of a model is one of continuous batching, by its cache."""
     return isinstance(kwargs.get("cache"), PagedAttentionCache)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .call import rows_and_tokens
+from .call import Arguments
 
 
 logger = logging.get_logger(__name__)
@@ -119,7 +119,7 @@ def _measured(model: nn.Module, layers: list[nn.Module], inputs: Mapping[str, An
             _inputs_of(layers, model, rows) for rows in (batch, {name: value.flip(0) for name, value in batch.items()})
         )
     names = {module: name for name, module in model.named_modules()}
-    _, tokens = rows_and_tokens(model, batch)
+    tokens = Arguments(model, batch).tokens
     places = {}
     for layer in layers:
         pairs = zip(seen[layer], seen_in_reverse[layer], strict=False)

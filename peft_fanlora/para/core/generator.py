@@ -12,10 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
-
-
-RATIONAL = "rational"
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query: torch.Tensor | None = None) -> torch.Tensor:
@@ -164,7 +160,7 @@ class VectorGenerator(nn.Module):
         in_features: d, the width of the block's hidden states.
         r: the width of the bottleneck.
         pooling: one of `POOLINGS`.
-        activation: a name from ACT2FN, or "rational".
+        activation: act, an elementwise function such as `nn.GELU()` or `RationalActivation()`.
         dropout: the dropout probability of the pooled vector.
         prompt_end: the token ids with which this adapter's prompts end, if they are known.
     """
@@ -173,8 +169,8 @@ class VectorGenerator(nn.Module):
         self,
         in_features: int,
         r: int,
-        pooling: str = "attention",
-        activation: str = "gelu",
+        pooling: str,
+        activation: nn.Module,
         dropout: float = 0.0,
         prompt_end: tuple[int, ...] | None = None,
     ) -> None:
@@ -186,7 +182,7 @@ class VectorGenerator(nn.Module):
         self.down = nn.Parameter(torch.randn(r, in_features))
         self.targets: list[str] = []
         self.query = nn.Parameter(torch.zeros(in_features)) if POOLINGS[pooling].has_query else None
-        self.activation = RationalActivation() if activation == RATIONAL else ACT2FN[activation]
+        self.activation = activation
         self.dropout = nn.Dropout(dropout)
 
     def add_target(self, name: str, num_outputs: int, identity: bool = True) -> None:
