@@ -39,7 +39,7 @@ _MANY_TENANTS: dict[str, Callable[[], peft.PeftConfig]] = {
     "PEFT LoRA, 7 roles": lambda: _lora(target_modules="all-linear"),
     "PEFT LoRA, 2 roles": lambda: _lora(target_modules=TWO_ROLES),
     "FanLoRA, all modules": lambda: _fanlora(),
-    "FanLoRA, 2 a layer": lambda: _fanlora(target_modules=TWO_ROLES),
+    "FanLoRA, 2 per layer": lambda: _fanlora(target_modules=TWO_ROLES),
     "PARA": lambda: ParaConfig(task_type="CAUSAL_LM"),
 }
 

@@ -17,13 +17,13 @@ PAGE = ROOT / "docs" / "support.md"
 METHODS = ("FanLoRA", "PARA")
 
 INTRODUCTION = """\
-# What is supported
+# Supported features
 
-Every entry below is the outcome of tests that ran, on tiny models made from configurations (`make support` runs them and
-writes this page). **yes**: it works. **refused**: it raises an error that says why and what to do instead. **in part**: some
-of it works and some of it is refused. An empty field was not tested.
+Every entry below is the result of tests with tiny models that are created from configurations (`make support` runs the tests
+and generates this page). **yes**: supported. **refused**: raises an error that gives the reason and an alternative. **in part**:
+some cases are supported and some are refused. Empty: not tested.
 
-Run with {versions}.
+Tested with {versions}.
 """
 
 
@@ -51,7 +51,7 @@ def page(results: dict[str, Any]) -> str:
         f"{row['feature']} ({row['method']}, {row['architecture']})" for row in rows if row["outcome"] == "failed"
     ]
     if failed:
-        raise ValueError(f"The tests of {len(failed)} rows failed, for instance of {failed[0]}: mend them first.")
+        raise ValueError(f"The tests of {len(failed)} rows failed, for instance of {failed[0]}: fix them first.")
     grouped: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {}
     for row in rows:
         grouped.setdefault((row["feature"], row["method"], row["architecture"]), []).append(row)

@@ -88,14 +88,14 @@ def main(
     shape: Annotated[Shape, typer.Option(help="The model")] = Shape.m135,
     model: Annotated[str, typer.Option(help="Folder or Hub id, in place of a shape")] = "",
     counts: Annotated[list[int] | None, typer.Option(help="Numbers of tenants [default: 10 100 1000]")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="[default: FanLoRA, 2 a layer; PARA]")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="[default: FanLoRA, 2 per layer; PARA]")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
 ) -> None:
     """Adds tenants one after the other and prints what the last ones cost."""
     # Each method has a process of its own: memory that another has freed would look as if it cost nothing.
     with get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
         arguments = [
-            (name, shape, model, counts or [10, 100, 1000]) for name in method or ["FanLoRA, 2 a layer", "PARA"]
+            (name, shape, model, counts or [10, 100, 1000]) for name in method or ["FanLoRA, 2 per layer", "PARA"]
         ]
         results = [result for found in processes.starmap(costs, arguments, chunksize=1) for result in found]
     table = Table(*results[0])

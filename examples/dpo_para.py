@@ -1,7 +1,7 @@
-"""PARA learns preferences with TRL's DPOTrainer: of two definitions, the one that belongs to the word.
+"""PARA with TRL's DPOTrainer: the model learns to prefer the right one of two definitions of a word.
 
-The reference model is the base model, which is the same model with the adapter switched off. TRL shows PARA where each
-prompt ends, so that nothing has to be said about it.
+The reference model is the base model, i.e. the same model with disabled adapter. TRL's labels show PARA where each prompt
+ends, so that nothing has to be configured.
 
     python examples/dpo_para.py
 """
@@ -31,7 +31,7 @@ console = Console()
 
 
 def preferences(number: int) -> Dataset:
-    """Returns rows of a question, the definition that answers it and the definition of the next word."""
+    """Returns rows with a question, the right definition and the definition of the next word."""
     rows = assets.glosses()[: number + 1]
     return Dataset.from_list(
         [
@@ -43,7 +43,7 @@ def preferences(number: int) -> Dataset:
 
 def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a chat model [default: SmolLM2-135M-Instruct]")] = "",
-    output: Annotated[Path, typer.Option(help="Where the adapter goes")] = Path("dpo-output"),
+    output: Annotated[Path, typer.Option(help="Output folder for the adapter")] = Path("dpo-output"),
     steps: Annotated[int, typer.Option(help="Training steps")] = 20,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate")] = 2e-3,
     seed: Annotated[int, typer.Option(help="Seed")] = 0,
@@ -64,9 +64,7 @@ def main(
     trainer.train()
     after = trainer.evaluate()
     adapted.save_pretrained(output / "adapter")
-    table = Table(
-        "", "", title=f"{NUM_HELD_OUT} held-out pairs; an untrained adapter has the loss ln 2 and the margin 0"
-    )
+    table = Table("", "", title=f"{NUM_HELD_OUT} held-out pairs (untrained adapter: loss ln 2, margin 0)")
     for name in ("loss", "rewards/accuracies", "rewards/margins"):
         table.add_row(name, f"{after[f'eval_{name}']:.3f}")
     console.print(table)

@@ -1,7 +1,8 @@
-"""FanLoRA with TRL: one training run finds the setting, and a fresh adapter on it learns another task.
+"""FanLoRA with TRL: one training run finds the setting, and a new adapter on it learns another task.
 
-FanLoraCallback scores and prunes in the middle of the run on instructions, steps (a) to (c). The setting that it finds
-then says where the adapter of the task goes, step (d). `quickstart.py` takes the steps one by one and compares them.
+FanLoraCallback scores and prunes the modules in the middle of the run on instructions, steps (a) to (c). The adapter of
+the task is then trained on the setting that it found, step (d). `quickstart.py` runs the steps one by one and compares
+them with alternatives.
 
     python examples/fanlora_sft.py
     python examples/fanlora_sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset trl-lib/tldr
@@ -32,11 +33,13 @@ console = Console()
 def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a chat model [default: SmolLM2-135M-Instruct]")] = "",
     dataset: Annotated[str, typer.Option(help="Hub id of a prompt-completion data set [default: WordNet]")] = "",
-    output: Annotated[Path, typer.Option(help="Where the results go")] = Path("fanlora-output"),
+    output: Annotated[Path, typer.Option(help="Output folder")] = Path("fanlora-output"),
     steps: Annotated[int, typer.Option(help="Training steps of (a) to (c)")] = 40,
     task_steps: Annotated[int, typer.Option(help="Training steps of (d)")] = 20,
-    keep: Annotated[int, typer.Option(help="How many modules per layer to keep")] = 2,
-    parameters: Annotated[int, typer.Option(help="How many parameters the task's adapter has, about")] = 1_200_000,
+    keep: Annotated[int, typer.Option(help="Number of modules per layer to keep")] = 2,
+    parameters: Annotated[
+        int, typer.Option(help="Approximate number of parameters of the task's adapter")
+    ] = 1_200_000,
     seed: Annotated[int, typer.Option(help="Seed")] = 0,
 ) -> None:
     """Finds a setting and uses it."""
@@ -67,7 +70,7 @@ def main(
         console.print(f"Held-out loss {before:.3f} -> {held_out_loss(trainer):.3f}", highlight=False)
         return trainer
 
-    console.rule("(a) to (c): LoRA on all modules, and from half of the run on only on the best")
+    console.rule("(a) to (c): LoRA on all modules, from the middle of the run only on the best")
     calibration = instructions.select(range(NUM_CALIBRATION))
     instructions = instructions.select(range(NUM_CALIBRATION, len(instructions)))
     callback = FanLoraCallback(calibration, prune_at=0.5, keep=keep)
@@ -76,7 +79,7 @@ def main(
     callback.scores.plot(output / "importance.png", callback.setting)
     console.print(str(callback.setting), highlight=False)
 
-    console.rule("(d) a fresh adapter on the setting: the sentiment of movie reviews")
+    console.rule("(d) a new adapter on the setting: the sentiment of movie reviews")
     setting = FanLoraSetting.from_pretrained(output / "setting")
     rank = setting.rank_for_budget(AutoModelForCausalLM.from_pretrained(base_model), parameters)
     tuned = adapter(FanLoraConfig(setting=setting, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"))
@@ -84,7 +87,7 @@ def main(
     train(tuned, reviews, task_steps)
     tuned.save_pretrained(output / "adapter")
     export_lora(tuned, output / "plain-lora")
-    console.print(f"The setting, the adapter and a plain LoRA of it are in {output}/.")
+    console.print(f"The setting, the adapter and its export as plain LoRA are in {output}/.")
 
 
 if __name__ == "__main__":

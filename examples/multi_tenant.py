@@ -1,8 +1,8 @@
-"""Eight tenants with different jobs answer the same question in one batch, over one base model.
+"""Eight tenants with different tasks answer the same question in one batch, with one base model.
 
-Each tenant learns what to do with a word: define it, shout it, spell it, and so on. Each gets an adapter of its own on
-a setting that was found once, `smollm2-setting/`, or a PARA adapter. All eight are then loaded into one model, asked in
-one batch, and compared with what each answers alone.
+Each tenant learns what to do with a word: define it, shout it, spell it, and so on. Each has its own adapter on the
+existing setting `smollm2-setting/`, or a PARA adapter. All eight are then loaded into one model and generate in one batch,
+and the answers are compared with those of each adapter alone.
 
     python examples/multi_tenant.py
     python examples/multi_tenant.py --method para --word castle
@@ -67,7 +67,7 @@ def entries() -> list[Entry]:
 
 
 def question(word: str) -> list[assets.Message]:
-    # Without a system message of ours the chat template puts in a longer one.
+    # Without a system message the chat template inserts a longer one.
     return [{"role": "system", "content": "A word."}, {"role": "user", "content": word}]
 
 
@@ -89,7 +89,7 @@ def train_tenant(
 def answers(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, word: str, names: list[str], new_tokens: int
 ) -> tuple[list[str], float]:
-    """Asks for a word in one batch, a row for each name; returns the answers and the seconds."""
+    """Asks about a word in one batch with one row per adapter name; returns the answers and the seconds."""
     conversations = [question(word)] * len(names)
     inputs = tokenizer.apply_chat_template(
         conversations, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
@@ -105,18 +105,18 @@ def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a chat model [default: SmolLM2-135M-Instruct]")] = "",
     method: Annotated[str, typer.Option(help="fanlora or para")] = "fanlora",
     setting: Annotated[str, typer.Option(help="Folder or Hub id of the setting, for FanLoRA")] = str(SETTING),
-    word: Annotated[str, typer.Option(help="What all tenants are asked")] = "lantern",
-    output: Annotated[Path, typer.Option(help="Where the adapters go")] = Path("tenants-output"),
+    word: Annotated[str, typer.Option(help="Word that all tenants are asked about")] = "lantern",
+    output: Annotated[Path, typer.Option(help="Output folder for the adapters")] = Path("tenants-output"),
     steps: Annotated[int, typer.Option(help="Training steps of each tenant")] = 20,
-    new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens")] = 24,
+    new_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per answer")] = 24,
 ) -> None:
-    """Trains eight tenants, and lets them answer in one batch."""
+    """Trains eight tenants and generates their answers in one batch."""
     if method not in LEARNING_RATES:
         raise typer.BadParameter(f"{method!r} is unknown; use fanlora or para.", param_hint="--method")
     base_model = model or str(assets.model_folder())
     words = [entry for entry in entries() if entry.word != word][: steps * BATCH_SIZE]
     for number, (name, job) in enumerate(JOBS.items(), start=1):
-        console.rule(f"Tenant {number} of {len(JOBS)} {name}")
+        console.rule(f"Tenant {number} of {len(JOBS)}: {name}")
         config = (
             ParaConfig(task_type="CAUSAL_LM")
             if method == "para"
@@ -128,7 +128,7 @@ def main(
         ]
         train_tenant(base_model, config, LEARNING_RATES[method], rows, steps, output / name)
 
-    console.rule("All of them in one model")
+    console.rule("All tenants in one model")
     first, *others = JOBS
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
     served = PeftModel.from_pretrained(base, output / first, adapter_name=first).eval()
@@ -145,11 +145,11 @@ def main(
     for name, reply in zip(names, together, strict=True):
         (alone,), own_seconds = answers(served, tokenizer, word, [name], new_tokens)
         if alone != reply:
-            raise RuntimeError(f"the tenant that {name} answers {alone!r} alone and {reply!r} in the batch")
+            raise RuntimeError(f"tenant {name!r} answers {alone!r} alone and {reply!r} in the batch")
         alone_seconds += own_seconds
         table.add_row(name, reply)
     console.print(table)
-    console.print(f"One after another they took {alone_seconds:.1f} s, and answered the same.", highlight=False)
+    console.print(f"One after another, the same answers took {alone_seconds:.1f} s.", highlight=False)
     (output / "answers.json").write_text(json.dumps(dict(zip(names, together, strict=True)), indent=2) + "\n")
 
 

@@ -1,7 +1,7 @@
 """PARA on a real chat model and real text: one adapter trained by TRL, its loss before and after, and a generation.
 
-The prompt-completion rows show the trainer where each prompt ends, so that nothing else has to be said. `--ia3` trains
-IA3 on the same modules and batches at a learning rate of its own, for comparison.
+The prompt-completion format defines where each prompt ends, so that nothing else has to be configured. `--ia3` also trains
+IA3 on the same modules and batches with its own learning rate, for comparison.
 
     python examples/para_sft.py
     python examples/para_sft.py --ia3 1e-2 --pooling mean
@@ -36,7 +36,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Result:
-    """What one method gained."""
+    """The result of one method."""
 
     method: str
     learning_rate: float
@@ -86,11 +86,13 @@ def answer(folder: Path, messages: list[assets.Message]) -> str:
 def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a chat model [default: SmolLM2-135M-Instruct]")] = "",
     dataset: Annotated[str, typer.Option(help="Hub id of a prompt-completion data set [default: WordNet]")] = "",
-    output: Annotated[Path, typer.Option(help="Where the results go")] = Path("para-output"),
+    output: Annotated[Path, typer.Option(help="Output folder")] = Path("para-output"),
     steps: Annotated[int, typer.Option(help="Training steps")] = 60,
     pooling: Annotated[str, typer.Option(help="attention, mean, max or last")] = "attention",
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of PARA")] = 3e-3,
-    ia3: Annotated[float | None, typer.Option(help="Peak learning rate at which to train IA3 too")] = None,
+    ia3: Annotated[
+        float | None, typer.Option(help="Peak learning rate of IA3, which is trained only if this is set")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed")] = 0,
 ) -> None:
     """Trains PARA, prints the held-out loss before and after, and answers a held-out prompt."""
@@ -102,7 +104,7 @@ def main(
         rows = Dataset.from_list(assets.glosses()[:needed])
     config = ParaConfig(
         pooling=pooling,
-        # Only needed where labels do not show the prompt, as with label smoothing; it does no harm elsewhere.
+        # Only needed where labels do not mark the prompt, as with label smoothing; has no effect otherwise.
         prompt_end_token_ids=get_prompt_end_token_ids(AutoTokenizer.from_pretrained(base_model)),
         task_type="CAUSAL_LM",
     )

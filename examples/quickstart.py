@@ -1,8 +1,8 @@
 """All four steps of FanLoRA on a real chat model and real text, in under ten minutes on two CPU cores.
 
-(a) LoRA on every linear layer, trained on WordNet definitions; (b) a score for each module; (c) the best two of each
-layer stay: the FanLoRA setting; (d) a fresh adapter on that setting learns another task, the sentiment of movie
-reviews, beside LoRA on all layers and on Q and V at the same number of parameters.
+(a) LoRA on all linear layers, trained on WordNet definitions; (b) a score for each module; (c) the best two modules per
+layer are kept: the FanLoRA setting; (d) a new adapter on this setting learns another task, the sentiment of movie reviews,
+and is compared with LoRA on all layers and on Q and V with the same number of parameters.
 
     python examples/quickstart.py
     python examples/quickstart.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset trl-lib/tldr
@@ -40,7 +40,7 @@ NUM_CALIBRATION = 16
 NUM_HELD_OUT = 64
 NUM_TASK_HELD_OUT = 128
 RANK_ON_ALL_MODULES = 4
-"""Of LoRA on all modules in (d); the others get the rank that comes closest to its number of parameters."""
+"""Rank of LoRA on all modules in (d); the others get the rank with the closest number of parameters."""
 
 # Loads a folder written by export_lora in a process that never imports peft_fanlora, and completes a prompt.
 PLAIN_PEFT = """
@@ -60,7 +60,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Run:
-    """What all steps share."""
+    """Settings that all steps share."""
 
     base_model: str
     output: Path
@@ -71,12 +71,12 @@ class Run:
         return AutoTokenizer.from_pretrained(self.base_model)
 
     def base(self) -> PreTrainedModel:
-        """Loads the base model; every adapter is made on a fresh one, with the same seed."""
+        """Loads the base model and sets the seed; each adapter uses a newly loaded model."""
         set_seed(self.seed)
         return AutoModelForCausalLM.from_pretrained(self.base_model, dtype=torch.float32)
 
     def trainer(self, model: PeftModel, steps: int, training: Dataset, **held_out: Dataset) -> SFTTrainer:
-        """Makes TRL's trainer; `get_eval_dataloader(name)` gives the batches of a held-out set."""
+        """Creates TRL's trainer; `get_eval_dataloader(name)` returns the batches of a held-out set."""
         arguments = sft_arguments(self.output, steps, LEARNING_RATE)
         return SFTTrainer(
             model, args=arguments, processing_class=self.tokenizer, train_dataset=training, eval_dataset=held_out
@@ -87,9 +87,9 @@ class Run:
 def evaluate(
     model: torch.nn.Module, dataloader: DataLoader, name: str, choices: tuple[int, ...] = ()
 ) -> dict[str, float]:
-    """Returns the loss in nats a label token, and the accuracy if the answers begin with one of some tokens.
+    """Returns the loss in nats per label token, and with `choices` the accuracy of the first answer token.
 
-    An answer is right if its first token is the likeliest of `choices`.
+    An answer is correct if its first token is the likeliest of `choices`.
     """
     model.eval()
     total, num_tokens, right, rows = 0.0, 0, 0, 0
@@ -116,7 +116,7 @@ def file_size(folder: Path) -> str:
 
 
 def random_setting(model: PeftModel, scores: ImportanceScores, draw: int) -> FanLoraSetting:
-    """Keeps as many modules of each layer as the scored setting, drawn at random."""
+    """Returns a random setting with as many modules per layer as the scored setting."""
     layers = scores.to_dataframe().groupby("layer")["module"]
     generator = random.Random(draw)
     names = [name for _, layer in layers for name in generator.sample(layer.tolist(), KEEP)]
@@ -124,7 +124,7 @@ def random_setting(model: PeftModel, scores: ImportanceScores, draw: int) -> Fan
 
 
 def find_setting(run: Run, instructions: Dataset, steps: int) -> tuple[ImportanceScores, dict[str, Any]]:
-    """Steps (a) to (c); writes the setting and the adapter, and returns what each way of pruning loses."""
+    """Runs steps (a) to (c), writes the setting and the adapter, and returns the losses of all choices of modules."""
     console.rule("(a) LoRA on all linear layers")
     model = get_peft_model(run.base(), FanLoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"))
     model.print_trainable_parameters()
@@ -148,7 +148,7 @@ def find_setting(run: Run, instructions: Dataset, steps: int) -> tuple[Importanc
     console.rule("(b) a score for each module")
     scores = model.score_modules(trainer.get_eval_dataloader("calibration"), method="path")
 
-    console.rule(f"(c) the best {KEEP} modules of each layer")
+    console.rule(f"(c) the best {KEEP} modules per layer")
     setting = model.prune_modules(scores.select(keep=KEEP))
     console.print(str(setting), highlight=False)
     setting.save_pretrained(run.output / "setting")
@@ -180,7 +180,7 @@ def sample(run: Run, model: PeftModel, messages: list[assets.Message]) -> str:
 
 
 def use_setting(run: Run, scores: ImportanceScores, rows: list[assets.Row], steps: int) -> dict[str, Any]:
-    """Step (d): fresh adapters with the same number of parameters on three choices of modules."""
+    """Runs step (d): new adapters with the same number of parameters on three choices of modules."""
     console.rule("(d) the setting on another task")
     base = run.base()
     setting = FanLoraSetting.from_pretrained(run.output / "setting")
@@ -216,7 +216,7 @@ def use_setting(run: Run, scores: ImportanceScores, rows: list[assets.Row], step
 
 
 def table(title: str, results: dict[str, dict[str, Any]], formats: dict[str, str]) -> Table:
-    """Lays results out as a table with a row a model; figures that a model does not have stay empty."""
+    """Returns a table with one row per model; missing figures are left empty."""
     built = Table("", title=title)
     for column in formats:
         built.add_column(column, justify="right")
@@ -228,12 +228,12 @@ def table(title: str, results: dict[str, dict[str, Any]], formats: dict[str, str
 def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a chat model [default: SmolLM2-135M-Instruct]")] = "",
     dataset: Annotated[str, typer.Option(help="Hub id of a prompt-completion data set [default: WordNet]")] = "",
-    output: Annotated[Path, typer.Option(help="Where the results go")] = Path("quickstart-output"),
+    output: Annotated[Path, typer.Option(help="Output folder")] = Path("quickstart-output"),
     steps: Annotated[int, typer.Option(help="Training steps of (a)")] = 40,
     task_steps: Annotated[int, typer.Option(help="Training steps of each run of (d)")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of all runs")] = 0,
 ) -> None:
-    """Runs the four steps and prints what they gain."""
+    """Runs the four steps and prints the results."""
     started = time.perf_counter()
     run = Run(model or str(assets.model_folder()), output, seed)
     needed = NUM_HELD_OUT + NUM_CALIBRATION + steps * BATCH_SIZE
@@ -247,15 +247,15 @@ def main(
     sentiment = use_setting(run, scores, reviews, task_steps)
 
     answer = definitions.pop("sample")
-    title = f"Loss on {NUM_HELD_OUT} held-out instructions; nothing is retrained after pruning"
+    title = f"Loss on {NUM_HELD_OUT} held-out instructions, without retraining after pruning"
     console.print(table(title, definitions, {"loss": ".3f", "parameters": ",", "file": ""}))
-    title = f"Sentiment of {NUM_TASK_HELD_OUT} held-out reviews after {task_steps} steps; a fresh adapter each"
+    title = f"Sentiment of {NUM_TASK_HELD_OUT} held-out reviews after {task_steps} steps, with a new adapter each"
     console.print(table(title, sentiment, {"accuracy": ".3f", "loss": ".3f", "r": "", "parameters": ","}))
     console.print(f"[bold]{answer}[/bold]\n(the exported plain LoRA gives the same answer without this package)")
     results = {"seed": seed, "steps": steps, "task_steps": task_steps, "sample": answer}
     content = json.dumps({**results, "instructions": definitions, "sentiment": sentiment}, indent=2)
     (output / "results.json").write_text(content + "\n")
-    console.print(f"Everything is in {output}/. It took {(time.perf_counter() - started) / 60:.1f} minutes.")
+    console.print(f"The results are in {output}/. Total time: {(time.perf_counter() - started) / 60:.1f} minutes.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""FanLoRA's tenants on vLLM: exported adapters, several in one batch, and what a choice of modules saves there.
+"""FanLoRA tenants on vLLM: exported adapters, several in one batch, and the time that a choice of modules saves.
 
-`train` finds a setting by role, trains an adapter for each tenant on it, exports them as plain LoRA, and keeps what
-each answers. `serve` needs vLLM, so it may run in another environment: it checks that vLLM gives the same answers token
-for token, in one batch with the base model, and times that batch beside LoRA on all linear layers.
+`train` finds a setting by role, trains an adapter for each tenant on it, exports the adapters as plain LoRA, and stores
+their answers. `serve` requires vLLM and can be run in another environment. It checks that vLLM generates the same tokens,
+in one batch with the base model, and compares the time of this batch with LoRA on all linear layers.
 
     python examples/serve_vllm.py train
     python examples/serve_vllm.py serve
@@ -50,16 +50,16 @@ PACKED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
 }
-"""Which layer of vLLM's Llama holds a projection, where it does not stand alone."""
+"""The packed layer of vLLM's Llama that contains a projection."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
-Output = Annotated[Path, typer.Option(help="Where the adapters and their answers are kept")]
+Output = Annotated[Path, typer.Option(help="Folder of the adapters and their answers")]
 
 
 @dataclass
 class Tenants:
-    """Exported adapters, what each tenant asks, and what its adapter answers in transformers (tokens)."""
+    """Exported adapters, the prompt of each tenant, and the answer of its adapter in transformers (tokens)."""
 
     name: str
     folders: list[str]
@@ -96,7 +96,7 @@ def train_adapter(
 
 
 def answer(model: PeftModel, prompt: list[int], new_tokens: int) -> list[int]:
-    """Returns the tokens that follow a prompt under greedy decoding, which nothing stops."""
+    """Returns the tokens that follow a prompt with greedy decoding, ignoring the end-of-sequence token."""
     inputs = torch.tensor([prompt], device=model.device)
     lengths = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
     model.generation_config.eos_token_id = None
@@ -110,13 +110,13 @@ def answer(model: PeftModel, prompt: list[int], new_tokens: int) -> list[int]:
 def train(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a chat model [default: SmolLM2-135M-Instruct]")] = "",
     output: Output = Path("serve-output"),
-    tenants: Annotated[int, typer.Option(help="How many adapters", min=1)] = 8,
+    tenants: Annotated[int, typer.Option(help="Number of adapters", min=1)] = 8,
     steps: Annotated[int, typer.Option(help="Training steps before the modules are scored")] = 20,
     tenant_steps: Annotated[int, typer.Option(help="Training steps of each tenant")] = 4,
     new_tokens: Annotated[int, typer.Option(help="Length of the answers in tokens")] = 32,
     seed: Annotated[int, typer.Option(help="Seed")] = 0,
 ) -> None:
-    """Finds a setting by role, trains and exports the tenants, and writes down what they answer."""
+    """Finds a setting by role, trains and exports the tenants, and stores their answers."""
     base_model = model or str(assets.model_folder())
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     size = NUM_CALIBRATION + tenant_steps * BATCH_SIZE
@@ -132,10 +132,10 @@ def train(
     general, trainer = train_adapter(base_model, FanLoraConfig(**shape), instructions, steps, output, seed)
     scores = general.score_modules(trainer.get_eval_dataloader(), num_points=4)
     setting = scores.select(strategy="role", keep=KEEP)
-    console.print(f"The roles that stay: {', '.join(setting.roles)}", highlight=False)
+    console.print(f"Kept roles: {', '.join(setting.roles)}", highlight=False)
 
     def served_alike(name: str) -> Tenants:
-        """One adapter for all tenants, which costs an engine what as many different ones would."""
+        """Uses one adapter for all tenants, which costs an engine as much as different adapters."""
         folder = output / name.replace(" ", "-").lower()
         export_lora(general, folder)
         answers = [answer(general, prompt, new_tokens) for prompt in prompts]
@@ -159,7 +159,9 @@ def train(
     groups.append(own_adapters)
     content = {"base_model": base_model, "base_answers": base_answers, "groups": [asdict(group) for group in groups]}
     (output / "tenants.json").write_text(json.dumps(content) + "\n")
-    console.print(f"Everything is in {output}/. In vLLM's environment: python {sys.argv[0]} serve --output {output}")
+    console.print(
+        f"The adapters and answers are in {output}/. Run this in vLLM's environment: python {sys.argv[0]} serve --output {output}"
+    )
 
 
 def layers_of_vllm(folders: Iterable[str]) -> list[str]:
@@ -180,7 +182,7 @@ def tokens_of(served: Served, new_tokens: int) -> list[list[int]]:
 
 
 def start_all(base_model: str, groups: dict[str, Tenants]) -> list[Served]:
-    """Starts the engines: without LoRA, as vLLM comes with LoRA, and with LoRA where the adapters have it."""
+    """Starts the engines: without LoRA, with LoRA in all layers (vLLM's default), and with LoRA in the adapted layers."""
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
@@ -194,7 +196,7 @@ def start_all(base_model: str, groups: dict[str, Tenants]) -> list[Served]:
     }
 
     def start(*names: str, **options: Any) -> LLM:
-        # On a CPU, vLLM gives requests without an adapter the one in the last slot: that one has to stay empty.
+        # On CPUs, vLLM applies the adapter in the last slot to requests without an adapter, so this slot must stay empty.
         slots = sum(len(requests[name]) for name in names) + 1
         lora = {"enable_lora": True, "max_loras": slots, "max_lora_rank": RANK} if names else {}
         longest = max(map(len, prompts)) + len(groups[BY_ROLE].answers[0])
@@ -205,7 +207,7 @@ def start_all(base_model: str, groups: dict[str, Tenants]) -> list[Served]:
         )  # fmt: skip
 
     bare, plain = start(), start(EVERYWHERE, BY_ROLE)
-    served = [Served(name, bare, prompts, [None] * len(prompts)) for name in ("base model", "the same a second time")]
+    served = [Served(name, bare, prompts, [None] * len(prompts)) for name in ("base model", "base model, again")]
     served += [Served(f"{name}, vLLM as it comes", plain, prompts, requests[name]) for name in (EVERYWHERE, BY_ROLE)]
     for name in (EVERYWHERE, BY_ROLE, BY_LAYER):
         engine = start(name, lora_target_modules=layers_of_vllm(groups[name].folders))
@@ -214,7 +216,7 @@ def start_all(base_model: str, groups: dict[str, Tenants]) -> list[Served]:
 
 
 def check(served: Served, group: Tenants, base_answer: list[int]) -> None:
-    """Compares vLLM's answers with ours, in one batch with a request that asks the base model.
+    """Compares vLLM's answers with those of transformers, in one batch with a request to the base model.
 
     Raises:
         RuntimeError: a token differs.
@@ -229,7 +231,7 @@ def check(served: Served, group: Tenants, base_answer: list[int]) -> None:
 
 
 def measure(served: list[Served], rounds: int, new_tokens: int) -> None:
-    """Lets the engines take turns, in another order each round; the first round is thrown away."""
+    """Times the engines in turns, in random order; the first round is discarded."""
     order = list(served)
     for _ in range(rounds + 1):
         for each in order:
@@ -267,7 +269,7 @@ def serve(
     rounds: Annotated[int, typer.Option(help="Timed batches of each variant", min=2)] = 5,
     result: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
 ) -> None:
-    """Serves the tenants with vLLM: the same answers as ours, and tokens per second beside LoRA on all linear layers."""
+    """Serves the tenants with vLLM, checks the answers, and compares the speed with LoRA on all linear layers."""
     # The engines take turns in this process instead of having processes of their own.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -281,7 +283,9 @@ def serve(
     base, _, *others = served = start_all(content["base_model"], groups)
     for each in others:
         check(each, groups[each.name.partition(",")[0]], base_answers[0])
-    console.print(f"{len(others)} times {len(prompts)} tenants and the base model in one batch: each token as ours.")
+    console.print(
+        f"{len(others)} batches of {len(prompts)} tenants and the base model: all tokens are the same as in transformers."
+    )
 
     measure(served, rounds, new_tokens)
     results = [summary(each, base, new_tokens) for each in served]

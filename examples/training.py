@@ -1,4 +1,4 @@
-"""What the examples' training runs share: their arguments, and the loss on held-out rows."""
+"""Training arguments and the loss on held-out rows, shared by the examples."""
 
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ def run_arguments(
     """Returns the arguments of a short run of any of TRL's trainers that writes no checkpoints.
 
     Args:
-        output: the folder of the example's results.
-        steps: the number of training steps; the first 6% warm the learning rate up.
-        learning_rate: its peak.
-        seed: of the order of the data.
-        batch_size: the rows of a step.
+        output: output folder of the example.
+        steps: number of training steps, with a warmup of 6%.
+        learning_rate: peak learning rate.
+        seed: seed of the data order.
+        batch_size: rows per step.
     """
     return {
         "output_dir": str(output / "trainer"),
@@ -31,8 +31,8 @@ def run_arguments(
         "lr_scheduler_type": "linear",
         "warmup_steps": max(1, round(0.06 * steps)),
         "max_length": 128,
-        "gradient_checkpointing": False,  # would save memory that a small model does not need, for a third more time
-        "bf16": torch.cuda.is_available(),  # emulated, and so slow, on most CPUs
+        "gradient_checkpointing": False,  # not needed for a small model, and takes a third more time
+        "bf16": torch.cuda.is_available(),  # emulated and slow on most CPUs
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 10,
         "save_strategy": "no",
@@ -50,7 +50,7 @@ def sft_arguments(
 
 @torch.no_grad()
 def held_out_loss(trainer: SFTTrainer) -> float:
-    """Returns the loss of a trainer's model on its evaluation data, in nats a label token."""
+    """Returns the loss of a trainer's model on its evaluation data, in nats per label token."""
     trainer.model.eval()
     total, count = 0.0, 0
     for batch in trainer.get_eval_dataloader():

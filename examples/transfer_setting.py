@@ -1,8 +1,8 @@
-"""A setting that was found on one model serves another depth of its family.
+"""A setting that was found on one model is used on a model with another depth of the same family.
 
-`smollm2-setting/` was found on SmolLM2-135M-Instruct, 30 blocks. The target is the same model without four of its later
-blocks, which an adapter has to make good for; on a machine that reaches the Hub it can be any other Llama.
-A fresh adapter on the transferred setting is trained beside LoRA on Q and V with as many parameters.
+`smollm2-setting/` was found on SmolLM2-135M-Instruct with 30 blocks. The target is the same model without four of its later
+blocks, or any other Llama model from the Hub. A new adapter on the transferred setting is compared with LoRA on Q and V
+with the same number of parameters.
 
     python examples/transfer_setting.py
     python examples/transfer_setting.py --target HuggingFaceTB/SmolLM2-360M-Instruct
@@ -33,7 +33,7 @@ console = Console()
 
 
 def shallower(base_model: str, folder: Path) -> str:
-    """Writes a Llama without a seventh of its blocks, from two thirds of its depth on, and returns the folder."""
+    """Writes a Llama model without a seventh of its blocks, starting at two thirds of its depth; returns the folder."""
     model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
     blocks = list(model.model.layers)
     first, number = 2 * len(blocks) // 3, max(1, len(blocks) // 7)
@@ -50,15 +50,15 @@ def shallower(base_model: str, folder: Path) -> str:
 def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a Llama [default: SmolLM2-135M-Instruct]")] = "",
     target: Annotated[
-        str, typer.Option(help="Folder or Hub id of the target [default: the model, made shallower]")
+        str, typer.Option(help="Folder or Hub id of the target [default: the model without some blocks]")
     ] = "",
     setting: Annotated[str, typer.Option(help="Folder or Hub id of a setting")] = str(SETTING),
-    output: Annotated[Path, typer.Option(help="Where the results go")] = Path("transfer-output"),
+    output: Annotated[Path, typer.Option(help="Output folder")] = Path("transfer-output"),
     steps: Annotated[int, typer.Option(help="Training steps of each adapter")] = 25,
     rank: Annotated[int, typer.Option(help="Rank of the adapter on the setting")] = 12,
     seed: Annotated[int, typer.Option(help="Seed")] = 0,
 ) -> None:
-    """Transfers a setting, and trains on it."""
+    """Transfers a setting and trains an adapter on it."""
     target = target or shallower(model or str(assets.model_folder()), output / "shallower")
     base = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     transferred = FanLoraSetting.from_pretrained(setting).resolve(base)

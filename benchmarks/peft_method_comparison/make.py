@@ -53,7 +53,7 @@ def configs() -> dict[str, PeftConfig]:
     rank = setting.rank_for_budget(model, PARAMETERS)
     width = para_rank(model, run)
     return {
-        f"fanlora/llama-3.2-3B-rank{rank}-2-a-layer": FanLoraConfig(
+        f"fanlora/llama-3.2-3B-rank{rank}-2-per-layer": FanLoraConfig(
             setting=setting, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM"
         ),
         f"para/llama-3.2-3B-rank{width}": ParaConfig(r=width, prompt_end_token_ids=PROMPT_END, task_type="CAUSAL_LM"),

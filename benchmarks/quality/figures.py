@@ -17,7 +17,7 @@ LORA = "LoRA, all modules"
 LORA_QV = "LoRA, Q and V"
 ADALORA = "AdaLoRA"
 PARA = "PARA"
-CONSTANT = "PARA, fed a constant"
+CONSTANT = "PARA, constant input"
 IA3 = "IA3"
 METHODS = [PATH, RANDOM, LORA, LORA_QV, ADALORA, PARA, IA3]
 """Each method with its defaults."""
@@ -33,7 +33,7 @@ def variant(run: dict[str, Any]) -> str:
     options = [run["score"].replace("_per_", " per ")]
     if (run["strategy"], run["keep"]) != ("layer", 2):
         options.append(
-            f"{run['keep']} {({'layer': 'a layer', 'role': 'roles', 'global': 'anywhere'})[run['strategy']]}"
+            f"{run['keep']} {({'layer': 'per layer', 'role': 'roles', 'global': 'anywhere'})[run['strategy']]}"
         )
     if run["source"] == run["task"] != "gloss":
         options.append("own setting")
@@ -43,7 +43,7 @@ def variant(run: dict[str, Any]) -> str:
 def _para_options(run: dict[str, Any]) -> list[str]:
     options = []
     if run["reads"] != "prompt":
-        reads = {"constant": "fed a constant", "centred": "prompt centred", "embeddings": "embeddings alone"}
+        reads = {"constant": "constant input", "centred": "centered prompt", "embeddings": "embeddings only"}
         options.append(reads[run["reads"]])
     if run["pooling"] != "attention":
         options.append(f"{run['pooling']} pooling")
@@ -52,7 +52,7 @@ def _para_options(run: dict[str, Any]) -> list[str]:
     if run["rank"]:
         options.append(f"r = {run['rank']}")
     if run["start"] != 1:
-        options.append(f"D from {run['start']:g}")
+        options.append(f"D init x {run['start']:g}")
     if run["scale"] != 1:
         options.append(f"vectors x {run['scale']:g}")
     return options
@@ -101,7 +101,7 @@ def mean_and_half_width(values: pd.Series) -> tuple[float, float | None]:
 
 @dataclass(frozen=True)
 class Difference:
-    """A variant's test loss less another's, paired over the seeds that both have.
+    """The test loss of a variant minus that of another, paired over the seeds that both have.
 
     Attributes:
         mean: below zero where the first is better.
@@ -117,9 +117,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What can be said."""
+        """Whether the interval of the difference excludes zero, and on which side it lies."""
         if self.half_width is None:
-            return "one pair: nothing to say"
+            return "one pair, no interval"
         if abs(self.mean) <= self.half_width:
             return "no difference shown"
         return "better" if self.mean < 0 else "worse"

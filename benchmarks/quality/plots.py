@@ -18,11 +18,11 @@ def draw(store: Store, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     frame = smaller_budget(table(store))
     for name, variants in compared(frame).items():
-        seeds(frame, variants, "loss", "test loss, nats a token", folder / f"results-{name}.png")
+        seeds(frame, variants, "loss", "test loss, nats per token", folder / f"results-{name}.png")
     seeds(frame, METHODS, "cpu_seconds", "CPU seconds of training", folder / "results-cost.png")
     lost = of_the_setting(pruned(store))
-    by_score(lost, ["1 a layer", "2 a layer", "3 a layer"], "-", folder / "results-pruned.png")
-    by_score(lost, ["2 a layer", "2 roles", "60 anywhere"], "", folder / "results-strategy.png")
+    by_score(lost, ["1 per layer", "2 per layer", "3 per layer"], "-", folder / "results-pruned.png")
+    by_score(lost, ["2 per layer", "2 roles", "60 anywhere"], "", folder / "results-strategy.png")
     overlaps(stability(store), folder / "results-stability.png")
 
 
@@ -82,7 +82,7 @@ def by_score(lost: pd.DataFrame, choices: list[str], line: str, path: Path) -> N
     means = lost.pivot_table(index="choice", columns="score", values="loss", aggfunc="mean").loc[choices]
     means = means.dropna(axis="columns", how="all")
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    for score in means.loc["2 a layer"].sort_values(ascending=False).index:
+    for score in means.loc["2 per layer"].sort_values(ascending=False).index:
         axes.plot(
             means.index,
             means[score],
@@ -94,8 +94,8 @@ def by_score(lost: pd.DataFrame, choices: list[str], line: str, path: Path) -> N
     everything = lost[lost["choice"] == "all"]["loss"].mean()
     axes.axhline(everything, color="black", linewidth=1, linestyle="--", label="all modules")
     axes.set_xlabel("modules kept")
-    axes.set_ylabel("loss on dev rows, nats a token")
-    axes.set_title("Definitions, nothing retrained")
+    axes.set_ylabel("loss on dev rows, nats per token")
+    axes.set_title("Definitions, without retraining")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center")
     _save(figure, path)

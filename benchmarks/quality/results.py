@@ -3,6 +3,7 @@
 python benchmarks/quality/results.py
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,7 @@ def page(store: Store, files: list[Path]) -> str:
         "limits": figures.of_the_setting(lost).groupby("choice")["loss"].mean(),
         "parts_of_para": [(figures.PARA, name) for name in plots.compared(small)["para"][1:]],
         "picture": picture,
+        "example": json.loads((ROOT / "benchmarks/results/para-sft.json").read_text()),
     }
     environment = Environment(
         loader=FileSystemLoader(HERE),

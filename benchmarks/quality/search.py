@@ -45,8 +45,8 @@ def _score(bench: Bench, model: PeftModel, split: Split, scoring: Scoring) -> di
 
 
 def choices(num_layers: int) -> dict[str, tuple[str, int]]:
-    """Returns ways of choosing: one, two or three modules a layer, and two other ways to keep as many as two a layer."""
-    per_layer = {f"{keep} a layer": ("layer", keep) for keep in (1, 2, 3)}
+    """Returns ways of choosing: one, two or three modules per layer, and two other ways to keep as many as two per layer."""
+    per_layer = {f"{keep} per layer": ("layer", keep) for keep in (1, 2, 3)}
     return {**per_layer, "2 roles": ("role", 2), f"{2 * num_layers} anywhere": ("global", 2 * num_layers)}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -30,7 +31,7 @@ CLAIMS = {
     "FanLoRA with `path` beats LoRA on all modules": (PATH, LORA),
     "PARA beats IA3": (PARA, IA3),
     "PARA beats LoRA on all modules": (PARA, LORA),
-    "PARA beats its generators fed a constant": (PARA, CONSTANT),
+    "PARA beats its own generators with a constant input": (PARA, CONSTANT),
 }
 
 
@@ -52,7 +53,7 @@ def spread(values: pd.Series) -> str:
 
 
 def says(found: Difference | None) -> str:
-    """Returns a predicate: what can be said of the first of two variants beside the second."""
+    """Returns a predicate that compares the first of two variants with the second."""
     if found is None:
         return "has no runs to compare"
     interval, _, pairs, verdict = _columns(found)
@@ -74,8 +75,8 @@ def comparison(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> str:
         found = _by_task(frame, first, second)
         if len(found) > 1 and (mean := difference(frame, first, second)):
             found["mean over these tasks"] = mean
-        rows += [[f"{first} less {second}", task, *_columns(one)] for task, one in found.items()]
-    return markdown(["loss of", "task", "difference", "p", "pairs", "verdict"], rows)
+        rows += [[f"{first} vs. {second}", task, *_columns(one)] for task, one in found.items()]
+    return markdown(["comparison", "task", "difference", "p", "pairs", "verdict"], rows)
 
 
 def _by_task(frame: pd.DataFrame, first: str, second: str) -> dict[str, Difference]:
@@ -84,9 +85,13 @@ def _by_task(frame: pd.DataFrame, first: str, second: str) -> dict[str, Differen
 
 
 def claims(frame: pd.DataFrame, lost: pd.DataFrame) -> str:
-    """Returns what each claim comes to, over all tasks and task by task; `lost` is what pruning lost in the searches."""
-    kept = difference_without_retraining(lost[lost["task"] == "gloss"], "2 a layer")
-    rows = [] if kept is None else [["What `path` keeps beats a random choice before retraining", *_claim(kept), ""]]
+    """Returns the outcome of each claim over all tasks and per task; `lost` has the losses after pruning in the searches."""
+    kept = difference_without_retraining(lost[lost["task"] == "gloss"], "2 per layer")
+    rows = (
+        []
+        if kept is None
+        else [["Before retraining, the modules that `path` keeps beat a random choice", *_claim(kept), ""]]
+    )
     for claim, (first, second) in CLAIMS.items():
         found = difference(frame, first, second)
         if found is not None:
@@ -111,7 +116,7 @@ def methods(frame: pd.DataFrame) -> str:
             if not own.empty:
                 what = f"**{task}**, {budget:,} parameters"
                 if TASKS[task].labels:
-                    what += f"; the commonest answer is right on {Split(task, TASKS[task]).commonest:.3f}"
+                    what += f"; accuracy of the most frequent answer: {Split(task, TASKS[task]).commonest:.3f}"
                 parts.append(f"{what}\n\n{_methods_of_a_task(own)}")
     return "\n".join(parts)
 
@@ -153,14 +158,14 @@ def learning_rates(store: Store) -> str:
                 cells.append(f"{rate:g}: {mark}{spread(pd.Series(list(values.values())))}{mark} ({len(values)})")
             edge = "lower" if best == min(losses) else "upper" if best == max(losses) else "none"
             rows.append([f"{name}, {task}, {budget:,}", "; ".join(cells), edge])
-    return markdown(["", "rate: dev loss (seeds)", "best at the edge"], rows)
+    return markdown(["", "rate: dev loss (seeds)", "best rate at the edge"], rows)
 
 
 def scores_before_retraining(lost: pd.DataFrame, store: Store) -> str:
     """Returns the loss with what each score keeps of each layer, and what the score costs."""
     lost = of_the_setting(lost)
-    kept = lost[lost["choice"].str.endswith("a layer")]
-    means = kept.pivot_table(index="score", columns="choice", values="loss", aggfunc="mean").sort_values("2 a layer")
+    kept = lost[lost["choice"].str.endswith("per layer")]
+    means = kept.pivot_table(index="score", columns="choice", values="loss", aggfunc="mean").sort_values("2 per layer")
     rows = [
         [str(score), *(f"{value:.3f}" if pd.notna(value) else "" for value in row), *_cost(store, str(score))]
         for score, *row in means.itertuples()
@@ -178,7 +183,7 @@ def _cost(store: Store, score: str) -> tuple[str, str]:
 
 def path_before_retraining(lost: pd.DataFrame) -> str:
     """Returns how `path` differs from a random choice, over the searches."""
-    searches = lost[lost["choice"].str.endswith("a layer") & (lost["task"] == "gloss")]
+    searches = lost[lost["choice"].str.endswith("per layer") & (lost["task"] == "gloss")]
     rows = [
         [choice, *_columns(found)]
         for choice in sorted(searches["choice"].unique())
@@ -190,7 +195,7 @@ def path_before_retraining(lost: pd.DataFrame) -> str:
 def strategies_before_retraining(lost: pd.DataFrame) -> str:
     """Returns the loss with 60 modules that each score chooses in different ways."""
     lost = of_the_setting(lost)
-    ways = ["2 a layer", "2 roles", "60 anywhere"]
+    ways = ["2 per layer", "2 roles", "60 anywhere"]
     means = lost[lost["choice"].isin(ways)].pivot_table(index="score", columns="choice", values="loss")[ways]
     return markdown(
         ["kept", *ways], [[str(score), *(f"{loss:.3f}" for loss in row)] for score, *row in means.itertuples()]
@@ -200,7 +205,21 @@ def strategies_before_retraining(lost: pd.DataFrame) -> str:
 def overlaps(found: pd.DataFrame) -> str:
     """Returns how far choices by `path` agree with the one in use."""
     rows = [[what, f"{share:.0%}", f"{cpu:.0f}"] for what, share, cpu in found.itertuples(index=False)]
-    return markdown(["path, with", "in common", "CPU seconds"], rows)
+    return markdown(["`path` with", "modules in common", "CPU seconds"], rows)
+
+
+def longer_run(content: dict[str, Any]) -> str:
+    """Returns the losses of `examples/para_sft.py`: a row per method and learning rate, a column per seed."""
+    runs = pd.DataFrame(content["runs"])
+    keys = ["method", "parameters", "learning_rate"]
+    losses = runs.pivot_table(index=keys, columns="seed", values="loss_after", sort=False)
+    rows = []
+    for (method, parameters, rate), values in zip(losses.index, losses.to_numpy(), strict=True):
+        mean = "" if pd.isna(values).any() else f"{values.mean():.4f}"
+        cells = ["" if pd.isna(value) else f"{value:.4f}" for value in values]
+        rows.append([method, f"{parameters:,}", f"{rate:g}", *cells, mean])
+    seeds = [f"seed {seed}" for seed in losses.columns]
+    return markdown(["", "parameters", "learning rate", *seeds, "mean"], rows)
 
 
 def costs(frame: pd.DataFrame) -> str:
@@ -215,7 +234,7 @@ def costs(frame: pd.DataFrame) -> str:
                 low, high = runs["cpu_seconds"].min(), runs["cpu_seconds"].max()
                 memory = f"{runs['memory'].median() / 2**30:.2f}"
                 rows.append([name, task, f"{runs['cpu_seconds'].median():.0f} ({low:.0f}-{high:.0f})", ratio, memory])
-    return markdown(["", "task", "CPU seconds", "of LoRA's", "GiB"], rows)
+    return markdown(["", "task", "CPU seconds", "relative to LoRA", "peak memory, GiB"], rows)
 
 
 def finished(files: Iterable[Path], store: Store) -> str:

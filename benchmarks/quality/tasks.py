@@ -169,7 +169,7 @@ def on(device: torch.device, batch: Batch) -> Batch:
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, tokens: Tokens, rows: Rows, task: Task, name: str) -> dict[str, float]:
-    """Returns the loss in nats a label token, and for a classification task the accuracy.
+    """Returns the loss in nats per label token, and for a classification task the accuracy.
 
     A row is right if the first token of its label is the likeliest of the labels' first tokens.
     """

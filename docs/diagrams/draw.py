@@ -110,11 +110,11 @@ def fanlora() -> Figure:
 
     step(4, 67, "a", "LoRA on every module", "trained on instructions")
     modules(axes, 8, 40.5, lambda layer, role: LORA)
-    step(46, 67, "b", "A score for each", "what the module adds to the model")
+    step(46, 67, "b", "A score for each module", "what it contributes to the model")
     modules(axes, 50, 40.5, lambda layer, role: mixed(LORA, SCORES[layer][role]))
-    step(4, 32, "c", "The best of each layer stay", "the others are removed: the setting")
+    step(4, 32, "c", "The best modules per layer", "the others are removed: the setting")
     modules(axes, 8, 5.5, lambda layer, role: LORA if KEPT[layer][role] else EMPTY)
-    step(46, 32, "d", "The setting serves every task", "a fresh adapter for each tenant")
+    step(46, 32, "d", "The setting is reused", "a new adapter for each tenant")
     for shift, (tenant, colour) in enumerate({"A": LORA, "B": ORANGE, "C": TEAL}.items()):
         x = 49 + 11.4 * shift
         modules(axes, x, 12, lambda layer, role, c=colour: c if KEPT[layer][role] else EMPTY, cell=1.45, names=False)
@@ -127,7 +127,7 @@ def fanlora() -> Figure:
 
 def para() -> Figure:
     figure, axes = canvas(86, 72)
-    label(axes, 4, 67, "When the prompt passes, once in each block", 13, INK, ha="left", weight="bold")
+    label(axes, 4, 67, "Prefill: once per prompt, in each block", 13, INK, ha="left", weight="bold")
     for index, word in enumerate(("Is", "this", "review", "positive", "?")):
         named_box(axes, 4, 60 - 4.3 * index, 11, 3.5, word, "#dfe3f6", 10.5)
     label(axes, 9.5, 39.6, "hidden states h\nof the prompt", 10, MUTED)
@@ -147,7 +147,7 @@ def para() -> Figure:
     arrow(axes, (72.7, 39.2), (72.7, 34.8), ORANGE)
 
     axes.plot([4, 60], [36.4, 36.4], color=LINE, lw=1)
-    label(axes, 4, 32.4, "At every generated token", 13, INK, ha="left", weight="bold")
+    label(axes, 4, 32.4, "Decoding: each generated token", 13, INK, ha="left", weight="bold")
     box(axes, 62, 26.2, 20.5, 8.2, fill="#f4ece4", edge="#ecd9c5", corner=1.2)
     label(axes, 72.2, 30.3, "kept with the\nKV cache", 10.5, ORANGE)
     named_box(axes, 4, 13.5, 11, 4.2, "token", "#dfe3f6", 10.5)
@@ -164,7 +164,7 @@ def para() -> Figure:
         axes,
         43,
         4,
-        "one multiplication for each target, whoever a row belongs to; nothing at K, O, G and D",
+        "one multiplication per target, for rows of any tenant; nothing at K, O, G and D",
         10,
         MUTED,
     )

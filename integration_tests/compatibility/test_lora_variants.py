@@ -94,7 +94,7 @@ def test_a_variant_trains_scores_prunes_and_comes_back(variant: str, tmp_path: P
 
 
 @pytest.mark.support(
-    "LoRA's variants: export of all but rsLoRA, EVA, orthogonal and Gaussian initialisations", refused=True
+    "LoRA's variants: export of all except rsLoRA, EVA, orthogonal and Gaussian initialisations", refused=True
 )
 @pytest.mark.parametrize("variant", NOT_PLAIN_LORA)
 def test_export_refuses_what_the_target_cannot_read(variant: str, tmp_path: Path) -> None:

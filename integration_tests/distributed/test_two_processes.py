@@ -113,7 +113,7 @@ def test_sharded_weights_are_neither_scored_nor_pruned(method: str, two: Path) -
         assert all("sharded over processes, as by FSDP" in refusal for refusal in refusals.values())
 
 
-@pytest.mark.support("Scores over two processes")
+@pytest.mark.support("scoring in two processes")
 @pytest.mark.parametrize("method", ["FanLoRA"])
 @pytest.mark.parametrize("score", ["path", "ablation", "sensitivity", "output_norm", "weight_norm"])
 def test_scores_are_those_of_one_process(method: str, score: str, two: Path, one: Any) -> None:

@@ -142,7 +142,7 @@ def test_other_adapters_do_not_matter_and_no_random_number_is_drawn(tmp_path: Pa
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.support("export of what plain LoRA cannot say", refused=True)
+@pytest.mark.support("export of adapters that plain LoRA cannot represent", refused=True)
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from integration_tests.helpers.models import logits
-from peft_fanlora.fanlora.modules import lora_modules
+from peft_fanlora.fanlora.candidates import lora_modules
 
 
 @contextmanager

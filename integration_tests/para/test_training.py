@@ -129,7 +129,7 @@ def test_only_the_adapter_trains():
     assert moved == {name for name in before if "para_" in name}
 
 
-@pytest.mark.support("training where nothing says where the prompt ends", refused=True)
+@pytest.mark.support("training without an indication of where the prompt ends", refused=True)
 def test_training_without_a_known_prompt_raises():
     """Guards against the silent fallback to "everything is prompt", which trains on leaked answers."""
     model = para().train()

@@ -13,31 +13,31 @@ RESULTS = ROOT / "benchmarks/results/peft-tests.json"
 PAGE = ROOT / "docs/peft-tests.md"
 INTRODUCTION = """# PEFT's own tests on our methods
 
-PEFT tests each of its methods with the same suite. Its source distribution holds that suite, and `make test-peft` runs it
-with FanLoRA and PARA in place of LoRA: `peft.LoraConfig` is our configuration while a test module is imported, and PEFT's
-tables hold our rows. FanLoRA has every row of LoRA's. PARA has those whose options it has too, under its own names, and
-whose targets are linear layers. No file of PEFT is changed. The models of the Hub have tiny stand-ins with random weights.
+PEFT tests all of its methods with the same test suite, which is part of its source distribution. `make test-peft` runs this suite
+with FanLoRA and PARA instead of LoRA: while a test module is imported, `peft.LoraConfig` is our configuration, and PEFT's
+parameter tables contain our rows. FanLoRA has all rows of LoRA. PARA has those whose options it supports and
+whose targets are linear layers. No file of PEFT is changed. Models of the Hub are replaced by tiny models with random weights.
 
-Each test starts from the same random seed. A few rows are changed before they run:
+Each test starts with the same random seed. A few rows are changed before they run:
 
-| rows | change | why |
+| rows | change | reason |
 |---|---|---|
-| model cards | no `lora` tag | the Hub knows PEFT's own type LORA by it |
-| FanLoRA, feature extraction, no target modules | the pooler is left out | "all-linear" has it, and feature extraction does not use it |
-| FanLoRA, aLoRA, no target modules | OPT's MLP is left out | it sees the tokens of all sequences in one row, where PEFT's aLoRA cannot find the invocation tokens |
-| PARA, causal models | `prompt_end_token_ids=[1]` | the tests train without labels, so that nothing else tells where a prompt ends |
-| PARA, the MLP without tokens | `pooling="mean"` | attention has nothing to choose in a row of one vector |
+| model cards | no `lora` tag | the Hub uses this tag for PEFT's own type LORA |
+| FanLoRA, feature extraction, no target modules | the pooler is excluded | it is part of "all-linear", and feature extraction does not use it |
+| FanLoRA, aLoRA, no target modules | OPT's MLP is excluded | it sees the tokens of all sequences in one row, where PEFT's aLoRA cannot find the invocation tokens |
+| PARA, causal models | `prompt_end_token_ids=[1]` | the tests train without labels, so that nothing else defines where a prompt ends |
+| PARA, the MLP without tokens | `pooling="mean"` | attention has no effect on a row of one vector |
 
 | outcome | meaning |
 |---|---|
-| passed | the test made a configuration of ours and passed |
-| failed | the test was run and failed, for a reason that nobody has judged yet |
-| refused | the test was run, and failed with our error, or PEFT's, that says that this is not supported; another failure would count as failed |
-| left out | the test applies and was not run, for the reason below |
-| inapplicable | not run: the test speaks of something that the method has not |
-| skipped | PEFT's test skipped itself: for a lack of GPUs or libraries, or because PEFT excludes the combination |
+| passed | the test created a configuration of ours and passed |
+| failed | the test failed, for a reason that has not been examined yet |
+| refused | the test failed with an error of ours or of PEFT that says that the feature is not supported; any other failure would count as failed |
+| left out | the test applies but was not run, for the reason given below |
+| inapplicable | the test was not run because it tests something that the method does not have |
+| skipped | PEFT's test skipped itself, because GPUs or libraries are missing or because PEFT excludes the combination |
 
-Of the tests that apply, which are those that passed, failed, were refused or left out, "run" says how many were run.
+"run" is the share of applicable tests (passed, failed, refused or left out) that were run.
 """
 KINDS = ("passed", "failed", "refused", "left_out", "inapplicable", "skipped")
 SKIPS_SHOWN = 12
@@ -67,11 +67,11 @@ def page(content: dict) -> str:
             shown = reasons.most_common(SKIPS_SHOWN if kind == "skipped" else None)
             parts += [f"| {kind.replace('_', ' ')} | {count} | {_cell(reason)} |" for reason, count in shown]
             if rest := reasons.total() - sum(count for _, count in shown):
-                parts.append(f"| {kind} | {rest} | other reasons of PEFT's |")
+                parts.append(f"| {kind} | {rest} | other reasons |")
         parts.append("")
     parts.append(
-        "Which tests each reason is about stands in [deselected.toml](../integration_tests/peft_suite/deselected.toml); a "
-        "pattern there that no test needs any more makes `make test-peft` fail.\n"
+        "[deselected.toml](../integration_tests/peft_suite/deselected.toml) lists the tests for each reason. `make test-peft` "
+        "fails if a pattern in this file is no longer needed.\n"
     )
     return "\n".join(parts)
 

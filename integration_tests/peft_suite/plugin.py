@@ -169,7 +169,7 @@ class Suite:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
             outcome = f"skipped: {reason.removeprefix('Skipped: ')}"
         elif report.failed and "OnlyLora: " in (text := report.longreprtext):
-            outcome = "inapplicable: it needs an option that LoRA alone has"
+            outcome = "inapplicable: The test needs an option that only LoRA has."
             report.outcome, report.wasxfail = "skipped", outcome
         elif report.failed and (refusal := self._refusal(item, text)) is not None:
             outcome = f"refused: {refusal.reason}"

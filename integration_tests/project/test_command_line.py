@@ -122,7 +122,7 @@ def test_compare(places: dict[str, Path], tmp_path: Path) -> None:
     shown = answer("compare", places["setting"], places["other"])
     assert "rank correlation" in shown and other.roles[0] in shown
     one.resolve(TINY["llama"].base(num_hidden_layers=5)).save_pretrained(tmp_path)
-    assert "of one family and depth" in refusal("compare", places["setting"], tmp_path)
+    assert "of the same model type and depth" in refusal("compare", places["setting"], tmp_path)
 
 
 @pytest.mark.parametrize("place", ["pruned", "whole"])

@@ -124,19 +124,31 @@ def about_vllm() -> dict[str, Any]:
     return {"model": get_peft_model(base(), FanLoraConfig(r=2, task_type="CAUSAL_LM")), "export_lora": export_lora}
 
 
+def about_recipes() -> dict[str, Any]:
+    turns = [
+        [{"role": "user", "content": f"Count to {row}."}, {"role": "assistant", "content": "One."}] for row in range(8)
+    ]
+    Dataset.from_list([{"messages": messages} for messages in turns]).to_json("chats.jsonl")
+    Dataset.from_list([{"text": f"Film {row}", "label": row % 2} for row in range(16)]).to_json("reviews.jsonl")
+    return about_serving()
+
+
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": dict,
     "docs/distributed.md": about_several_processes,
     "docs/extending.md": dict,
     "docs/fanlora.md": about_fanlora,
     "docs/from-lora.md": about_lora,
-    "docs/index.md": dict,
+    "docs/index.md": about_serving,
     "docs/para.md": about_para,
+    "docs/recipes.md": about_recipes,
     "docs/serving.md": about_serving,
     "docs/vllm.md": about_vllm,
 }
 RUN_ELSEWHERE: dict[str, str] = {"docs/sharing.md": "integration_tests/sharing/test_hub.py"}
 """Pages whose code another test runs, and its file."""
+UPLOADS = re.compile(r"^model\.push_to_hub\(", re.MULTILINE)
+"""Is found in blocks of the recipes that integration_tests/hub/test_hub.py runs."""
 
 
 def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -147,7 +159,10 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     names = {"__name__": page, **GIVEN[page]()}
     for line, code in blocks(page, "python"):
         compiled = compile("\n" * line + code, str(PAGES[page]), "exec")
-        if "from vllm" not in code or find_spec("vllm"):  # integration_tests/vllm_engine makes the same calls
+        needs_vllm = "from vllm" in code and not find_spec(
+            "vllm"
+        )  # integration_tests/vllm_engine makes the same calls
+        if not needs_vllm and not UPLOADS.search(code):
             exec(compiled, names)
     return names
 
@@ -188,6 +203,18 @@ def test_the_pooling_and_the_layout_of_the_page(folder: Path, monkeypatch: pytes
     torch.testing.assert_close(weights, expected)
     slices = names["heads_in_three_runs"](LlamaConfig(hidden_size=32))
     assert (slices.num_outputs, slices.num_scaled) == (96, 64)
+
+
+def test_the_recipe_resumes_when_it_is_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = run("docs/recipes.md", folder, monkeypatch)
+    assert names["checkpoint"] is None
+    steps, setting = names["trainer"].state.global_step, names["callback"].setting
+    (code,) = (code for _, code in blocks("docs/recipes.md", "python") if "get_last_checkpoint" in code)
+    last = Path("run", f"checkpoint-{steps}")
+    last.rename("lost")  # as if the run had broken off before its last checkpoint
+    exec(code, names)
+    assert names["checkpoint"] and names["trainer"].state.global_step == steps
+    assert names["callback"].setting == setting
 
 
 def test_serving_reads_the_same_with_para(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

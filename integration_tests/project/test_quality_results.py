@@ -27,6 +27,7 @@ from quality.figures import (
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted((ROOT / "benchmarks" / "quality" / "experiments").glob("*.yaml"))
+AGAIN = "base model, again"
 COMMITTED = Store(ROOT / "benchmarks" / "results" / "quality")
 FACTS = {"processor": "a", "threads": 1, "accelerator": "none", "torch": "2", "transformers": "5", "peft": "0"}
 
@@ -47,7 +48,7 @@ def save_search(store: Store, search: Search, *, best: str) -> None:
     ]
     pruned = [
         {"choice": choice, "method": "path", "loss": 3.0}
-        for choice in ("1 a layer", "2 a layer", "2 roles", "60 anywhere")
+        for choice in ("1 per layer", "2 per layer", "2 roles", "60 anywhere")
     ]
     limits = [{"choice": name, "method": name, "loss": loss} for name, loss in (("all", 2.5), ("none", 4.5))]
     store.save(
@@ -80,10 +81,39 @@ def test_the_page_is_made_of_the_committed_runs() -> None:
 
 
 def test_the_readme_has_the_claims_of_the_committed_runs() -> None:
-    claims = tables.claims(smaller_budget(table(COMMITTED)), pruned(COMMITTED))
-    assert f"\n\n{claims}\n" in (ROOT / "README.md").read_text(encoding="utf-8"), (
-        "copy the first table of docs/results.md"
+    """Each difference stands in the README, whose words say these verdicts."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = tables.claims(smaller_budget(table(COMMITTED)), pruned(COMMITTED)).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+    assert all(f"({difference})" in readme for _, _, difference, *_ in cells), "take the figures of docs/results.md"
+    verdicts = [verdict for _, _, _, _, verdict, *_ in cells]
+    assert verdicts == ["holds", "not shown", "not shown", "not shown", "the opposite", "not shown"], (
+        "reword the README"
     )
+
+
+def test_the_readme_and_the_page_about_serving_have_the_speed_that_was_measured() -> None:
+    measured = json.loads((ROOT / "benchmarks/results/serving-cpu.json").read_text())["results"]
+    ratios: dict[str, list[str]] = {}
+    for result in measured:
+        if result["measure"] == "decode":
+            ratios.setdefault(result["method"], []).append(f"{result['ratio']:.2f}")
+    methods = (
+        "PEFT LoRA, 7 roles",
+        "FanLoRA, all modules",
+        "PEFT LoRA, 2 roles",
+        "FanLoRA, 2 per layer",
+        "PARA",
+        AGAIN,
+    )
+    for page, order in (("README.md", methods), ("docs/serving.md", (AGAIN, *methods[:-1]))):
+        text = (ROOT / page).read_text(encoding="utf-8").replace("**", "")
+        first, *others = (f" | {' | '.join(ratios[method])} |\n" for method in order)
+        assert text.count(first) == 1, page
+        for row in others:  # in this order in the same table
+            text = text.partition(first)[2]
+            assert row in text, page
+            first = row
 
 
 def test_each_file_of_runs_has_its_experiment_and_each_machine_once() -> None:
@@ -117,7 +147,7 @@ def test_differences_are_paired_over_seeds(store: Store) -> None:
 
     one_seed = frame[frame["seed"] == 0]
     single = difference(one_seed, PATH, RANDOM)
-    assert single is not None and single.half_width is None and single.verdict == "one pair: nothing to say"
+    assert single is not None and single.half_width is None and single.verdict == "one pair, no interval"
     assert mean_and_half_width(pd.Series([2.0])) == (2.0, None)
 
 
@@ -158,7 +188,7 @@ def test_the_page_says_what_is_missing(store: Store, tmp_path: Path) -> None:
     file.write_text("runs: [{seed: [0, 1, 2, 3], task: category, method: fanlora}]")
     page = results.page(store, [file])
     assert "| 3-some.yaml | 3 of 4 | category-fanlora-0.003-seed3 |" in page
-    assert "| FanLoRA, path less FanLoRA, random | mean over these tasks | -0.100 ± 0.025 |" in page
+    assert "| FanLoRA, path vs. FanLoRA, random | mean over these tasks | -0.100 ± 0.025 |" in page
     save(store, Run("category", "fanlora", 0, 1e-2), 0.5)
     rates = "| FanLoRA, path, category, 610,560 | 0.003: **0.310 ± 0.025** (3); 0.01: 0.500 (1) | lower |"
     assert rates in results.page(store, [file])

@@ -134,7 +134,7 @@ def test_experiments_run_once_and_resume(
     (search,) = store.load("search")
     assert [len(scored["values"]) for scored in search["scored"]] == [14, 14, 14]
     losses = {(entry["choice"], entry["method"]): entry["loss"] for entry in search["pruned"]}
-    assert losses["all", "all"] != losses["none", "none"] != losses["2 a layer", "path"]
+    assert losses["all", "all"] != losses["none", "none"] != losses["2 per layer", "path"]
     for content in store.load("run"):
         assert content["parameters"] > 0 and len(content["training"]["curve"]) == content["run"]["steps"]
         assert content["dev"]["loss"] > 0 and content["test"]["loss"] > 0

@@ -246,7 +246,7 @@ def test_other_methods_keep_pefts_card(tmp_path: Path) -> None:
 def test_a_third_method_is_saved_with_its_card_and_loaded(tmp_path: Path) -> None:
     """The method that docs/extending.md registers, in processes of their own: it is no method of this package."""
     page = (Path(__file__).parents[2] / "docs/extending.md").read_text()
-    method = page.partition("## A method")[2].partition("```python\n")[2].partition("\n```\n")[0]
+    method = page.partition("## Methods")[2].partition("```python\n")[2].partition("\n```\n")[0]
     saved_base(tmp_path)
     save = f"""{method}
 from peft import get_peft_model

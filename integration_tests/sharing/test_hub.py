@@ -264,6 +264,17 @@ def test_the_code_about_sharing_runs(hub: Hub, run: Run, base: Path) -> None:
     assert hub.repositories.keys() == {"me/another-adapter", "me/my-adapter", "me/my-setting"}
 
 
+def test_the_recipes_that_upload_run(hub: Hub, run: Run, base: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    found = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
+    codes = [code for code in found if "\nmodel.push_to_hub(" in code]
+    assert len(codes) == 2
+    for code in codes:
+        run(run_code, base, f"import os\nos.chdir({str(tmp_path)!r})\n{code}")
+    assert "plain-lora/adapter_model.safetensors" in hub.files("me/my-adapter")
+    assert json.loads(hub.files("me/my-adapter")["plain-lora/adapter_config.json"])["peft_type"] == "LORA"
+
+
 def test_the_command_line_reads_from_the_hub(hub: Hub, run: Run, base: Path, tmp_path: Path) -> None:
     run(publish, "FanLoRA", base, "me/adapter", private=True)
     run(publish_setting, base, "me/setting")

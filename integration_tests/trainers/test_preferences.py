@@ -170,7 +170,7 @@ def test_resuming_a_reward_model(method: str, tmp_path: Path) -> None:
     check_resumes(lambda folder: reward(method, folder, **options), tmp_path, 2)
 
 
-@pytest.mark.support("A trainer that passes no labels")
+@pytest.mark.support("trainers that pass no labels")
 @pytest.mark.parametrize("method", ["PARA"])
 def test_a_preference_trainer_that_passes_no_labels(method: str, tmp_path: Path) -> None:
     """Trainers that compute their losses from plain logits need the config to say how prompts end."""

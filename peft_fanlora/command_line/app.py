@@ -12,7 +12,7 @@ from .output import answers_in_one_line, quiet_stdout, show_json
 
 
 app = typer.Typer(
-    help="Finds, shows, compares and exports FanLoRA settings, and times FanLoRA and PARA on your own model.",
+    help="Find, show, compare and export FanLoRA settings, and time FanLoRA and PARA on your own model.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -20,8 +20,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
-Where = Annotated[str, typer.Argument(help="A folder or the id of a Hub repository.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Where = Annotated[str, typer.Argument(help="Folder or Hub id.", show_default=False)]
 
 
 def _known_score(name: str) -> str:
@@ -36,42 +36,49 @@ def _known_score(name: str) -> str:
 )
 @answers_in_one_line
 def find(
-    model: Annotated[str, typer.Argument(help="A language model: a folder or an id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.", show_default=False)],
     dataset: Annotated[
         str,
         typer.Argument(
-            help="Instructions in a form that TRL's SFTTrainer takes: a file (.jsonl, .json, .csv, .parquet, .txt), a "
-            "folder or an id.",
+            help="Instructions in a format that TRL's SFTTrainer accepts: a file (.jsonl, .json, .csv, .parquet, .txt), "
+            "a folder or a Hub id.",
             show_default=False,
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")] = Path("fanlora-setting"),
-    split: Annotated[str, typer.Option(help="Which split of the data set.")] = "train",
-    name: Annotated[str | None, typer.Option(help="Which configuration of the data set, if it has several.")] = None,
-    rows: Annotated[int | None, typer.Option(min=2, help="Use the first rows only.  [default: all]")] = None,
-    calibration_rows: Annotated[int, typer.Option(min=1, help="Rows to score on; not trained on.")] = 32,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")] = Path("fanlora-setting"),
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
+    name: Annotated[str | None, typer.Option(help="Configuration of the data set, if it has several.")] = None,
+    rows: Annotated[int | None, typer.Option(min=2, help="Use only the first rows.  [default: all]")] = None,
+    calibration_rows: Annotated[
+        int, typer.Option(min=1, help="Rows for scoring, which are not used for training.")
+    ] = 32,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 8,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-3,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens per row, at most.")] = 512,
-    r: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of LoRA on all modules.")] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    max_length: Annotated[int, typer.Option(min=2, help="Maximum number of tokens per row.")] = 512,
+    r: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of the LoRA on all modules.")] = 8,
     method: Annotated[
-        str, typer.Option(metavar=f"[{'|'.join(SCORES)}]", callback=_known_score, help="The score.")
+        str, typer.Option(metavar=f"[{'|'.join(SCORES)}]", callback=_known_score, help="Importance score.")
     ] = "path",
-    strategy: Annotated[Strategy, typer.Option(help="What is ranked against what.")] = "layer",
+    strategy: Annotated[
+        Strategy,
+        typer.Option(help="Whether to select modules within each layer, whole roles, or modules of the whole model."),
+    ] = "layer",
     keep: Annotated[
         int,
-        typer.Option(min=1, help='How many to keep: modules per layer ("layer"), roles ("role"), modules ("global").'),
+        typer.Option(
+            min=1, help='Number to keep: modules per layer ("layer"), roles ("role") or modules in total ("global").'
+        ),
     ] = 2,
     packed: Annotated[
-        bool, typer.Option("--packed", help="Keep Q, K, V (and gate, up) together or not at all.")
+        bool, typer.Option("--packed", help="Keep Q, K and V (and gate and up) together or not at all.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the order of the data and the start of LoRA.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the data order and of the LoRA initialization.")] = 0,
     json: Json = False,
 ) -> None:
-    """Finds a setting: LoRA on all linear layers, trained; a score for each; the best stay.
+    """Find a setting: train LoRA on all linear layers, score the modules, and keep the best.
 
-    Writes the setting with its heat map and a card, the pruned adapter (`adapter/`) and all scores (`report.json`).
+    Writes the setting with its heat map and model card, the pruned adapter (`adapter/`) and all scores (`report.json`).
     """
     plan = finding.Plan(
         model, output, steps, batch_size, learning_rate, max_length, r, method, strategy, keep, packed, seed
@@ -88,7 +95,7 @@ def find(
 @app.command(epilog="**Examples:** `peft-fanlora show my-setting`, `peft-fanlora show me/my-adapter --json`")
 @answers_in_one_line
 def show(where: Where, json: Json = False) -> None:
-    """Shows a setting or an adapter: which modules it has, how many, and its size."""
+    """Show the modules of a setting or an adapter, their number and their size."""
     looking.show(where, json)
 
 
@@ -96,16 +103,16 @@ def show(where: Where, json: Json = False) -> None:
 @answers_in_one_line
 def plot(
     where: Where,
-    image: Annotated[Path, typer.Argument(help="The picture to write: .png, .svg or .pdf.", show_default=False)],
+    image: Annotated[Path, typer.Argument(help="Output image: .png, .svg or .pdf.", show_default=False)],
 ) -> None:
-    """Draws the heat map of a setting: layers by roles, a dot on each module that stays."""
+    """Draw the heat map of a setting: layers by roles, with a dot on each kept module."""
     looking.plot(where, image)
 
 
 @app.command(epilog="**Example:** `peft-fanlora compare my-setting me/another-setting`")
 @answers_in_one_line
 def compare(first: Where, second: Where, json: Json = False) -> None:
-    """Compares two settings of models of one depth, module by module."""
+    """Compare two settings of models with the same depth, module by module."""
     looking.compare(first, second, json)
 
 
@@ -113,10 +120,13 @@ def compare(first: Where, second: Where, json: Json = False) -> None:
 @answers_in_one_line
 def export(
     adapter: Where,
-    output: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Output folder.", show_default=False)],
     json: Json = False,
 ) -> None:
-    """Writes a FanLoRA adapter as plain LoRA, which loads without this package. Needs no weights of the base model."""
+    """Write a FanLoRA adapter as plain LoRA, which loads without this package.
+
+    The weights of the base model are not needed.
+    """
     exporting.export(adapter, output, json)
 
 
@@ -125,23 +135,26 @@ def export(
 )
 @answers_in_one_line
 def bench(
-    model: Annotated[str, typer.Argument(help="A language model: a folder or an id.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.", show_default=False)],
     setting: Annotated[
         str | None,
         typer.Option(
-            help="FanLoRA's modules: a folder or an id.  [default: one of attention and one of the MLP in each layer]"
+            help="FanLoRA setting: a folder or a Hub id.  [default: one attention and one MLP module per layer]"
         ),
     ] = None,
-    tenants: Annotated[int, typer.Option(min=1, help="Adapters in each batch.")] = 1,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows.  [default: 8, or one per tenant]")] = None,
-    prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 64,
+    tenants: Annotated[int, typer.Option(min=1, help="Number of adapters in each batch.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows per batch.  [default: 8, or one per tenant]")
+    ] = None,
+    prompt_length: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 64,
     r: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of LoRA and FanLoRA.")] = 8,
-    rounds: Annotated[int, typer.Option(min=2, help="Decoding steps of each contestant.")] = 40,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    rounds: Annotated[int, typer.Option(min=2, help="Decoding steps per method.")] = 40,
+    device: Annotated[str, typer.Option(help="Device, such as cpu or cuda.")] = "cpu",
     json: Json = False,
 ) -> None:
-    """Times one decoding step of a model: bare, with LoRA, FanLoRA and PARA, in turns.
+    """Time a decoding step of a model without adapters, and with LoRA, FanLoRA and PARA.
 
-    What to read is the ratio to the bare model in the same round; a second copy of it shows how far equal things differ.
+    The methods take turns. The ratio is relative to the base model in the same round; a second copy of the base model
+    shows the measurement noise.
     """
     benching.bench(model, setting, tenants, batch_size, prompt_length, r, rounds, device, json)

@@ -17,7 +17,7 @@ from .output import quiet_stdout, show_facts, show_json
 
 
 def export(where: str, output: Path, as_json: bool) -> None:
-    """Exports the adapter that is there. The base model's weights are not read: none of them is needed.
+    """Exports an adapter. The weights of the base model are neither needed nor read.
 
     Raises:
         ValueError: there is no FanLoRA adapter, its base model is unknown, or it is more than plain LoRA.
@@ -25,7 +25,7 @@ def export(where: str, output: Path, as_json: bool) -> None:
     found = sources.adapter_or_setting(where)
     if isinstance(found, FanLoraSetting) or not isinstance(found.config, FanLoraConfig):
         what = "a setting, which has no weights" if isinstance(found, FanLoraSetting) else "a PARA adapter"
-        raise ValueError(f"{where} is {what}; only a FanLoRA adapter can be written as plain LoRA.")
+        raise ValueError(f"{where} is {what}; only FanLoRA adapters can be written as plain LoRA.")
     if output.is_file():
         raise ValueError(f"{output} is a file; pass the folder to write.")
     with quiet_stdout():
@@ -44,7 +44,7 @@ def _bare(adapter: SavedAdapter[FanLoraConfig]) -> Any:
     config = adapter.config
     if not config.base_model_name_or_path:
         raise ValueError(
-            "The adapter does not name its base model: enter base_model_name_or_path in adapter_config.json."
+            "The adapter does not name its base model: set base_model_name_or_path in adapter_config.json."
         )
     if config.task_type in TASKS:
         loader = getattr(transformers, TASKS[config.task_type])

@@ -100,7 +100,7 @@ def run(
 def show(report: dict[str, Any]) -> None:
     """Prints what the choice costs."""
     show_facts(
-        f"loss on the {report['calibration_rows']} calibration rows, nats per token; nothing was retrained after pruning",
+        f"loss on the {report['calibration_rows']} calibration rows in nats per token, without retraining after pruning",
         {name: f"{loss:.3f}" for name, loss in report["calibration_loss"].items()},
     )
     print(f"Wrote the setting to {report['output']}, its adapter to {Path(report['output'], 'adapter')}")
@@ -115,7 +115,7 @@ def _read(
     data = sources.dataset(dataset, split, name, rows)
     if len(data) <= calibration_rows:
         raise ValueError(
-            f"The data set has {len(data)} rows, and {calibration_rows} of them are for scoring: pass more rows or a "
+            f"The data set has {len(data)} rows, of which {calibration_rows} are used for scoring: pass more rows or a "
             "smaller --calibration-rows."
         )
     return sources.tokenizer(plan.model), sources.causal_model(plan.model), data.shuffle(seed=plan.seed)

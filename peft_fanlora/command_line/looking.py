@@ -13,7 +13,7 @@ from .output import show_facts, show_json, show_table
 
 
 def show(where: str, as_json: bool) -> None:
-    """Shows the adapter or the setting that is there."""
+    """Prints an adapter or a setting."""
     found = sources.adapter_or_setting(where)
     if as_json:
         show_json(_setting_content(found) if isinstance(found, FanLoraSetting) else _adapter_content(found))
@@ -56,9 +56,9 @@ def compare(first: str, second: str, as_json: bool) -> None:
     one, other = sources.setting(first), sources.setting(second)
     if (one.model_type, one.num_layers) != (other.model_type, other.num_layers):
         raise ValueError(
-            f"{first} is of a {one.model_type!r} model with {one.num_layers} layers, {second} of a "
-            f"{other.model_type!r} model with {other.num_layers}: only settings of one family and depth can be compared "
-            "module by module."
+            f"{first} belongs to a {one.model_type!r} model with {one.num_layers} layers, {second} to a "
+            f"{other.model_type!r} model with {other.num_layers}: only settings of the same model type and depth can be "
+            "compared module by module."
         )
     both = one.kept.keys() & other.kept.keys()
     either = one.kept.keys() | other.kept.keys()
@@ -78,10 +78,10 @@ def compare(first: str, second: str, as_json: bool) -> None:
     facts = {
         f"modules of {first}": len(one.kept),
         f"modules of {second}": len(other.kept),
-        "shared": f"{len(both)}, {content['overlap']:.0%} of those that either keeps",
+        "shared": f"{len(both)}, {content['overlap']:.0%} of the modules that at least one of them keeps",
         "rank correlation of the scores": "no scores" if correlation is None else f"{correlation:.2f}",
     }
-    show_facts("two settings", facts)
+    show_facts("comparison of two settings", facts)
     with_stack = len(one.num_layers) > 1
     grouped = [layers_by_role(modules, with_stack=with_stack) for modules in (one.kept, other.kept)]
     roles = list(dict.fromkeys(role for layers in grouped for role in layers))
@@ -109,7 +109,9 @@ def _show_modules(modules: Any) -> None:
     modules = list(modules)
     roles = layers_by_role(modules, with_stack=len({module.stack for module in modules}) > 1)
     show_table(
-        "modules", ["role", "layers", "which"], ((role, len(found), ranges(found)) for role, found in roles.items())
+        "modules",
+        ["role", "number of layers", "layers"],
+        ((role, len(found), ranges(found)) for role, found in roles.items()),
     )
 
 

@@ -59,8 +59,8 @@ def _setting(where: str) -> FanLoraSetting:
         return FanLoraSetting.from_pretrained(where)
     except FileNotFoundError as error:
         raise ValueError(
-            f"There is no FanLoRA or PARA adapter and no FanLoRA setting at {where!r}: it is neither a folder with one "
-            "nor the id of a Hub repository that could be read. For a private repository, log in with `hf auth login`."
+            f"There is no FanLoRA or PARA adapter and no FanLoRA setting at {where!r}: it is neither a folder that contains "
+            "one nor a Hub repository that can be read. For a private repository, log in with `hf auth login`."
         ) from error
 
 
@@ -75,7 +75,7 @@ def model_config(where: str) -> Any:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"There is no model at {where!r}: it is neither a folder with a config.json that transformers knows nor "
-            "the id of a Hub repository that could be read. For a private repository, log in with `hf auth login`."
+            "a Hub repository that can be read. For a private repository, log in with `hf auth login`."
         ) from error
 
 
@@ -98,14 +98,14 @@ def tokenizer(where: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
-        raise ValueError(f"The model {where!r} has no tokenizer; save one into its folder.") from error
+        raise ValueError(f"The model {where!r} has no tokenizer; save one in its folder.") from error
 
 
 def dataset(where: str, split: str, name: str | None, rows: int | None) -> Any:
     """Returns a data set.
 
     Args:
-        where: a file (.jsonl, .json, .csv, .parquet, .txt with an example a line), a folder, or an id of the Hub.
+        where: a file (.jsonl, .json, .csv, .parquet, .txt with one example per line), a folder, or an id of the Hub.
         split: which split.
         name: the configuration of a data set that has several.
         rows: how many rows to take, from the beginning; None for all.
