@@ -67,6 +67,7 @@ class FanLoraConfig(StoredConfig, LoraConfig):
         return FanLoraFields
 
     def __post_init__(self) -> None:
+        is_from_file = self.peft_type is not None
         self.check_types()
         everywhere = self.target_modules is None or str(self.target_modules).lower() == "all-linear"
         if everywhere:
@@ -78,6 +79,11 @@ class FanLoraConfig(StoredConfig, LoraConfig):
         _refuse_what_pruning_cannot_honour(self)
         if isinstance(self.setting, dict):  # from an adapter_config.json
             self.setting = FanLoraSetting.from_dict(self.setting)
+        elif isinstance(self.setting, str) and is_from_file:
+            raise ValueError(
+                f"setting={self.setting[:60]!r} stands in a saved configuration, and loading one reads nothing from "
+                "elsewhere: put the content of the setting's file there, or null."
+            )
         elif isinstance(self.setting, (str, os.PathLike)):
             self.setting = FanLoraSetting.from_pretrained(self.setting)
         elif self.setting is not None and not isinstance(self.setting, FanLoraSetting):
