@@ -1,22 +1,25 @@
 """Saves over an earlier state in a child process that is killed at each of its steps, and says what is left each time.
 
-Run as a program: `python faults.py CASE FOLDER`. The model is made once; each kill is in a child of its own.
+Run as a program: `python faults.py kills|refusals|full-disk FOLDER`; the last with a FOLDER on a small disk that may
+be filled. Each kill and each refusal is in a child of its own.
 """
 
+import functools
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from tiny_models import TINY, adapted
 
-import peft_fanlora
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, export_lora
 from peft_fanlora.sharing import writing
 
@@ -47,6 +50,16 @@ def killed_at(step: int, save: Callable[[], None]) -> int:
     os._exit(0)
 
 
+def in_halves(
+    save_file: Callable[..., None], count: Callable[[], None], tensors: Any, path: Any, **options: Any
+) -> None:
+    save_file(tensors, path, **options)
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[: len(whole) // 2])
+    count()
+    Path(path).write_bytes(whole)
+
+
 def halve_weights(count: Callable[[], None]) -> None:
     """Lets safetensors write the first half of a file, count a step, and write all of it."""
     import peft.peft_model
@@ -54,15 +67,7 @@ def halve_weights(count: Callable[[], None]) -> None:
     import peft_fanlora.fanlora.export
 
     for module, name in ((peft.peft_model, "safe_save_file"), (peft_fanlora.fanlora.export, "save_file")):
-
-        def save(tensors: Any, path: Any, *args: Any, _save: Any = getattr(module, name), **kwargs: Any) -> None:
-            _save(tensors, path, *args, **kwargs)
-            whole = Path(path).read_bytes()
-            Path(path).write_bytes(whole[: len(whole) // 2])
-            count()
-            Path(path).write_bytes(whole)
-
-        setattr(module, name, save)
+        setattr(module, name, functools.partial(in_halves, getattr(module, name), count))
 
 
 def state(folder: Path) -> dict[str, str]:
@@ -80,7 +85,9 @@ def model(method: str, seed: int, **options: Any) -> Any:
         from peft import get_peft_model
 
         torch.manual_seed(seed)
-        return get_peft_model(TINY["llama"].base(), ParaConfig(task_type="CAUSAL_LM", init_para_weights=False, **options))
+        return get_peft_model(
+            TINY["llama"].base(), ParaConfig(task_type="CAUSAL_LM", init_para_weights=False, **options)
+        )
     made = adapted(**options)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -125,20 +132,18 @@ def cases() -> dict[str, Callable[[], tuple[Callable[[Path], None], Callable[[Pa
         "two adapters": lambda: (two_adapters(1).save_pretrained, two_adapters(2).save_pretrained),
         "PARA adapter": lambda: (model("PARA", 1, r=2).save_pretrained, model("PARA", 2, r=3).save_pretrained),
         "export": lambda: (
-            lambda folder: export_lora(model("FanLoRA", 1), folder),
-            lambda folder, made=model("FanLoRA", 2, lora_alpha=3): export_lora(made, folder),
+            functools.partial(export_lora, model("FanLoRA", 1)),
+            functools.partial(export_lora, model("FanLoRA", 2, lora_alpha=3)),
         ),
     }
 
 
-def main(case: str, folder: Path) -> None:
-    """Prints, as JSON, the earlier state, the new one, and what each kill left."""
+def kills(case: str, folder: Path) -> dict[str, Any]:
+    """Returns the earlier state, the new one, and what each kill left."""
     before, after = cases()[case]()
-    shutil.rmtree(folder, ignore_errors=True)
     (folder / "complete").mkdir(parents=True)
     before(folder / "complete")
-    old = state(folder / "complete")
-    shutil.copytree(folder / "complete", folder / "saved", dirs_exist_ok=True)
+    shutil.copytree(folder / "complete", folder / "saved")
     after(folder / "saved")
     new, left, step, status = state(folder / "saved"), [], 0, 1
     while status:
@@ -146,12 +151,101 @@ def main(case: str, folder: Path) -> None:
         shutil.rmtree(folder / "saved")
         shutil.copytree(folder / "complete", folder / "saved")
         status = killed_at(step, lambda: after(folder / "saved"))
-        if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL) and status:
-            raise SystemExit(f"the save failed at step {step} with status {status}")
+        if status and not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+            raise SystemExit(f"{case}: the save failed at step {step} with status {status}")
         left.append(state(folder / "saved"))
-    print(json.dumps({"old": old, "new": new, "left": left, "package": peft_fanlora.__file__}))
+    return {"old": state(folder / "complete"), "new": new, "left": left}
+
+
+def file_in_the_place(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("mine")
+
+
+def folder_in_the_way(folder: Path) -> None:
+    for name in ("adapter_model.safetensors", "fanlora_setting.json"):
+        if (folder / name).exists():
+            (folder / name).unlink()
+            (folder / name).mkdir()
+
+
+def read_only(folder: Path) -> None:
+    folder.chmod(0o555)
+    if os.geteuid() == 0:  # whom no permission stops; the save runs as another user
+        for parent in folder.parents[:-2]:
+            parent.chmod(0o755)
+
+
+def full_disk(folder: Path) -> None:
+    with suppress(OSError), (folder.parent / "ballast").open("wb", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(512))
+
+
+def nothing(*_: Any) -> None:
+    pass
+
+
+OBSTACLES: dict[str, tuple[Callable[[Path], None], Callable[[], None]]] = {
+    "a file in the place of the folder": (file_in_the_place, nothing),
+    "a folder in the place of a file": (folder_in_the_way, nothing),
+    "a read-only folder": (read_only, lambda: os.setuid(65534) if os.geteuid() == 0 else None),
+    "files limited to 512 bytes": (nothing, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))),
+    "a full disk": (full_disk, nothing),
+}
+"""What is done to the earlier state, and to the process that saves over it."""
+
+
+def refusal(folder: Path, restrict: Callable[[], None], save: Callable[[Path], None]) -> dict[str, Any]:
+    """Returns the error of a save over an earlier state in a child process, and whether it left that as it was."""
+    before = listing(folder)
+    reading, writing_end = os.pipe()
+    if not os.fork():
+        try:
+            restrict()
+            save(folder)
+            found = {"error": None, "message": ""}
+        except BaseException as error:
+            found = {"error": type(error).__name__, "message": str(error)}
+        os.write(writing_end, json.dumps(found).encode())
+        os._exit(0)
+    os.close(writing_end)
+    with os.fdopen(reading) as pipe:
+        return {**json.loads(pipe.read()), "intact": listing(folder) == before}
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Returns the state of a folder with its subfolders, hidden ones too, or of the file in its place."""
+    if folder.is_file():
+        return {"": folder.read_text()}
+    return {**state(folder), **{str(path): "" for path in folder.rglob("*") if path.is_dir()}}
+
+
+def refusals(folder: Path, obstacles: Iterable[str]) -> dict[str, Any]:
+    """Returns what each obstacle does to each kind of save."""
+    kinds = {name: cases()[name]() for name in ("setting", "adapter, further training", "PARA adapter", "export")}
+    found = {}
+    for obstacle in obstacles:
+        prepare, restrict = OBSTACLES[obstacle]
+        for name, (before, after) in kinds.items():
+            place = folder / "saved"
+            place.mkdir(parents=True)
+            before(place)
+            prepare(place)
+            found[f"{obstacle}: {name}"] = refusal(place, restrict, after)
+            shutil.rmtree(folder)
+    return found
+
+
+def main(what: str, folder: Path) -> dict[str, Any]:
+    """Returns the result of one of the three programs."""
+    if what == "kills":
+        return {case: kills(case, folder / str(number)) for number, case in enumerate(cases())}
+    return refusals(
+        folder, ["a full disk"] if what == "full-disk" else [name for name in OBSTACLES if name != "a full disk"]
+    )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(sys.argv[1], Path(sys.argv[2]))
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))

@@ -183,7 +183,9 @@ def outcome(folder: Path, kind: tuple[str, Any, Callable[[Path], None]], rng: ra
     return "read"
 
 
-def fuzz(seed: int, first: int, inputs: int, seconds: float = float("inf")) -> tuple[dict[str, Counter[str]], list[str]]:
+def fuzz(
+    seed: int, first: int, inputs: int, seconds: float = float("inf")
+) -> tuple[dict[str, Counter[str]], list[str]]:
     """Returns how many files of each kind were read and refused, and a report of each bare error.
 
     Args:

@@ -37,7 +37,9 @@ def adapter_or_setting(where: str) -> SavedAdapter[Any] | FanLoraSetting:
     content = FanLoraConfig.from_json_file(str(folder / CONFIG_NAME))
     peft_type = content.get("peft_type")
     if peft_type not in ("FANLORA", "PARA"):
-        raise ValueError(f"{where} is an adapter of type {short(peft_type)}, says its {CONFIG_NAME}; this is for FanLoRA and PARA.")
+        raise ValueError(
+            f"{where} is an adapter of type {short(peft_type)}, says its {CONFIG_NAME}; this is for FanLoRA and PARA."
+        )
     config: Any = FanLoraConfig if peft_type == "FANLORA" else ParaConfig
     try:
         return SavedAdapter(config.from_peft_type(**content), folder)

@@ -12,8 +12,8 @@ from transformers.models.auto import modeling_auto
 
 from ..sharing import snippets
 from ..sharing.card import Part
-from .config import HEAT_MAP
 from .modules import ModuleName, layers_by_role, ranges
+from .setting_file import HEAT_MAP
 
 
 if TYPE_CHECKING:

@@ -11,13 +11,11 @@ from ..registration import add_peft_type
 from ..sharing.config import StoredConfig
 from ..sharing.writing import staged
 from .setting import FanLoraSetting
-from .setting_file import SETTING_NAME
+from .setting_file import HEAT_MAP, SETTING_NAME
 
 
 if TYPE_CHECKING:
     from .shapes import FanLoraFields
-
-HEAT_MAP = "fanlora_importance.png"
 
 _FANLORA = add_peft_type("FANLORA")
 

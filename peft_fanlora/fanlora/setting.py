@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
-from ..sharing.saving import write_card
+from ..sharing.saving import save_with_card
 from ..sharing.writing import staged
 from . import setting_file
 from .modules import (
@@ -23,7 +23,7 @@ from .modules import (
     num_parameters_per_rank,
     ranges,
 )
-from .setting_file import SETTING_NAME
+from .setting_file import HEAT_MAP, SETTING_NAME
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class FanLoraSetting:
     num_layers: Mapping[str, int] = field(default_factory=dict)
     model_type: str | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    own_files: ClassVar = (HEAT_MAP,)
 
     def __post_init__(self) -> None:
         if not self.kept:
@@ -217,8 +218,7 @@ class FanLoraSetting:
             shared_as: what the code in the card calls it; the folder's name unless given.
         """
         folder = Path(save_directory)
-        self.write(folder)
-        write_card(self, folder, shared_as or folder.resolve().name)
+        save_with_card(self, folder, shared_as or folder.resolve().name)
 
     def write(self, folder: Path) -> None:
         """Writes `fanlora_setting.json` alone."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .setting import FanLoraSetting
 
 SETTING_NAME = "fanlora_setting.json"
+HEAT_MAP = "fanlora_importance.png"
 FORMAT_VERSION = 1
 
 

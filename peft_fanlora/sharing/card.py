@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,12 @@ def tags_in(folder: Path) -> list[str]:
 def has_part(folder: Path, subject: str) -> bool:
     """Whether a folder's card has a part whose subject begins so."""
     return _begin(subject, closed=False) in _read(folder).text
+
+
+def bring(folder: Path, other: Path) -> None:
+    """Copies a folder's card, if it has one, into another folder."""
+    if (folder / CARD_NAME).exists():
+        shutil.copyfile(folder / CARD_NAME, other / CARD_NAME)
 
 
 def add_tags(folder: Path, tags: Iterable[str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from pkgutil import resolve_name
@@ -47,19 +46,25 @@ def _card_of(shared: type) -> Callable[..., Part] | None:
     return resolve_name(found) if isinstance(found, str) else found
 
 
-def write_card(shared: Any, folder: Path, location: str) -> None:
-    """Writes the card of something other than an adapter; the card of an adapter in the same folder shows it already.
+def save_with_card(shared: Any, folder: Path, location: str) -> None:
+    """Saves something other than an adapter with its card; in an adapter's folder, whose card shows it, without.
 
     Args:
-        shared: what has been saved.
-        folder: where it is.
+        shared: what to save: its `write(folder)` does, and `own_files` names the files that its card may bring.
+        folder: where.
         location: its folder or id, as the code in the card names it.
     """
     from . import card
 
     describe = _card_of(type(shared))
-    if describe is not None and not (folder / CONFIG_NAME).exists() and not card.has_part(folder, "adapter "):
-        card.write(folder, describe(shared, folder, location), is_new=not (folder / card.CARD_NAME).exists())
+    if describe is None or (folder / CONFIG_NAME).exists() or card.has_part(folder, "adapter "):
+        shared.write(folder)
+        return
+    is_new = not (folder / card.CARD_NAME).exists()
+    with staged(folder, shared.own_files) as stage:
+        card.bring(folder, stage)
+        shared.write(stage)
+        card.write(stage, describe(shared, stage, location), is_new=is_new)
 
 
 def write_cards() -> None:
@@ -87,8 +92,7 @@ def _saving(save_pretrained: Callable[..., None]) -> Callable[..., None]:
 
         tags, is_new = card.tags_in(folder), not (folder / card.CARD_NAME).exists()
         with staged(folder, _own_files(self, names)) as stage:
-            if not is_new:
-                shutil.copyfile(folder / card.CARD_NAME, stage / card.CARD_NAME)
+            card.bring(folder, stage)
             call.arguments["save_directory"] = str(stage)
             save_pretrained(*call.args, **call.kwargs)
             for name in names:

@@ -38,10 +38,12 @@ def staged(folder: Path, own: Iterable[str] = ()) -> Iterator[Path]:
         with TemporaryDirectory(dir=folder, prefix=STAGE_PREFIX) as name:
             yield Path(name)
             _move(Path(name), folder, own)
-    except BaseException:
+    except BaseException as error:
         if is_new:
             with suppress(OSError):  # some files have been moved
                 folder.rmdir()
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # as of a full disk
+            raise OSError(error.errno, error.strerror, str(folder)) from error
         raise
 
 
