@@ -6,13 +6,17 @@ READY := $(VENV)/ready
 VLLM := .venv-vllm
 OLDEST := .venv-oldest
 
-.PHONY: quickstart test test-oldest test-peft test-vllm support results docs build quality style
+.PHONY: quickstart test fuzz test-oldest test-peft test-vllm support results docs build quality style
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+
+# 10,000 damaged settings, configurations and cards: each is read or refused with a ValueError.
+fuzz: $(READY)
+	$(BIN)/python integration_tests/sharing/fuzz.py
 
 # PEFT's own tests on our methods, about half an hour on two CPU cores.
 test-peft: $(READY)

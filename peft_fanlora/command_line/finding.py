@@ -13,6 +13,7 @@ from transformers import set_seed
 from ..fanlora.config import FanLoraConfig
 from ..fanlora.scores import ImportanceScores, Strategy
 from ..fanlora.setting import FanLoraSetting
+from ..sharing.writing import staged
 from . import sources
 from .output import show_facts
 
@@ -135,4 +136,5 @@ def _write(
     setting.save_pretrained(folder)
     model.save_pretrained(str(folder / "adapter"))
     content = {**report, "scores": dict(scores)}
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with staged(folder) as stage:
+        (stage / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -26,7 +27,7 @@ def answers_in_one_line(command: Command) -> Command:
         except _FOR_USERS as error:
             if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("peft_fanlora"):
                 raise
-            message = " ".join(str(error).split()) or type(error).__name__
+            message = _visible(" ".join(str(error).split())) or type(error).__name__
             typer.echo(f"Error: {message}", err=True)
             raise typer.Exit(1) from error
 
@@ -48,7 +49,7 @@ def show_facts(title: str, facts: Mapping[str, Any]) -> None:
     table = Table(show_header=False)
     for name, value in facts.items():
         is_count = isinstance(value, int) and not isinstance(value, bool)
-        table.add_row(name, f"{value:,}" if is_count else str(value))
+        table.add_row(_plain(name), f"{value:,}" if is_count else _plain(value))
     _print(title, table)
 
 
@@ -59,11 +60,20 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]
     for position, column in enumerate(columns):
         table.add_column(column, justify="left" if position in (0, len(columns) - 1) else "right")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*map(_plain, row))
     _print(title, table)
+
+
+def _plain(value: Any) -> str:
+    """Returns a value as text without a meaning to rich or to the terminal, whoever wrote it."""
+    return escape(_visible(str(value)))
+
+
+def _visible(text: str) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _print(title: str, table: Table) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
-    console.print(title, style="bold", markup=False)
+    console.print(_plain(title), style="bold")
     console.print(table)

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from ..fanlora.config import FanLoraConfig
 from ..fanlora.setting import FanLoraSetting
 from ..para.config import ParaConfig
+from ..sharing.reading import short
 from ..sharing.saved import SavedAdapter
 
 
@@ -22,7 +23,7 @@ def adapter_or_setting(where: str) -> SavedAdapter[Any] | FanLoraSetting:
     """Returns the adapter that is there, else the setting.
 
     Raises:
-        ValueError: there is neither, or an adapter of another method.
+        ValueError: there is neither, an adapter of another method, or a file with wrong content.
     """
     folder = Path(where)
     if not folder.is_dir():
@@ -34,10 +35,17 @@ def adapter_or_setting(where: str) -> SavedAdapter[Any] | FanLoraSetting:
         folder = Path(file).parent
     elif not (folder / CONFIG_NAME).exists():
         return _setting(where)
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, FanLoraConfig | ParaConfig):
-        raise ValueError(f"{where} is an adapter of type {config.peft_type}; this is for FanLoRA and PARA.")
-    return SavedAdapter(config, folder)
+    content = FanLoraConfig.from_json_file(str(folder / CONFIG_NAME))
+    peft_type = content.get("peft_type")
+    if peft_type not in ("FANLORA", "PARA"):
+        raise ValueError(
+            f"{where} is an adapter of type {short(peft_type)}, says its {CONFIG_NAME}; this is for FanLoRA and PARA."
+        )
+    config: Any = FanLoraConfig if peft_type == "FANLORA" else ParaConfig
+    try:
+        return SavedAdapter(config.from_peft_type(**content), folder)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
 
 
 def adapter_config(where: str) -> FanLoraConfig:

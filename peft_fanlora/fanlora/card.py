@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers.models.auto import modeling_auto
 from ..sharing import snippets
 from ..sharing.card import Part
 from .modules import ModuleName, layers_by_role, ranges
+from .setting_file import HEAT_MAP
 
 
 if TYPE_CHECKING:
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from .config import FanLoraConfig
     from .setting import FanLoraSetting
 
-HEAT_MAP = "fanlora_importance.png"
 _FACTS = {
     "method": "score",
     "num_tokens": "label tokens it was averaged over",
@@ -121,12 +122,14 @@ def _of_setting(setting: FanLoraSetting | None, folder: Path, subfolder: str | N
         image = [f"![Importance of each module; a dot marks those that stay]({link})"]
     if setting is None or not setting.calibration:
         return image
-    rows = [f"| {name} | {_cell(value)} |" for name, value in facts_of(setting.calibration).items()]
+    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts_of(setting.calibration).items()]
     return [*image, "### Calibration", "\n".join(["| | |", "|---|---|", *rows])]
 
 
 def _cell(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return html.escape(" ".join(str(value).split()), quote=False).replace("|", "\\|")
 
 
 def _code(text: str) -> str:
@@ -167,7 +170,7 @@ def _use_setting(base: snippets.BaseModel, location: str) -> str:
         base.imports,
         "",
         base.lines,
-        f'model = get_peft_model(base, FanLoraConfig(setting="{location}", r=8{task_type}))',
+        f"model = get_peft_model(base, FanLoraConfig(setting={snippets.quoted(location)}, r=8{task_type}))",
         "model.print_trainable_parameters()",
     ]
     return snippets.code_of(lines)

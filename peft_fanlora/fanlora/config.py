@@ -4,13 +4,19 @@ import os
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft import LoraConfig, PeftConfig, PeftType
 
 from ..registration import add_peft_type
-from .setting import SETTING_NAME, FanLoraSetting
+from ..sharing.config import StoredConfig
+from ..sharing.writing import staged
+from .setting import FanLoraSetting
+from .setting_file import HEAT_MAP, SETTING_NAME
 
+
+if TYPE_CHECKING:
+    from .shapes import FanLoraFields
 
 _FANLORA = add_peft_type("FANLORA")
 
@@ -18,7 +24,7 @@ _MUTATING_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
 
 
 @dataclass
-class FanLoraConfig(LoraConfig):
+class FanLoraConfig(StoredConfig, LoraConfig):
     """The configuration of FanLoRA: every field of `peft.LoraConfig`, and a setting.
 
     Without a setting, LoRA goes on all linear layers of the model (step a of the method [P]); `score_modules` and
@@ -30,7 +36,7 @@ class FanLoraConfig(LoraConfig):
             place of `target_modules` and fits any model of the family that it was found on.
 
     Raises:
-        ValueError: a field has a value that pruning can't honour.
+        ValueError: a field has a value of the wrong type, or one that pruning can't honour.
         FileNotFoundError: `setting` names neither a folder nor a repository with a setting.
 
     Examples:
@@ -51,7 +57,17 @@ class FanLoraConfig(LoraConfig):
         },
     )
 
+    own_files: ClassVar = (SETTING_NAME, HEAT_MAP)
+
+    @classmethod
+    def _shape(cls) -> type["FanLoraFields"]:
+        from .shapes import FanLoraFields
+
+        return FanLoraFields
+
     def __post_init__(self) -> None:
+        is_from_file = self.peft_type is not None
+        self.check_types()
         everywhere = self.target_modules is None or str(self.target_modules).lower() == "all-linear"
         if everywhere:
             self.target_modules = None  # LoraConfig refuses layers_to_transform beside a string
@@ -62,6 +78,11 @@ class FanLoraConfig(LoraConfig):
         _refuse_what_pruning_cannot_honour(self)
         if isinstance(self.setting, dict):  # from an adapter_config.json
             self.setting = FanLoraSetting.from_dict(self.setting)
+        elif isinstance(self.setting, str) and is_from_file:
+            raise ValueError(
+                f"setting={self.setting[:60]!r} stands in a saved configuration, and loading one reads nothing from "
+                "elsewhere: put the content of the setting's file there, or null."
+            )
         elif isinstance(self.setting, (str, os.PathLike)):
             self.setting = FanLoraSetting.from_pretrained(self.setting)
         elif self.setting is not None and not isinstance(self.setting, FanLoraSetting):
@@ -114,11 +135,10 @@ class FanLoraConfig(LoraConfig):
 
         A setting of an earlier save that no longer applies is removed.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        if isinstance(self.setting, FanLoraSetting):
-            self.setting.write(Path(save_directory))
-        else:
-            Path(save_directory, SETTING_NAME).unlink(missing_ok=True)
+        with staged(Path(save_directory), own=[SETTING_NAME]) as stage:
+            super().save_pretrained(str(stage), **kwargs)
+            if isinstance(self.setting, FanLoraSetting):
+                self.setting.write(stage)
 
 
 def _refuse_what_pruning_cannot_honour(config: FanLoraConfig) -> None:

@@ -1,18 +1,17 @@
 """A FanLoRA adapter as an ordinary LoRA adapter, which needs nothing of this package to be read."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.variants import MiCALinearVariant
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from ..sharing.writing import staged
 from .candidates import adapted_layers, exact_names, is_linear
 from .config import FanLoraConfig
 from .model import FanLoraModel
@@ -79,20 +78,10 @@ def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, ada
         missing = rank - layer.r[adapter_name]
         tensors[down] = functional.pad(tensors[down], (0, 0, 0, missing))
         tensors[up] = functional.pad(tensors[up], (0, missing)) * (layer.scaling[adapter_name] / scaling)
-    with TemporaryDirectory() as written:
-        save_file(tensors, Path(written, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-        plain.save_pretrained(written)
-        read_back(written, tuner.model, adapter_name)
-        _move(Path(written), Path(save_directory))
-
-
-def _move(written: Path, folder: Path) -> None:
-    """Lets the files of an export take the place of an earlier one's, each at once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".export-") as beside:
-        files = [Path(shutil.copy(written / name, beside)) for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME)]
-        for file in files:
-            file.replace(folder / file.name)
+    with staged(Path(save_directory)) as stage:
+        save_file(tensors, stage / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        plain.save_pretrained(str(stage))
+        read_back(str(stage), tuner.model, adapter_name)
 
 
 def _refuse_more_than_plain_lora(config: FanLoraConfig, layers: Mapping[str, Any], adapter_name: str) -> None:

@@ -2,11 +2,17 @@
 
 import os
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
+from ..sharing.writing import staged
 from .modules import ModuleName
+
+
+_LARGEST_SIDE = 80
+"""In inches: 360 layers; the picture of any setting then fits into memory."""
 
 
 def plot_modules(
@@ -27,7 +33,10 @@ def plot_modules(
     roles = {stack: list(dict.fromkeys(m.role for m in scores if m.stack == stack)) for stack in stacks}
     depths = {stack: 1 + max(m.layer for m in scores if m.stack == stack) for stack in stacks}
     figure = Figure(
-        figsize=(3.5 + 0.22 * max(depths.values()), 1.4 + sum(0.6 + 0.3 * len(roles[stack]) for stack in stacks)),
+        figsize=(
+            min(3.5 + 0.22 * max(depths.values()), _LARGEST_SIDE),
+            min(1.4 + sum(0.6 + 0.3 * len(roles[stack]) for stack in stacks), _LARGEST_SIDE),
+        ),
         layout="constrained",
     )
     panels = figure.subplots(
@@ -51,4 +60,5 @@ def plot_modules(
             axes.scatter(*zip(*dots, strict=True), s=16, color="white", edgecolor="black", linewidth=0.8)
         figure.colorbar(image, ax=axes, label="score", pad=0.01)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
+    with staged(Path(path).parent) as stage:
+        figure.savefig(stage / Path(path).name, dpi=150)

@@ -6,19 +6,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 
-from ..sharing.saving import write_card
+from ..sharing.saving import save_with_card
+from ..sharing.writing import staged
+from . import setting_file
 from .candidates import candidates, counterpart, model_type, num_layers, num_parameters_per_rank
 from .modules import ModuleName, layers_by_role, ranges
-
-
-SETTING_NAME = "fanlora_setting.json"
-FORMAT_VERSION = 1
+from .setting_file import HEAT_MAP, SETTING_NAME
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,8 @@ class FanLoraSetting:
     transfer to another depth and the arithmetic of ranks are ours.
 
     Attributes:
-        kept: the modules that stay, each with its score (None where no score is known, as in a hand-written setting).
+        kept: the modules that stay, each with its score (None where no score is known, as in a hand-written setting;
+            never NaN or infinite).
         dropped: the modules that were scored and do not stay.
         num_layers: for each stack of blocks its number of layers in the model that was scored.
         model_type: the family of that model, such as "llama"; None for one that is not of transformers.
@@ -41,20 +39,29 @@ class FanLoraSetting:
     num_layers: Mapping[str, int] = field(default_factory=dict)
     model_type: str | None = None
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    own_files: ClassVar = (HEAT_MAP,)
 
     def __post_init__(self) -> None:
         if not self.kept:
             raise ValueError("A FanLoRA setting has to keep at least one module, this one keeps none.")
+        scored = [*self.kept, *self.dropped]
+        for module in scored:
+            if not isinstance(module, ModuleName):
+                raise ValueError(
+                    f"The setting has {module!r} for a module, which is no ModuleName: `FanLoraSetting.from_modules` "
+                    "makes a setting from names."
+                )
+        setting_file.check(self.to_dict(), "This FanLoRA setting")
         both = sorted(self.kept.keys() & self.dropped.keys())
         if both:
             raise ValueError(
                 f"{both[0].name} stands among the kept and among the dropped modules; remove one of them."
             )
-        for stack in {module.stack for module in self.kept} - self.num_layers.keys():
+        for stack in {module.stack for module in scored} - self.num_layers.keys():
             raise ValueError(
                 f"The setting has modules in {stack!r} but `num_layers` does not say how many layers that stack has."
             )
-        for module in self.kept:
+        for module in scored:
             if not 0 <= module.layer < self.num_layers[module.stack]:
                 raise ValueError(
                     f"{module.name} lies outside its stack, which has {self.num_layers[module.stack]} layers "
@@ -182,49 +189,16 @@ class FanLoraSetting:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the setting as plain JSON types; `from_dict` reads it back."""
-        blocks: dict[str, dict[str, Any]] = {}
-        for choice, modules in (("kept", self.kept), ("dropped", self.dropped)):
-            for module, score in modules.items():
-                blocks.setdefault(module.block, {"kept": {}, "dropped": {}})[choice][module.role] = score
-        return {
-            "format_version": FORMAT_VERSION,
-            "model_type": self.model_type,
-            "num_layers": dict(self.num_layers),
-            "calibration": dict(self.calibration),
-            "blocks": blocks,
-        }
+        return setting_file.content_of(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "FanLoraSetting":
         """Reads what `to_dict` returns.
 
         Raises:
-            ValueError: the content has an unknown format version or is incomplete.
+            ValueError: the content has another format version or another shape; the error names the place and the value.
         """
-        version = content.get("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"This FanLoRA setting has format version {version!r}, this peft_fanlora reads {FORMAT_VERSION}; "
-                "upgrade it with `pip install -U peft-fanlora`."
-            )
-        missing = [key for key in ("num_layers", "blocks") if not isinstance(content.get(key), Mapping)]
-        if missing:
-            raise ValueError(f"This FanLoRA setting has no {missing[0]!r}; is the file complete?")
-
-        def modules(choice: str) -> dict[ModuleName, float | None]:
-            return {
-                ModuleName.parse(f"{block}.{role}" if block else role): score
-                for block, choices in content["blocks"].items()
-                for role, score in choices.get(choice, {}).items()
-            }
-
-        return cls(
-            modules("kept"),
-            modules("dropped"),
-            dict(content["num_layers"]),
-            content.get("model_type"),
-            dict(content.get("calibration", {})),
-        )
+        return cls(**setting_file.arguments_from(content, "This FanLoRA setting"))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, shared_as: str | None = None) -> None:
         """Writes `fanlora_setting.json`, which people can read and edit, into a folder that is made if needed.
@@ -236,15 +210,12 @@ class FanLoraSetting:
             shared_as: what the code in the card calls it; the folder's name unless given.
         """
         folder = Path(save_directory)
-        self.write(folder)
-        write_card(self, folder, shared_as or folder.resolve().name)
+        save_with_card(self, folder, shared_as or folder.resolve().name)
 
     def write(self, folder: Path) -> None:
         """Writes `fanlora_setting.json` alone."""
-        if folder.is_file():
-            raise NotADirectoryError(f"{folder} is a file; pass the folder that the setting shall be saved in.")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SETTING_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with staged(folder) as stage:
+            (stage / SETTING_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -265,15 +236,14 @@ class FanLoraSetting:
             FileNotFoundError: neither the folder nor the repository has a setting.
             ValueError: the file is no setting that this version can read.
         """
-        location = str(pretrained_model_name_or_path)
-        path = Path(location, subfolder or "", SETTING_NAME)
-        if not path.is_file():
-            path = _download(location, subfolder, download_kwargs)
+        from ..sharing.reading import read_json
+
+        path = setting_file.find(str(pretrained_model_name_or_path), subfolder, download_kwargs)
+        arguments = setting_file.arguments_from(read_json(path), str(path))
         try:
-            content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        return cls.from_dict(content)
+            return cls(**arguments)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Uploads the setting to a model repository of the Hub, made where it does not exist.
@@ -317,21 +287,3 @@ def _require(names: Iterable[str], available: Mapping[str, nn.Module]) -> None:
             + (f" (nor {len(missing) - 1} others that are asked for)" if len(missing) > 1 else "")
             + "; a FanLoRA setting fits models of the architecture that it was found on."
         )
-
-
-def _download(repo_id: str, subfolder: str | None, download_kwargs: dict[str, Any]) -> Path:
-    try:
-        return Path(hf_hub_download(repo_id, SETTING_NAME, subfolder=subfolder, **download_kwargs))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"There is no {SETTING_NAME} in {repo_id!r}: it is neither a folder with a saved setting nor a Hub "
-            f"repository that could be read ({type(error).__name__}). An adapter that was never pruned has no setting; a "
-            "private repository needs a `token`."
-        ) from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if repeated:
-        raise ValueError(f"{repeated[0]!r} stands twice in the FanLoRA setting; remove one of the two entries.")
-    return dict(pairs)

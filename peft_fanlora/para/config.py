@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-from peft import PeftConfig
+from typing import TYPE_CHECKING
 
 from ..registration import add_peft_type
+from ..sharing.config import StoredConfig
 from .activations import RATIONAL, is_activation
 from .core.generator import POOLINGS
 
 
+if TYPE_CHECKING:
+    from .shapes import ParaFields
+
+
 @dataclass
-class ParaConfig(PeftConfig):
+class ParaConfig(StoredConfig):
     """Configures prompt-aware representation adjustment (PARA, arXiv 2502.01033).
 
     In each Transformer block one small generator reads the hidden states of the prompt and makes the vectors
@@ -41,7 +46,7 @@ class ParaConfig(PeftConfig):
             tokens; or a dict of them by the name of the embedding layer.
 
     Raises:
-        ValueError: a field has a value that PARA cannot use.
+        ValueError: a field has a value of the wrong type, or one that PARA cannot use.
     """
 
     r: int = field(default=12, metadata={"help": "Width of the generator's bottleneck, at least 1; typically 8-64."})
@@ -89,7 +94,14 @@ class ParaConfig(PeftConfig):
         },
     )
 
+    @classmethod
+    def _shape(cls) -> type[ParaFields]:
+        from .shapes import ParaFields
+
+        return ParaFields
+
     def __post_init__(self) -> None:
+        self.check_types()
         super().__post_init__()
         self.peft_type = add_peft_type("PARA")
         if isinstance(self.target_modules, (list, tuple)):
@@ -133,8 +145,9 @@ class ParaConfig(PeftConfig):
         if ends is None:
             return
         if (
-            isinstance(ends, (str, int))
-            or not len(ends)
+            isinstance(ends, str)
+            or not isinstance(ends, Sequence)
+            or not ends
             or any(not isinstance(token, int) or isinstance(token, bool) or token < 0 for token in ends)
         ):
             raise ValueError(

@@ -1,6 +1,8 @@
 """A card's file: its parts by this package are rewritten at each save, all else in it is the user's."""
 
+import os
 import re
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +10,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
+from .writing import staged
+
 
 CARD_NAME = "README.md"
+_MAX_BYTES = 4 * 2**20
 _END = "<!-- peft_fanlora: end -->"
 _ANY_PART = re.compile("<!-- peft_fanlora: (?!end).*?" + re.escape(_END), re.DOTALL)
 _INVITATION = (
@@ -39,8 +44,12 @@ class Part:
 
 
 def tags_in(folder: Path) -> list[str]:
-    """Returns the tags of a folder's card, none where it has no card."""
-    return list(_read(folder).data.get("tags") or ())
+    """Returns the tags of a folder's card, none where it has no card.
+
+    Raises:
+        ValueError: the card's metadata cannot be read.
+    """
+    return _tags(_read(folder))
 
 
 def has_part(folder: Path, subject: str) -> bool:
@@ -48,11 +57,17 @@ def has_part(folder: Path, subject: str) -> bool:
     return _begin(subject, closed=False) in _read(folder).text
 
 
+def bring(folder: Path, other: Path) -> None:
+    """Copies a folder's card, if it has one, into another folder."""
+    if (folder / CARD_NAME).exists():
+        shutil.copyfile(folder / CARD_NAME, other / CARD_NAME)
+
+
 def add_tags(folder: Path, tags: Iterable[str]) -> None:
     """Adds tags to a folder's card."""
     card = _read(folder)
-    card.data["tags"] = list(dict.fromkeys([*(card.data.get("tags") or ()), *tags]))
-    card.save(folder / CARD_NAME)
+    card.data["tags"] = list(dict.fromkeys([*_tags(card), *tags]))
+    _save(card, folder)
 
 
 def write(folder: Path, part: Part, *, is_new: bool, tags: Iterable[str] = ()) -> None:
@@ -68,9 +83,10 @@ def write(folder: Path, part: Part, *, is_new: bool, tags: Iterable[str] = ()) -
     for key, value in part.metadata:
         if value and not card.data.get(key):
             card.data[key] = value
-    card.data["tags"] = list(dict.fromkeys([*tags, *(card.data.get("tags") or ()), *part.tags]))
+    card.data["tags"] = list(dict.fromkeys([*tags, *_tags(card), *part.tags]))
     _forget_local_base_model(card)
-    mine = f"{_begin(part.subject)}\n\n{part.text.strip()}\n\n{_END}"
+    text = part.text.strip().replace("<!--", "&lt;!--")  # what is shown may not end the part
+    mine = f"{_begin(part.subject)}\n\n{text}\n\n{_END}"
     parts = list(_ANY_PART.finditer(card.text))
     earlier = next((found for found in parts if found.group().startswith(_begin(part.subject))), None)
     if is_new:
@@ -84,7 +100,7 @@ def write(folder: Path, part: Part, *, is_new: bool, tags: Iterable[str] = ()) -
     else:
         card.text = f"{card.text.rstrip()}\n\n{mine}"
     card.text = card.text.rstrip() + "\n"  # which PEFT takes off each time
-    card.save(folder / CARD_NAME)
+    _save(card, folder)
 
 
 def _begin(subject: str, closed: bool = True) -> str:
@@ -98,12 +114,40 @@ def _begin(subject: str, closed: bool = True) -> str:
 
 def _read(folder: Path) -> ModelCard:
     file = folder / CARD_NAME
-    return ModelCard(file.read_text(encoding="utf-8") if file.exists() else "---\n{}\n---\n")
+    if not file.exists():
+        return ModelCard("---\n{}\n---\n")
+    if (size := file.stat().st_size) > _MAX_BYTES:
+        raise ValueError(f"{file} has {size:,} bytes, more than the {_MAX_BYTES:,} of a card: move it away.")
+    try:
+        card = ModelCard(file.read_text(encoding="utf-8"))
+        _tags(card)
+    except OSError:
+        raise
+    except Exception as error:  # YAML's and huggingface_hub's own, about what somebody has written
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{file} has metadata that cannot be read: {reason}. Correct what stands between its two lines '---'."
+        ) from error
+    return card
+
+
+def _save(card: ModelCard, folder: Path) -> None:
+    with staged(folder) as stage:
+        card.save(stage / CARD_NAME)
+
+
+def _tags(card: ModelCard) -> list[str]:
+    tags = card.data.get("tags") or []
+    if isinstance(tags, str):
+        return [tags]
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise ValueError(f"tags is {str(tags)[:60]!r}, and has to be a list of words")
+    return tags
 
 
 def _forget_local_base_model(card: ModelCard) -> None:
     """Takes a base model that is a folder, or nameless, out of the metadata: the Hub accepts ids alone there."""
     base = card.data.get("base_model")
-    if isinstance(base, str) and (not base or Path(base).is_dir()):
+    if isinstance(base, str) and (not base or os.path.isdir(base)):
         card.data["base_model"] = None
-        card.data["tags"] = [tag for tag in card.data.get("tags") or () if tag != f"base_model:adapter:{base}"]
+        card.data["tags"] = [tag for tag in _tags(card) if tag != f"base_model:adapter:{base}"]

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 
 Config = TypeVar("Config", bound=PeftConfig)
@@ -36,11 +36,18 @@ class SavedAdapter(Generic[Config]):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor; none where the weights are not in safetensors."""
+        """The shape of each tensor; none where the weights are not in safetensors.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         if not self._weights.exists():
             return {}
-        with safe_open(self._weights, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(self._weights, framework="pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{self._weights} cannot be read: {error}. Save or download it again.") from error
 
     @property
     def num_parameters(self) -> int:

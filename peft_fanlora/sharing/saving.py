@@ -18,6 +18,8 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME
 
+from .writing import staged
+
 
 if TYPE_CHECKING:
     from .card import Part
@@ -44,19 +46,25 @@ def _card_of(shared: type) -> Callable[..., Part] | None:
     return resolve_name(found) if isinstance(found, str) else found
 
 
-def write_card(shared: Any, folder: Path, location: str) -> None:
-    """Writes the card of something other than an adapter; the card of an adapter in the same folder shows it already.
+def save_with_card(shared: Any, folder: Path, location: str) -> None:
+    """Saves something other than an adapter with its card; in an adapter's folder, whose card shows it, without.
 
     Args:
-        shared: what has been saved.
-        folder: where it is.
+        shared: what to save: its `write(folder)` does, and `own_files` names the files that its card may bring.
+        folder: where.
         location: its folder or id, as the code in the card names it.
     """
     from . import card
 
     describe = _card_of(type(shared))
-    if describe is not None and not (folder / CONFIG_NAME).exists() and not card.has_part(folder, "adapter "):
-        card.write(folder, describe(shared, folder, location), is_new=not (folder / card.CARD_NAME).exists())
+    if describe is None or (folder / CONFIG_NAME).exists() or card.has_part(folder, "adapter "):
+        shared.write(folder)
+        return
+    is_new = not (folder / card.CARD_NAME).exists()
+    with staged(folder, shared.own_files) as stage:
+        card.bring(folder, stage)
+        shared.write(stage)
+        card.write(stage, describe(shared, stage, location), is_new=is_new)
 
 
 def write_cards() -> None:
@@ -72,21 +80,25 @@ def _saving(save_pretrained: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(save_pretrained)
     def save_with_card(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        location = kwargs.pop("shared_as", None)
         call = signature.bind(self, *args, **kwargs)
         call.apply_defaults()
-        folder, location = Path(call.arguments["save_directory"]), kwargs.pop("shared_as", None)
+        folder = Path(call.arguments["save_directory"])
         names = _ours(self, call.arguments["selected_adapters"])
-        if not names or not call.arguments["is_main_process"]:
+        if not names or not call.arguments["is_main_process"] or folder.is_file():
             save_pretrained(self, *args, **kwargs)
             return
         from . import card
 
         tags, is_new = card.tags_in(folder), not (folder / card.CARD_NAME).exists()
-        save_pretrained(self, *args, **kwargs)
-        for name in names:
-            part = _part(self, name, folder, location or folder.resolve().name)
-            card.write(folder, part, is_new=is_new, tags=tags)
-            is_new = False
+        with staged(folder, _own_files(self, names)) as stage:
+            card.bring(folder, stage)
+            call.arguments["save_directory"] = str(stage)
+            save_pretrained(*call.args, **call.kwargs)
+            for name in names:
+                part = _part(self, name, stage, location or folder.resolve().name)
+                card.write(stage, part, is_new=is_new, tags=tags)
+                is_new = False
 
     save_with_card.writes_cards = True  # type: ignore[attr-defined]
     return save_with_card
@@ -121,11 +133,25 @@ def _ours(model: PeftModel, selected: Iterable[str] | None) -> list[str]:
     return sorted(ours, key=lambda name: name != "default")
 
 
+def _own_files(model: PeftModel, names: Iterable[str]) -> list[str]:
+    """Returns the names of the files that an earlier save may have left, and that this one writes if they still apply."""
+    return [
+        str(_folder_of(name, Path()) / file)
+        for name in names
+        for file in getattr(model.peft_config[name], "own_files", ())
+    ]
+
+
+def _folder_of(name: str, folder: Path) -> Path:
+    """Returns where PEFT saves an adapter."""
+    return folder if name == "default" else folder / name
+
+
 def _part(model: PeftModel, name: str, folder: Path, location: str) -> Part:
     from .saved import SavedAdapter
     from .snippets import base_model_of
 
-    own_folder = folder if name == "default" else folder / name
+    own_folder = _folder_of(name, folder)
     config: Any = type(model.peft_config[name]).from_pretrained(str(own_folder))  # PEFT may have saved it converted
     describe: Any = _card_of(type(config))
     return describe(SavedAdapter(config, own_folder, name), base_model_of(model.get_base_model(), config), location)

@@ -1,5 +1,6 @@
 """The code in a card, which runs as it stands."""
 
+import json
 from dataclasses import dataclass
 
 import transformers
@@ -46,7 +47,7 @@ class BaseModel:
         """The line that makes `base`."""
         if self.name is None or self.loader is None:
             return "base = ...  # the model that the adapter was trained on"
-        return f'base = {self.loader}.from_pretrained("{self.name}"{self.options})'
+        return f"base = {self.loader}.from_pretrained({quoted(self.name)}{self.options})"
 
     @property
     def imports(self) -> str:
@@ -83,18 +84,23 @@ def use_adapter(method: str, base: BaseModel, location: str, subfolder: str | No
         location: the adapter's folder or id.
         subfolder: where in it, if not at its top.
     """
-    where = f', subfolder="{subfolder}"' if subfolder else ""
+    where = f", subfolder={quoted(subfolder)}" if subfolder else ""
     lines = [
         f"import peft_fanlora  # makes {method} known to PEFT",
         "from peft import PeftModel",
         base.imports,
         "",
         base.lines,
-        f'model = PeftModel.from_pretrained(base, "{location}"{where})',
+        f"model = PeftModel.from_pretrained(base, {quoted(location)}{where})",
     ]
-    if base.use:
-        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{base.name}")', base.use]
+    if base.use and base.name is not None:
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({quoted(base.name)})", base.use]
     return code_of(lines)
+
+
+def quoted(text: str) -> str:
+    """Returns text as a string of Python's, whatever is in it."""
+    return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def code_of(lines: list[str]) -> str:

@@ -1,0 +1,251 @@
+"""Saves over an earlier state in a child process that is killed at each of its steps, and says what is left each time.
+
+Run as a program: `python faults.py kills|refusals|full-disk FOLDER`; the last with a FOLDER on a small disk that may
+be filled. Each kill and each refusal is in a child of its own.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from integration_tests.helpers.models import TINY, fanlora
+from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, export_lora
+from peft_fanlora.sharing import writing
+
+
+STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.scandir", "shutil.copyfile"}
+"""The audit events of Python that a save makes; the flushes and the writing of safetensors are counted by wrappers."""
+
+
+def killed_at(step: int, save: Callable[[], None]) -> int:
+    """Runs a save in a child process that kills itself with SIGKILL before a step; returns its wait status."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
+    left = [step]
+
+    def count(*_: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fsync = os.fsync
+    os.fsync = lambda descriptor: (count(), fsync(descriptor))[1]
+    halve_weights(count)
+    sys.addaudithook(lambda event, _: count() if event in STEPS else None)
+    try:
+        save()
+    except BaseException:
+        os._exit(3)
+    os._exit(0)
+
+
+def in_halves(
+    save_file: Callable[..., None], count: Callable[[], None], tensors: Any, path: Any, **options: Any
+) -> None:
+    save_file(tensors, path, **options)
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[: len(whole) // 2])
+    count()
+    Path(path).write_bytes(whole)
+
+
+def halve_weights(count: Callable[[], None]) -> None:
+    """Lets safetensors write the first half of a file, count a step, and write all of it."""
+    import peft.peft_model
+
+    import peft_fanlora.fanlora.export
+
+    for module, name in ((peft.peft_model, "safe_save_file"), (peft_fanlora.fanlora.export, "save_file")):
+        setattr(module, name, functools.partial(in_halves, getattr(module, name), count))
+
+
+def state(folder: Path) -> dict[str, str]:
+    """Returns the digest of each file of a folder but for what a killed save was still writing."""
+    files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return {
+        str(file): hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        for file in files
+        if not any(part.startswith(writing.STAGE_PREFIX) for part in file.parts)
+    }
+
+
+def model(method: str, seed: int, **options: Any) -> Any:
+    if method == "PARA":
+        from peft import get_peft_model
+
+        torch.manual_seed(seed)
+        return get_peft_model(
+            TINY["llama"].base(), ParaConfig(task_type="CAUSAL_LM", init_para_weights=False, **options)
+        )
+    made = fanlora(**options)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(seed if parameter.requires_grad else 0)
+    return made
+
+
+def setting_of(layers: int) -> FanLoraSetting:
+    names = [f"model.layers.{layer}.mlp.up_proj" for layer in range(layers)]
+    return FanLoraSetting.from_modules(TINY["llama"].base(), names)
+
+
+def scored() -> FanLoraSetting:
+    made = fanlora()
+    return made.prune_modules(made.score_modules([TINY["llama"].batch()], num_points=1, progress=False).select(2))
+
+
+def cases() -> dict[str, Callable[[], tuple[Callable[[Path], None], Callable[[Path], None]]]]:
+    """Returns, for each case, what makes the save of the earlier state and the save of the new one."""
+
+    def two_adapters(seed: int) -> Any:
+        made = model("FanLoRA", seed)
+        made.add_adapter("second", FanLoraConfig(r=1 + seed, task_type="CAUSAL_LM"))
+        return made
+
+    return {
+        "setting": lambda: (setting_of(1).save_pretrained, setting_of(2).save_pretrained),
+        "setting, first save": lambda: (lambda _: None, setting_of(2).save_pretrained),
+        "adapter, further training": lambda: (
+            model("FanLoRA", 1).save_pretrained,
+            model("FanLoRA", 2).save_pretrained,
+        ),
+        "adapter, another setting": lambda: (
+            model("FanLoRA", 1, setting=scored()).save_pretrained,
+            model("FanLoRA", 2, setting=setting_of(2), lora_alpha=3).save_pretrained,
+        ),
+        "adapter, no longer pruned": lambda: (
+            model("FanLoRA", 1, setting=setting_of(2)).save_pretrained,
+            model("FanLoRA", 2).save_pretrained,
+        ),
+        "adapter, first save": lambda: (lambda _: None, model("FanLoRA", 2).save_pretrained),
+        "two adapters": lambda: (two_adapters(1).save_pretrained, two_adapters(2).save_pretrained),
+        "PARA adapter": lambda: (model("PARA", 1, r=2).save_pretrained, model("PARA", 2, r=3).save_pretrained),
+        "export": lambda: (
+            functools.partial(export_lora, model("FanLoRA", 1)),
+            functools.partial(export_lora, model("FanLoRA", 2, lora_alpha=3)),
+        ),
+    }
+
+
+def kills(case: str, folder: Path) -> dict[str, Any]:
+    """Returns the earlier state, the new one, and what each kill left."""
+    before, after = cases()[case]()
+    (folder / "complete").mkdir(parents=True)
+    before(folder / "complete")
+    shutil.copytree(folder / "complete", folder / "saved")
+    after(folder / "saved")
+    new, left, step, status = state(folder / "saved"), [], 0, 1
+    while status:
+        step += 1
+        shutil.rmtree(folder / "saved")
+        shutil.copytree(folder / "complete", folder / "saved")
+        status = killed_at(step, lambda: after(folder / "saved"))
+        if status and not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+            raise SystemExit(f"{case}: the save failed at step {step} with status {status}")
+        left.append(state(folder / "saved"))
+    return {"old": state(folder / "complete"), "new": new, "left": left}
+
+
+def file_in_the_place(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("mine")
+
+
+def folder_in_the_way(folder: Path) -> None:
+    for name in ("adapter_model.safetensors", "fanlora_setting.json"):
+        if (folder / name).exists():
+            (folder / name).unlink()
+            (folder / name).mkdir()
+
+
+def read_only(folder: Path) -> None:
+    folder.chmod(0o555)
+    if os.geteuid() == 0:  # whom no permission stops; the save runs as another user
+        for parent in folder.parents[:-2]:
+            parent.chmod(0o755)
+
+
+def full_disk(folder: Path) -> None:
+    with suppress(OSError), (folder.parent / "ballast").open("wb", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(512))
+
+
+def nothing(*_: Any) -> None:
+    pass
+
+
+OBSTACLES: dict[str, tuple[Callable[[Path], None], Callable[[], None]]] = {
+    "a file in the place of the folder": (file_in_the_place, nothing),
+    "a folder in the place of a file": (folder_in_the_way, nothing),
+    "a read-only folder": (read_only, lambda: os.setuid(65534) if os.geteuid() == 0 else None),
+    "files limited to 512 bytes": (nothing, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))),
+    "a full disk": (full_disk, nothing),
+}
+"""What is done to the earlier state, and to the process that saves over it."""
+
+
+def refusal(folder: Path, restrict: Callable[[], None], save: Callable[[Path], None]) -> dict[str, Any]:
+    """Returns the error of a save over an earlier state in a child process, and whether it left that as it was."""
+    before = listing(folder)
+    reading, writing_end = os.pipe()
+    if not os.fork():
+        try:
+            restrict()
+            save(folder)
+            found = {"error": None, "message": ""}
+        except BaseException as error:
+            found = {"error": type(error).__name__, "message": str(error)}
+        os.write(writing_end, json.dumps(found).encode())
+        os._exit(0)
+    os.close(writing_end)
+    with os.fdopen(reading) as pipe:
+        return {**json.loads(pipe.read()), "intact": listing(folder) == before}
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Returns the state of a folder with its subfolders, hidden ones too, or of the file in its place."""
+    if folder.is_file():
+        return {"": folder.read_text()}
+    return {**state(folder), **{str(path): "" for path in folder.rglob("*") if path.is_dir()}}
+
+
+def refusals(folder: Path, obstacles: Iterable[str]) -> dict[str, Any]:
+    """Returns what each obstacle does to each kind of save."""
+    kinds = {name: cases()[name]() for name in ("setting", "adapter, further training", "PARA adapter", "export")}
+    found = {}
+    for obstacle in obstacles:
+        prepare, restrict = OBSTACLES[obstacle]
+        for name, (before, after) in kinds.items():
+            place = folder / "saved"
+            place.mkdir(parents=True)
+            before(place)
+            prepare(place)
+            found[f"{obstacle}: {name}"] = refusal(place, restrict, after)
+            shutil.rmtree(folder)
+    return found
+
+
+def main(what: str, folder: Path) -> dict[str, Any]:
+    """Returns the result of one of the three programs."""
+    if what == "kills":
+        return {case: kills(case, folder / str(number)) for number, case in enumerate(cases())}
+    return refusals(
+        folder, ["a full disk"] if what == "full-disk" else [name for name in OBSTACLES if name != "a full disk"]
+    )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))

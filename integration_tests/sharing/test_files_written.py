@@ -1,0 +1,148 @@
+"""Files are never half-written: after a kill, or a save that cannot be done, each is the earlier one or the new one."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration_tests.helpers.models import TINY, fanlora
+from integration_tests.helpers.processes import environment
+from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
+from peft_fanlora.sharing.writing import STAGE_PREFIX, staged
+
+
+HERE = Path(__file__).parent
+CONFIG, WEIGHTS, SETTING = "adapter_config.json", "adapter_model.safetensors", "fanlora_setting.json"
+State = dict[str, str]
+
+
+def run(what: str, folder: Path, *prefix: str) -> Any:
+    command = [*prefix, sys.executable, str(HERE / "faults.py"), what, str(folder)]
+    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def kills(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run("kills", tmp_path_factory.mktemp("kills"))
+
+
+def test_each_save_is_killed_at_many_steps(kills: dict[str, dict[str, Any]]) -> None:
+    assert len(kills) == 9
+    for case, found in kills.items():
+        assert len(found["left"]) > 20, case
+        assert found["old"] != found["new"] == found["left"][-1], case
+        assert found["left"][0] == found["old"], case
+
+
+def test_a_kill_leaves_no_half_file(kills: dict[str, dict[str, Any]]) -> None:
+    for case, found in kills.items():
+        old, new = found["old"], found["new"]
+        for step, left in enumerate(found["left"], 1):
+            for file in {*old, *new, *left}:
+                is_known = left.get(file) in (old.get(file), new.get(file))
+                assert is_known or (file.endswith(CONFIG) and file not in left), (case, step, file)
+
+
+def test_a_kill_leaves_no_weights_beside_a_configuration_of_others(kills: dict[str, dict[str, Any]]) -> None:
+    removed = 0
+    for case, found in kills.items():
+        old, new = found["old"], found["new"]
+        for step, left in enumerate(found["left"], 1):
+            for weights in (file for file in new if file.endswith(WEIGHTS)):
+                config = weights.replace(WEIGHTS, CONFIG)
+                pair = left.get(config), left.get(weights)
+                removed += config in old and config not in left
+                if config in left and old.get(config) != new[config]:
+                    assert pair in ((old.get(config), old.get(weights)), (new[config], new[weights])), (case, step)
+    assert 0 < removed < 30  # of some 600 kills
+
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return run("refusals", tmp_path_factory.mktemp("refusals") / "folder")
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "message"),
+    [
+        ("a file in the place of the folder", "a file"),
+        ("a folder in the place of a file", "is a folder in the place of a file"),
+        ("a read-only folder", "Permission denied: "),
+        ("files limited to 512 bytes", "File too large"),
+    ],
+)
+def test_a_save_that_cannot_be_done_says_so_and_changes_nothing(
+    obstacle: str, message: str, refusals: dict[str, dict[str, Any]]
+) -> None:
+    tried = {name: found for name, found in refusals.items() if name.startswith(obstacle)}
+    assert len(tried) == 4
+    for name, found in tried.items():
+        assert found["error"] is not None and found["intact"], (name, found)
+        assert message in found["message"], name
+
+
+def test_a_full_disk_leaves_the_earlier_state(tmp_path: Path) -> None:
+    mount = f"mount -t tmpfs -o size=512k tmpfs {tmp_path}"
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, mount], capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    for name, found in run("full-disk", tmp_path / "folder", *unshare, f'{mount} && exec "$@"', "sh").items():
+        assert found["error"] in ("OSError", "SafetensorError") and found["intact"], (name, found)
+        assert "No space left on device" in found["message"], name
+
+
+def test_a_save_that_fails_leaves_no_new_folder(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="in the middle"), staged(tmp_path / "new") as stage:
+        (stage / "file").write_text("new")
+        raise RuntimeError("in the middle")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_not_written_stays_but_for_own_files(tmp_path: Path) -> None:
+    for name in ("mine", "own", "file"):
+        (tmp_path / name).write_text("old")
+    with staged(tmp_path, own=["own", "file"]) as stage:
+        assert stage.name.startswith(STAGE_PREFIX) and not list(stage.iterdir())
+        (stage / "file").write_text("new")
+        assert (tmp_path / "file").read_text() == "old"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"mine": "old", "file": "new"}
+
+
+def test_files_that_others_may_read_stay_readable(tmp_path: Path) -> None:
+    """A temporary file is made for its owner alone, and would keep that when it is moved."""
+    (tmp_path / "plain").touch()
+    FanLoraConfig().save_pretrained(tmp_path)
+    assert (tmp_path / CONFIG).stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    "config", [FanLoraConfig(target_modules=list("abcdefgh")), ParaConfig(target_modules=list("abcdefgh"))]
+)
+def test_equal_configurations_are_equal_files(config: Any, tmp_path: Path) -> None:
+    """The order of a set of names differs from process to process, and with it the file did."""
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == list("abcdefgh")
+
+
+def test_a_setting_in_an_adapters_folder_keeps_the_adapters_card(tmp_path: Path) -> None:
+    model = fanlora()
+    setting = model.prune_modules(model.score_modules([TINY["llama"].batch()], num_points=1, progress=False).select(2))
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "README.md").read_bytes(), (tmp_path / "fanlora_importance.png").read_bytes()
+    setting.save_pretrained(tmp_path)
+    assert before == ((tmp_path / "README.md").read_bytes(), (tmp_path / "fanlora_importance.png").read_bytes())
+
+
+def test_an_unpruned_adapter_over_a_pruned_one_takes_its_files_away(tmp_path: Path) -> None:
+    model = fanlora()
+    model.prune_modules(model.score_modules([TINY["llama"].batch()], num_points=1, progress=False).select(2))
+    model.save_pretrained(tmp_path)
+    assert FanLoraSetting.from_pretrained(tmp_path)
+    fanlora().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", CONFIG, WEIGHTS}

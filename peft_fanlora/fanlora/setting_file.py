@@ -1,0 +1,127 @@
+"""The content of `fanlora_setting.json`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from .modules import ModuleName
+
+
+if TYPE_CHECKING:
+    from .setting import FanLoraSetting
+
+SETTING_NAME = "fanlora_setting.json"
+HEAT_MAP = "fanlora_importance.png"
+FORMAT_VERSION = 1
+
+
+def content_of(setting: FanLoraSetting) -> dict[str, Any]:
+    """Returns a setting as plain JSON types."""
+    from .. import __version__
+
+    blocks: dict[str, dict[str, Any]] = {}
+    for choice, modules in (("kept", setting.kept), ("dropped", setting.dropped)):
+        for module, score in modules.items():
+            blocks.setdefault(module.block, {"kept": {}, "dropped": {}})[choice][module.role] = score
+    return {
+        "format_version": FORMAT_VERSION,
+        "peft_fanlora_version": __version__,
+        "model_type": setting.model_type,
+        "num_layers": dict(setting.num_layers),
+        "calibration": dict(setting.calibration),
+        "blocks": blocks,
+    }
+
+
+def check(content: Any, where: str) -> None:
+    """Raises for content that is no setting, and warns of fields that a later version has added.
+
+    Args:
+        content: plain JSON types.
+        where: what an error calls it, such as the file.
+
+    Raises:
+        ValueError: the content has another format version or another shape.
+    """
+    from ..sharing.reading import checked, short
+    from .shapes import SettingFile
+
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} is {short(content)}, and a FanLoRA setting is a JSON object.")
+    version = content.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(
+            f"{where} has format version {short(version)}, this peft_fanlora reads {FORMAT_VERSION}; {_remedy(content)}"
+        )
+    given = {key: value for key, value in content.items() if value is not None}
+    if unknown := checked(SettingFile, given, where).unknown_fields():
+        warnings.warn(
+            f"{where} has fields that this version of peft_fanlora does not know and ignores: {short(unknown)}. It was "
+            "written by a later version; upgrade with `pip install -U peft-fanlora`.",
+            stacklevel=4,
+        )
+    for block, choice, role in _modules(content):
+        module = ModuleName.parse(f"{block}.{role}" if block else role)
+        if (module.block, module.role) != (block, role):
+            raise ValueError(
+                f"{where}: blocks[{short(block)}].{choice} has {short(role)}, but the module of that name is "
+                f"{short(module.role)} of the block {short(module.block)}; enter it there."
+            )
+
+
+def _remedy(content: Mapping[Any, Any]) -> str:
+    version, writer = content.get("format_version"), content.get("peft_fanlora_version")
+    if type(version) is not int or version < FORMAT_VERSION:
+        return f"it has to be {FORMAT_VERSION}."
+    if isinstance(writer, str) and writer.isprintable() and len(writer) < 40:
+        return f"upgrade it with `pip install -U 'peft-fanlora>={writer}'`, the version that wrote the setting."
+    return "upgrade it with `pip install -U peft-fanlora`."
+
+
+def _modules(content: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for block, choices in content["blocks"].items():
+        for choice in ("kept", "dropped"):
+            yield from ((block, choice, role) for role in choices.get(choice, {}))
+
+
+def arguments_from(content: Any, where: str) -> dict[str, Any]:
+    """Returns the arguments of `FanLoraSetting` that a file's content says.
+
+    Raises:
+        ValueError: see `check`.
+    """
+    check(content, where)
+    chosen: dict[str, dict[ModuleName, float | None]] = {"kept": {}, "dropped": {}}
+    for block, choice, role in _modules(content):
+        chosen[choice][ModuleName.parse(f"{block}.{role}" if block else role)] = content["blocks"][block][choice][role]
+    return {
+        **chosen,
+        "num_layers": dict(content["num_layers"]),
+        "model_type": content.get("model_type"),
+        "calibration": dict(content.get("calibration") or {}),
+    }
+
+
+def find(location: str, subfolder: str | None, download_kwargs: dict[str, Any]) -> Path:
+    """Returns where the file is, in a folder or in the cache of the Hub, after a download if needed.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(location, subfolder or "", SETTING_NAME)
+    if path.is_file():
+        return path
+    try:
+        return Path(hf_hub_download(location, SETTING_NAME, subfolder=subfolder, **download_kwargs))
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"There is no {SETTING_NAME} in {location!r}: it is neither a folder with a saved setting nor a Hub "
+            f"repository that could be read ({type(error).__name__}). An adapter that was never pruned has no setting; a "
+            "private repository needs a `token`."
+        ) from error
