@@ -7,7 +7,7 @@ from integration_tests.helpers.models import LLAMA, TINY
 
 
 def test_heads_embeddings_and_towers_are_no_candidates() -> None:
-    """A vision tower runs once a request; its linear layers must not compete with those that run at every token."""
+    """A vision tower runs once per request; its linear layers must not compete with those that run at every token."""
     import transformers
 
     from peft_fanlora.fanlora.candidates import candidates

@@ -1,4 +1,4 @@
-"""Costs that are the same on each machine: operations, calls of Python functions, bytes of tensors, and hooks."""
+"""Costs that are the same on every machine: operations, calls of Python functions, bytes of tensors, and hooks."""
 
 import gc
 import sys

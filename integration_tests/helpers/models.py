@@ -1,4 +1,4 @@
-"""Tiny models of many architectures, made from a configuration, and adapters of both methods on them that do something.
+"""Tiny models of many architectures, made from a configuration, and adapters of both methods that change their output.
 
 A fresh adapter is the identity, which hides every mistake: `randomize` gives it random weights, as training would.
 """

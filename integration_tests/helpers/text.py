@@ -1,4 +1,4 @@
-"""A tokenizer of a few words, and text that it knows."""
+"""A tokenizer of a few words, and text made of its words."""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -26,7 +26,7 @@ def question(row: int) -> str:
 
 
 def answer(row: int, *, wrong: bool = False) -> str:
-    """A few of five words, so that the answers can be learned; wrong ones are other words."""
+    """A few of five words, so that the answers can be learned; wrong answers have other words."""
     return " ".join(f"w{(52 if wrong else 45) + step}" for step in range(2 + row % 4))
 
 

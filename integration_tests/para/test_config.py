@@ -1,4 +1,4 @@
-"""The configuration's errors, the generator's mathematics, and the chat template helper."""
+"""The configuration: its fields, its errors and the modules that it selects."""
 
 import json
 

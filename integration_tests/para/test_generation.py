@@ -235,7 +235,7 @@ def test_a_second_turn_on_the_cache_that_generate_returns():
 
 
 @torch.no_grad()
-def test_generate_takes_the_word_of_prompt_mask_for_a_second_turn():
+def test_prompt_mask_tells_generate_that_a_second_turn_has_no_prompt():
     """Guards against an error whose advice cannot be followed: here nothing tells an answer from more prompt."""
     model = para()
     first = tokens(2, 6)
@@ -251,7 +251,7 @@ def test_generate_takes_the_word_of_prompt_mask_for_a_second_turn():
 
 
 @torch.no_grad()
-def test_a_copied_cache_goes_on_by_itself():
+def test_a_copied_cache_has_vectors_of_its_own():
     """Guards against vectors that are looked up by the identity of the cache, which a copy does not share."""
     model = para()
     prompt, rest = tokens(2, 6), tokens(2, 3, seed=8)
@@ -267,7 +267,7 @@ def test_a_copied_cache_goes_on_by_itself():
 
 @torch.no_grad()
 def test_interleaved_generations_do_not_mix():
-    """Guards against one set of vectors a model: the last prefill would serve every running generation."""
+    """Guards against one set of vectors per model: the last prefill would serve every running generation."""
     model = para()
     prompts = [tokens(1, 5, seed=1), tokens(2, 8, seed=2)]
     wholes = [torch.cat((p, tokens(p.shape[0], 4, seed=3)), 1) for p in prompts]

@@ -1,4 +1,4 @@
-"""Every habit of PEFT's users: saving, loading, switching, mixing, removing."""
+"""What PEFT's users do with adapters: saving, loading, switching, mixing, removing."""
 
 import copy
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""PARA's tenants on one backbone: a decoding step is one multiplication a target, however many there are."""
+"""PARA's tenants on one backbone: a decoding step is one multiplication per target, for any number of tenants."""
 
 from pathlib import Path
 

@@ -309,7 +309,7 @@ def test_find_wants_a_data_set(base_folder: Path) -> None:
     assert invoke("find", base_folder).exit_code == 2
 
 
-def test_a_choice_that_is_none_is_said_in_one_line(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+def test_an_unknown_choice_is_said_in_one_line(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     options = ("--steps", 1, "--calibration-rows", 2, "--method", "weight_norm", "-o", tmp_path / "found")
     assert "keeps nothing or drops nothing" in refusal("find", base_folder, rows, *options, "--keep", 7)
     assert not (tmp_path / "found").exists()

@@ -1,5 +1,6 @@
 """What is released: the wheel and the source distribution, the README on an index, and the workflows."""
 
+import os
 import re
 import runpy
 import site
@@ -72,10 +73,11 @@ def test_the_metadata(dist: Path) -> None:
 
 def test_the_wheel_works_where_nothing_else_of_the_repository_is(dist: Path, tmp_path: Path) -> None:
     """In an environment of its own, which borrows the dependencies of this one but not its editable install."""
-    venv.create(tmp_path / "env", with_pip=True)
+    venv.create(tmp_path / "env")
     python = tmp_path / "env/bin/python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", wheel(dist)], check=True)
     (packages,) = (tmp_path / "env/lib").glob("python*/site-packages")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, wheel(dist)]
+    subprocess.run(install, check=True)
     (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
     code = """
 import peft_fanlora, torch
@@ -90,7 +92,8 @@ for config in (peft_fanlora.FanLoraConfig(r=2, task_type="CAUSAL_LM"), peft_fanl
     get_peft_model(make(), config).save_pretrained("adapter")
     assert PeftModel.from_pretrained(make(), "adapter")(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 32)
 """
-    done = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert Path(done.stdout.strip()).is_relative_to(packages)
 
