@@ -12,7 +12,7 @@ quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
 # PEFT's own tests on our methods, about half an hour on two CPU cores.
 test-peft: $(READY)
@@ -25,7 +25,7 @@ test-vllm: $(VLLM)/ready
 
 # The same tests with the oldest versions of everything, in an environment of their own.
 test-oldest: $(OLDEST)/ready
-	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadfile
+	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadgroup
 
 # Runs the tests that show what is supported, and makes docs/support.md of it.
 support: $(READY)

@@ -11,14 +11,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-pytest_plugins = ["support_plugin"]
+pytest_plugins = ["integration_tests.helpers.support_table"]
 
 
 @pytest.fixture
 def exact_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps bitsandbytes from its fast path of CPUs with AVX512-BF16.
 
-    There it packs 4-bit weights anew in eval mode, computes in bfloat16, and unpacks them whenever the state dict is taken,
+    There it packs 4-bit weights again in eval mode, computes in bfloat16, and unpacks them whenever the state dict is taken,
     which changes doubly quantised weights a little each time; no comparison to 1e-5 survives that.
     """
     if find_spec("bitsandbytes"):  # whose older versions have no such path

@@ -7,7 +7,8 @@ from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, ge
 from transformers import PreTrainedModel
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ImportanceScores, ParaConfig
-from peft_fanlora.fanlora.modules import ModuleName, candidates, num_parameters_per_rank
+from peft_fanlora.fanlora.candidates import candidates, num_parameters_per_rank
+from peft_fanlora.fanlora.modules import ModuleName
 
 from .experiments import Run, Store
 from .generators import feed_constant, feed_embeddings, generators, scale_vectors

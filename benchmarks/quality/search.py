@@ -9,7 +9,8 @@ from peft.tuners.lora import LoraLayer
 from tqdm.auto import tqdm
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting
-from peft_fanlora.fanlora.modules import ModuleName, candidates
+from peft_fanlora.fanlora.candidates import candidates
+from peft_fanlora.fanlora.modules import ModuleName
 
 from .experiments import Scoring, Search
 from .methods import importance, random_setting

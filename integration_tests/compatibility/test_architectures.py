@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from both_methods import CAUSAL, GREEDY, adapted, config_of, labelled, logits, tiny, tokens
 from peft import PeftModel, get_peft_model
+
+from integration_tests.helpers.models import CAUSAL, GREEDY, adapted, config_of, labelled, logits, tiny, tokens
 
 
 @pytest.mark.support("training")

@@ -5,11 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from both_methods import METHODS, adapted, config_of, generated, gradients, labelled, tiny, tokens, wake
 from torch import _dynamo as dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
+
+from integration_tests.helpers.models import (
+    METHODS,
+    adapted,
+    config_of,
+    generated,
+    gradients,
+    labelled,
+    randomize,
+    tiny,
+    tokens,
+)
 
 
 both = pytest.mark.parametrize("method", METHODS)
@@ -78,7 +89,7 @@ def test_generation_compiles(method: str, architecture: str) -> None:
 def test_mixed_batches_compile(method: str) -> None:
     model = small(method)
     model.add_adapter("second", config_of(method, r=3))
-    wake(model, "second", seed=7).eval()
+    randomize(model, "second", seed=7).eval()
     names = ["default", "second"]
     expected = generated(model, adapter_names=names)
     how = CompileConfig(backend="eager", fullgraph=False, mode=None)

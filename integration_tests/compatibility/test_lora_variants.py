@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from both_methods import config_of, generated, labelled, logits, tiny, tokens, wake
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer, convert_to_lora
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
+from integration_tests.helpers.models import config_of, generated, labelled, logits, randomize, tiny, tokens
 from peft_fanlora import FanLoraConfig, FanLoraSetting, export_lora
 
 
@@ -135,9 +135,9 @@ def test_experts_of_a_mixture(architecture: str, tmp_path: Path) -> None:
 def two_on_one_setting() -> tuple[PeftModel, FanLoraSetting]:
     names = ["model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
     setting = FanLoraSetting.from_modules(tiny("llama"), names)
-    model = wake(get_peft_model(tiny("llama"), config_of("FanLoRA", setting=setting)))
+    model = randomize(get_peft_model(tiny("llama"), config_of("FanLoRA", setting=setting)))
     model.add_adapter("second", config_of("FanLoRA", setting=setting))
-    return wake(model, "second", seed=9).eval(), setting
+    return randomize(model, "second", seed=9).eval(), setting
 
 
 @pytest.mark.support("hot-swapping (`peft.utils.hotswap`) of adapters that share a setting")
@@ -157,7 +157,7 @@ def test_hot_swapping(tmp_path: Path) -> None:
     close(logits(served), expected["default"])
 
     other = FanLoraSetting.from_modules(tiny("llama"), ["model.layers.1.mlp.down_proj"])
-    elsewhere = wake(get_peft_model(tiny("llama"), config_of("FanLoRA", setting=other)))
+    elsewhere = randomize(get_peft_model(tiny("llama"), config_of("FanLoRA", setting=other)))
     elsewhere.save_pretrained(tmp_path / "elsewhere")
     with pytest.raises(RuntimeError, match="unexpected keys"):
         hotswap_adapter(served, str(tmp_path / "elsewhere"), adapter_name="default", torch_device="cpu")

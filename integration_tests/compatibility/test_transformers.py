@@ -6,20 +6,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from both_methods import (
-    METHODS,
-    VOCAB,
-    adapted,
-    config_of,
-    generated,
-    labelled,
-    logits,
-    saved_base,
-    tiny,
-    tokens,
-    wake,
-    word_tokenizer,
-)
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -29,6 +15,21 @@ from peft import (
     get_peft_model,
 )
 from torch import nn
+
+from integration_tests.helpers.models import (
+    METHODS,
+    VOCAB,
+    adapted,
+    config_of,
+    generated,
+    labelled,
+    logits,
+    randomize,
+    saved_base,
+    tiny,
+    tokens,
+)
+from integration_tests.helpers.text import tokenizer
 
 
 both = pytest.mark.parametrize("method", METHODS)
@@ -78,9 +79,9 @@ def test_trainer(method: str, tmp_path: Path) -> None:
 @pytest.mark.support('`pipeline("text-generation")`')
 @both
 def test_pipeline(method: str, tmp_path: Path) -> None:
-    tokenizer = word_tokenizer()
+    words = tokenizer()
     base = saved_base(tmp_path)
-    tokenizer.save_pretrained(base)
+    words.save_pretrained(base)
     model = adapted(method, base=tf.AutoModelForCausalLM.from_pretrained(base))
     model.save_pretrained(tmp_path / "adapter")
     tokenizer.save_pretrained(tmp_path / "adapter")
@@ -111,7 +112,7 @@ def test_adapters_on_a_transformers_model(method: str, architecture: str, tmp_pa
     base = tf.AutoModelForCausalLM.from_pretrained(saved_base(tmp_path, architecture))
     plain = logits(base)
     base.add_adapter(config_of(method), adapter_name="first")
-    wake(base, "first").eval()
+    randomize(base, "first").eval()
     first = logits(base)
     assert not torch.allclose(first, plain)
     base.save_pretrained(tmp_path / "adapter")
@@ -119,7 +120,7 @@ def test_adapters_on_a_transformers_model(method: str, architecture: str, tmp_pa
         path.name for path in (tmp_path / "adapter").iterdir()
     }
     base.add_adapter(config_of(method, r=3), adapter_name="second")
-    wake(base, "second", seed=5).eval()
+    randomize(base, "second", seed=5).eval()
     assert base.active_adapters() == ["second"]
     second = logits(base)
     assert not torch.allclose(first, second)
@@ -188,7 +189,7 @@ def test_device_map(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     expected, answer = logits(model), generated(model)
     everything = tf.AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
     close(logits(PeftModel.from_pretrained(everything, tmp_path / "adapter").eval()), expected)
-    names = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
+    names = ["model.embed_tokens", "model.layers.0", "model.layers.2", "model.norm", "model.rotary_emb", "lm_head"]
     split = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
     partly = tf.AutoModelForCausalLM.from_pretrained(folder, device_map=split, offload_folder=tmp_path / "offload")
     placed = {f"base_model.model.{name}": device for name, device in split.items()}
@@ -306,7 +307,7 @@ def test_a_larger_vocabulary_with_trainable_tokens(method: str, tied: bool, tmp_
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     model.train()(input_ids=batch, labels=labelled(batch)).loss.backward()
     optimizer.step()
-    wake(model.eval())
+    randomize(model.eval())
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
     close(logits(loaded, batch), logits(model, batch))
@@ -321,7 +322,7 @@ def test_a_larger_vocabulary_with_trainable_tokens(method: str, tied: bool, tmp_
 def test_a_mixed_batch_reads_each_rows_trained_tokens(method: str) -> None:
     model = get_peft_model(tiny("llama"), config_of(method, trainable_token_indices=[5, 6]))
     model.add_adapter("second", config_of(method, r=3, trainable_token_indices=[6]))
-    wake(wake(model), "second", seed=7).eval()
+    randomize(randomize(model), "second", seed=7).eval()
     for name, parameter in model.named_parameters():
         if "trainable_tokens_delta" in name:
             parameter.data += 1.0

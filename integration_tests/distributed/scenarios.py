@@ -16,7 +16,6 @@ import transformers
 from datasets import Dataset
 from packaging.version import Version
 from peft import PeftModel, get_peft_model
-from tiny_models import TINY, sentences, tokenizer
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -32,6 +31,8 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from integration_tests.helpers.models import TINY
+from integration_tests.helpers.text import sentences, tokenizer
 from peft_fanlora import FanLoraCallback, FanLoraConfig, ParaConfig
 
 

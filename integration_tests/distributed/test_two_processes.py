@@ -1,20 +1,23 @@
 """Two processes do what one does with the same data: gradients, scores, choices, whole runs and what they save."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import scenarios
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import TINY
 
+from integration_tests.distributed import scenarios
+from integration_tests.helpers.models import TINY
+from integration_tests.helpers.processes import environment
 from peft_fanlora import FanLoraSetting
+
+
+pytestmark = pytest.mark.xdist_group("two_processes")  # one worker makes what its tests share
 
 
 HERE = Path(__file__).parent
@@ -27,7 +30,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     launched = subprocess.run(
         [*launch, str(HERE / "scenarios.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+        env=environment(OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
         timeout=600,

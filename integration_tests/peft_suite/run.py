@@ -23,12 +23,12 @@ import typer
 
 
 ROOT = Path(__file__).parents[2]
-PATHS = [str(ROOT / folder) for folder in (".", "integration_tests", "examples")]
+PATHS = [str(ROOT / folder) for folder in (".", "examples")]
 sys.path[:0] = PATHS
 
 from assets import cache_folder  # noqa: E402
 
-from peft_suite.sources import tests_folder  # noqa: E402
+from integration_tests.peft_suite.sources import tests_folder  # noqa: E402
 
 
 METHODS = ("FanLoRA", "PARA")
@@ -103,7 +103,16 @@ def run(method: str, files: list[str], keyword: str) -> tuple[dict[str, str], li
         results, settings = Path(folder, "results.json"), Path(folder, "pytest.ini")
         settings.write_text("[pytest]\n")
         command = [sys.executable, "-m", "pytest", "-c", settings, "--rootdir", tests_folder().parent, "-p"]
-        command += ["peft_suite.plugin", "-p", "no:cacheprovider", "--method", method, "--results", results, "-q"]
+        command += [
+            "integration_tests.peft_suite.plugin",
+            "-p",
+            "no:cacheprovider",
+            "--method",
+            method,
+            "--results",
+            results,
+            "-q",
+        ]
         command += ["--tb=short", "-rfE", "-W", "ignore", "-k", keyword]
         command += [f"tests/test_{file}.py" for file in files]
         sys.stdout.flush()

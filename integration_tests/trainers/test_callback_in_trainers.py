@@ -9,12 +9,25 @@ import transformers
 from datasets import Dataset
 from packaging.version import Version
 from peft import PeftModel
-from test_preferences import dpo, implicit_pairs, pairs
 from torch.utils.data import DataLoader
-from trainer_models import adapted, answer, arguments, assistant, base, check_saved, question, rows, tokenizer, user
 from transformers import DataCollatorForLanguageModeling
 from trl import DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
+from integration_tests.helpers.text import tokenizer
+from integration_tests.helpers.training import (
+    adapted,
+    answer,
+    arguments,
+    assistant,
+    base,
+    check_saved,
+    dpo,
+    implicit_pairs,
+    pairs,
+    question,
+    rows,
+    user,
+)
 from peft_fanlora import FanLoraCallback
 
 

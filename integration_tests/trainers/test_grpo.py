@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from trainer_models import (
-    METHODS,
-    VOCAB,
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from integration_tests.helpers.models import METHODS, VOCAB
+from integration_tests.helpers.text import tokenizer
+from integration_tests.helpers.training import (
     adapted,
     arguments,
     base,
@@ -19,10 +21,8 @@ from trainer_models import (
     question,
     rows,
     snapshot,
-    tokenizer,
     user,
 )
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 
 def low_words(completions: list[Any], **kwargs: Any) -> list[float]:

@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from trainer_models import (
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+
+from integration_tests.helpers.models import METHODS
+from integration_tests.helpers.text import tokenizer
+from integration_tests.helpers.training import (
     END_OF_PROMPT,
-    METHODS,
     adapted,
     answer,
     arguments,
@@ -19,23 +22,15 @@ from trainer_models import (
     check_resumes,
     check_saved,
     config,
+    dpo,
+    implicit_pairs,
     losses,
+    pairs,
     question,
     rows,
     snapshot,
-    tokenizer,
     user,
 )
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
-
-
-def pairs(row: int) -> dict[str, Any]:
-    return {"prompt": question(row), "chosen": f" {answer(row)}", "rejected": f" {answer(row, wrong=True)}"}
-
-
-def implicit_pairs(row: int) -> dict[str, Any]:
-    """Without a prompt of their own: TRL takes what both have in common for it."""
-    return {"chosen": f"{question(row)} {answer(row)}", "rejected": f"{question(row)} {answer(row, wrong=True)}"}
 
 
 def conversational_pairs(row: int) -> dict[str, Any]:
@@ -49,17 +44,6 @@ def conversational_pairs(row: int) -> dict[str, Any]:
 def judged(row: int) -> dict[str, Any]:
     good = row % 2 == 0
     return {"prompt": question(row), "completion": f" {answer(row, wrong=not good)}", "label": good}
-
-
-def dpo(method: str, folder: Path, make: Any = pairs, model: Any = None, **options: Any) -> DPOTrainer:
-    torch.manual_seed(0)
-    return DPOTrainer(
-        base() if model is None else model,
-        args=DPOConfig(**arguments(folder, **options)),
-        train_dataset=rows(make),
-        processing_class=tokenizer(),
-        peft_config=config(method, task_type="CAUSAL_LM") if model is None else None,
-    )
 
 
 def completion_starts(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from trainer_models import (
+from trl import SFTConfig, SFTTrainer
+
+from integration_tests.helpers.models import METHODS
+from integration_tests.helpers.text import tokenizer
+from integration_tests.helpers.training import (
     END_OF_PROMPT,
     END_OF_TURN,
-    METHODS,
     adapted,
     answer,
     arguments,
@@ -28,10 +31,8 @@ from trainer_models import (
     question,
     rows,
     snapshot,
-    tokenizer,
     user,
 )
-from trl import SFTConfig, SFTTrainer
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from peft import get_peft_model
 from serve_vllm import app, layers_of_vllm
-from tiny_models import randomize
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
+from integration_tests.helpers.models import randomize
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, export_lora
 
 

@@ -10,8 +10,9 @@ from rich.progress import track
 from torch import nn
 from transformers import set_seed
 
+from ..fanlora.candidates import candidates
 from ..fanlora.config import FanLoraConfig
-from ..fanlora.modules import ModuleName, candidates
+from ..fanlora.modules import ModuleName
 from ..fanlora.setting import FanLoraSetting
 from ..para.config import ParaConfig
 from . import sources

@@ -11,11 +11,10 @@ LoRA (variants, biases, embeddings, convolutions, dropout that is switched on) t
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear, LoraLayer
@@ -23,10 +22,11 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..serving.call import Arguments
-from ..serving.layers import is_observed
+from ..serving.named_rows import NamedRows
 from ..serving.rows import RowPlaces
 from ..serving.tenants import BASE_ROWS, adapted_modules, wrong_length
-from .run import PackedRun, Run
+from .layer_forward import LayerForward, can_stand_in
+from .run import CurrentRun, PackedRun, Run
 from .stacks import AdapterStack, SharedAdapter, Slots, is_plain
 
 
@@ -62,7 +62,7 @@ class Batch:
         for module in adapted_modules(model):
             # PEFT's layers on most quantised bases compute in a `forward` of their own
             is_linear = isinstance(module, Linear) and type(module).forward is Linear.forward
-            if is_linear and _is_alone(module, name) and is_plain(module, [name]) and _can_stand_in(module):
+            if is_linear and _is_alone(module, name) and is_plain(module, [name]) and can_stand_in(module):
                 self.stacks[module] = SharedAdapter(module, name)
 
     def _stack(self, model: nn.Module, names: tuple[str, ...]) -> None:
@@ -73,7 +73,7 @@ class Batch:
             present = [name for name in adapters if _has(module, name)]
             if is_lora and not present:
                 self.idle.append(module)
-            elif is_lora and is_plain(module, present) and _can_stand_in(module):
+            elif is_lora and is_plain(module, present) and can_stand_in(module):
                 if len(set(names)) == 1:
                     self.stacks[module] = SharedAdapter(module, *present)
                     continue
@@ -102,16 +102,15 @@ class Batches:
     the last mixed batch, and of the last call without names, are kept for the further tokens of the generations, known by
     their caches, that they have served: decoding loops come with the same names at each token.
 
-    The first batch puts a `_LayerForward` in front of the adapted layers' own `forward`, and hooks on the model and on
+    The first batch puts a `LayerForward` in front of the adapted layers' own `forward`, and hooks on the model and on
     what is not a LoRA layer. They stay, as putting them there again for each token would cost more than all else here, and
-    do nothing unless a batch runs in the same thread. PyTorch enters a hook, and that it takes keyword arguments, one after
-    the other: another thread that runs the module in between passes fewer arguments, which is why the hooks take any.
+    do nothing unless a batch runs in the same thread.
     """
 
     def __init__(self) -> None:
         self._last: dict[type, Batch] = {}
         self._places = RowPlaces()
-        self.current = _Current()
+        self.current = CurrentRun()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()  # a copy of the model makes stacks of its own
@@ -210,15 +209,15 @@ class Batches:
 
     def _hook(self, model: nn.Module, batch: Batch) -> None:
         for module in (model, *batch.stacks, *batch.others, *batch.idle):
-            if isinstance(module, LoraLayer) and _can_stand_in(module):
+            if isinstance(module, LoraLayer) and can_stand_in(module):
                 own = vars(module).get("forward")
-                if own is None or own.batches is not self:
-                    _LayerForward(module, self).install()
-            elif not self._own_hooks(module._forward_pre_hooks):
-                before = self._before_model if module is model else self._before
-                module.register_forward_pre_hook(before, with_kwargs=True)
-                if module is model:
-                    module.register_forward_hook(self._after_model)
+                if own is None or own.current is not self.current:
+                    LayerForward(module, self.current).install()
+            elif module is not model:
+                NamedRows(self._names_for).install([module])
+            elif not self._own_hooks(model._forward_pre_hooks):
+                model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+                model.register_forward_hook(self._after_model)
 
     def _own_hooks(self, hooks: Mapping[int, Any]) -> list[int]:
         return [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]
@@ -239,67 +238,9 @@ class Batches:
         if run is not None and hasattr(cache, "get_seq_length"):
             run.batch.caches.add(cache)
 
-    def _before(self, module: nn.Module, *call: Any) -> tuple[Any, Any] | None:
+    def _names_for(self, module: nn.Module, x: Any) -> Sequence[str] | None:
         run = self.current.run
-        if run is None or not run.is_mixed:
-            return None
-        args, kwargs = call
-        kwargs["adapter_names"] = run.names_for(module, args[0] if args else kwargs.get("x"))
-        return args, kwargs
-
-
-class _Current(threading.local):
-    run: Run | None = None
-
-
-class _LayerForward:
-    """Runs a LoRA layer: with the deltas of its adapters' stack where the batch has one for it, else as PEFT does.
-
-    It stands where PyTorch looks for `forward` first. A pair of hooks could do the same, but the hooks and PEFT's own path
-    for mixed batches between them cost about as much as the products of a single token.
-    """
-
-    def __init__(self, layer: Any, batches: Batches) -> None:
-        self.layer = layer
-        self.batches = batches
-
-    def install(self) -> None:
-        self.layer.forward = self
-        self.layer._replicate_for_data_parallel = self.replicate_without_it
-
-    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        layer, run = self.layer, self.batches.current.run
-        if run is None:
-            return type(layer).forward(layer, *args, **kwargs)
-        stack = run.batch.stacks.get(layer)
-        if stack is not None and len(args) == 1 and not (kwargs or layer.disable_adapters or layer.merged_adapters):
-            base = layer.base_layer
-            result = base(*args)
-            return stack.add_to(result.clone() if is_observed(base) else result, args[0], run)
-        if not run.is_mixed:
-            return type(layer).forward(layer, *args, **kwargs)
-        if isinstance(run, PackedRun) and args and run.is_packed(args[0]):
-            return self._mix(stack, run, args[0].transpose(0, 1), *args[1:], **kwargs).transpose(0, 1)
-        return self._mix(stack, run, *args, **kwargs)
-
-    def _mix(self, stack: AdapterStack | SharedAdapter | None, run: Run, *args: Any, **kwargs: Any) -> torch.Tensor:
-        layer, x = self.layer, args[0] if args else cast(Any, kwargs.get("x"))
-        kwargs["adapter_names"] = run.names_for(layer, x)
-        output = type(layer).forward(layer, *args, **kwargs)
-        return output if stack is None or layer.disable_adapters else stack.add_to(output, x, run)
-
-    def replicate_without_it(self) -> nn.Module:
-        """Makes a replica for `DataParallel`, which has the layer's attributes: with this one it would run the original."""
-        replica = type(self.layer)._replicate_for_data_parallel(self.layer)
-        del replica.forward, replica._replicate_for_data_parallel
-        return replica
-
-
-def _can_stand_in(layer: Any) -> bool:
-    """Whether a layer's `forward` may be replaced: nobody else has done so, and PEFT lets the layer mix adapters."""
-    own = vars(layer).get("forward")
-    is_free = own is None or isinstance(own, _LayerForward)
-    return is_free and type(layer)._check_forward_args is LoraLayer._check_forward_args
+        return run.names_for(module, x) if run is not None and run.is_mixed else None
 
 
 def _is_alone(layer: Any, name: str) -> bool:

@@ -13,9 +13,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from .candidates import adapted_layers, exact_names, is_linear
 from .config import FanLoraConfig
 from .model import FanLoraModel
-from .modules import adapted_layers, exact_names, is_linear
 from .reading import read_back
 from .scoring import usable_adapter
 

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 
-from .modules import lora_factors
+from .candidates import lora_factors
 
 
 InitialFactors = tuple[torch.Tensor, torch.Tensor]

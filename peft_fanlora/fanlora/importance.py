@@ -6,18 +6,17 @@ each module and that its score is new is the paper's statement [P]; the paper's 
 here are ours unless marked.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from .candidates import lora_factors
+from .gated_loss import Batch, GatedLoss
 from .gates import Gates
-from .modules import lora_factors
 
-
-Batch = Mapping[str, Any]
 
 ScoreFunction = Callable[[Any, int], torch.Tensor]
 """Takes a `GatedLoss` (the `Gates` alone where the score needs no data) and K, and returns a number for each module."""
@@ -111,47 +110,6 @@ def find_score(method: Method) -> Score:
             f"method={method!r} is unknown; use one of {', '.join(SCORES)}, or pass a function (see `importance_score`)."
         )
     return SCORES[method]
-
-
-class GatedLoss:
-    """The loss of a gated model on one batch, as a function of the gates.
-
-    Attributes:
-        label_mask: where the batch has label tokens, see `label_mask`.
-        num_tokens: how many these are.
-    """
-
-    def __init__(self, model: nn.Module, gates: Gates, batch: Batch) -> None:
-        self.model = model
-        self.gates = gates
-        self.batch = batch
-        self.label_mask = label_mask(model, batch)
-        self.num_tokens = int(self.label_mask.sum())
-
-    def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns the cross-entropy at gates g, summed over the batch's label tokens, in float32.
-
-        Args:
-            values: g, shape (M,).
-
-        Raises:
-            ValueError: the loss is infinite or not a number.
-        """
-        self.gates.set(values)
-        loss = self.model(**self.batch).loss.float() * self.num_tokens
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"The calibration loss is {loss.item()}, so no module can be scored. Check the labels and the dtype of "
-                "the model: float16 overflows where bfloat16 and float32 do not."
-            )
-        return loss
-
-    def gradient(self, value: float) -> torch.Tensor:
-        """Returns ∂L/∂g at g = value · 1, summed over the batch's label tokens, shape (M,), in float64 on the CPU."""
-        values = torch.full((len(self.gates),), value, requires_grad=True)
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(self(values), values)
-        return gradient.double()
 
 
 @importance_score(
@@ -266,32 +224,6 @@ def _checked(scores: torch.Tensor, score: Score, num_modules: int) -> torch.Tens
             "for each module."
         )
     return scores.detach().to("cpu", torch.float64)
-
-
-def label_mask(model: Any, batch: Batch) -> torch.Tensor:
-    """Returns where in the batch the model's loss counts, as a bool tensor in the shape of the labels.
-
-    A causal model predicts label t+1 at token t, so the mask is shifted to the tokens that predict.
-
-    Raises:
-        ValueError: the batch has no labels.
-    """
-    if batch.get("labels") is None:
-        raise ValueError(
-            f"The calibration batch has no `labels`, only {sorted(map(str, batch))}; scores are differences of the loss. "
-            "Use the data collator of your trainer, or DataCollatorForLanguageModeling(tokenizer, mlm=False)."
-        )
-    counted = batch["labels"] != -100
-    if hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder:
-        tokens = batch.get("input_ids")
-        if counted.ndim < 2 or (tokens is not None and counted.shape[:2] != tokens.shape[:2]):
-            shape = "" if tokens is None else f", but `input_ids` {tuple(tokens.shape)}"
-            raise ValueError(
-                f"`labels` of a calibration batch has the shape {tuple(counted.shape)}{shape}: a causal model needs one label "
-                "for each token, -100 where none counts."
-            )
-        counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
-    return counted
 
 
 def _sum_over_processes(total: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, int]:

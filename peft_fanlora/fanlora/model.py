@@ -16,9 +16,9 @@ from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
-from ..serving.adapters import require_fit, require_usable_names, taken_back
+from ..serving.adapters import require_usable_names, taken_back
 from ..serving.tenants import TenantMixin, adapted_modules, changing
-from .modules import adapted_modules_of, exact_names, lora_factors, lora_modules
+from .candidates import adapted_modules_of, exact_names, lora_factors, lora_modules
 from .setting import FanLoraSetting
 
 
@@ -65,20 +65,10 @@ class FanLoraModel(TenantMixin, LoraModel):
             self._inject(model, adapter_name, *args, **kwargs)
 
     def _inject(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        from .targets import exact_targets, exclude_unsupported, follow_renamed_targets, linear_layers_in
+        from .targets import find_targets
 
         config: Any = self.peft_config[adapter_name]
-        targets = None
-        if isinstance(config.setting, FanLoraSetting):
-            setting = config.setting.resolve(model)
-            targets = exact_targets(self, config, model, setting)
-            config.target_modules, config.setting = targets, setting
-        elif str(config.target_modules).lower() == "all-linear":
-            if config.layers_to_transform not in (None, []):
-                linear_layers_in(config, model)
-            exclude_unsupported(config, model)
-        else:
-            follow_renamed_targets(config, model)
+        targets = find_targets(self, config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.target_modules = targets or config.target_modules  # PEFT shortens many names to what they end in
         self.continuous_batching.install()
@@ -270,22 +260,13 @@ class FanLoraModel(TenantMixin, LoraModel):
         prune_as_saved(self, adapter_name, model_id, download_kwargs)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _follow_renamed_modules(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Prepares saved weights for loading, as in LoRA: names of older versions of the architecture are converted.
-
-        Raises:
-            ValueError: no tensor fits the adapter.
-        """
         from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
-        state_dict = convert_peft_adapter_state_dict_for_transformers(
-            model, _as_lora(config), state_dict, adapter_name=adapter_name
-        )
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        require_fit(remapped, adapter_name, cls.prefix)
-        return remapped
+        as_lora = _as_lora(config)
+        return convert_peft_adapter_state_dict_for_transformers(model, as_lora, state_dict, adapter_name=adapter_name)
 
     @classmethod
     def _convert_state_dict_for_initial_model(

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +11,9 @@ import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils import CONFIG_NAME, _get_submodules
-from torch import nn
 
+from .candidates import adapted_modules_of, exact_names, lora_modules
 from .gates import InitialFactors
-from .modules import adapted_modules_of, exact_names, lora_modules
 from .scoring import scorable_modules, usable_adapter
 from .setting import FanLoraSetting
 
@@ -35,10 +33,6 @@ def prune(
         initial_factors: for each adapter, the factors that its initialisation took out of base weights; those of the
             removed modules go.
     """
-    if is_running(tuner.model):  # a call of the base model itself
-        raise RuntimeError(
-            "The model is in the middle of a call, whose layers cannot be removed: prune between calls."
-        )
     adapter_name = usable_adapter(tuner, adapter_name)
     layers = scorable_modules(tuner.model, adapter_name)
     setting = setting.resolve(tuner.model)
@@ -63,17 +57,6 @@ def prune(
         remove_adapter(tuner, name, layers[name], adapter_name)
     rewrite_targets(tuner, adapter_name, setting)
     return setting
-
-
-def is_running(model: nn.Module) -> bool:
-    """Whether some thread is inside the forward pass of `model` at this moment."""
-    modules = set(model.modules())
-    for frame in sys._current_frames().values():
-        while frame is not None:
-            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") in modules:
-                return True
-            frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 def remove_adapter(tuner: LoraModel, name: str, layer: LoraLayer, adapter_name: str) -> None:

@@ -11,7 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .modules import adapted_layers, is_linear, lora_factors
+from .candidates import adapted_layers, is_linear, lora_factors
 
 
 def read_back(folder: str, model: nn.Module, adapter_name: str) -> None:

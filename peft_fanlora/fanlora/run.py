@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 from weakref import WeakSet
@@ -152,3 +153,16 @@ class NoAdapters(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         return BASE_ROWS
+
+
+class CurrentRun(threading.local):
+    """The call with a batch that a thread is in.
+
+    Attributes:
+        run: the call; None outside of one.
+    """
+
+    run: Run | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()  # what is running belongs to the threads of this model, not to a copy of it

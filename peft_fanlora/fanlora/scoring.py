@@ -15,9 +15,10 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 from tqdm.auto import tqdm
 
+from .candidates import lora_factors, lora_modules, model_type, num_layers
 from .gates import InitialFactors, module_gates
 from .importance import Batch, Score, score_batches
-from .modules import ModuleName, lora_factors, lora_modules, model_type, num_layers
+from .modules import ModuleName
 from .scores import ImportanceScores
 
 

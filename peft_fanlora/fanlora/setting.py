@@ -13,16 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from torch import nn
 
 from ..sharing.saving import write_card
-from .modules import (
-    ModuleName,
-    candidates,
-    counterpart,
-    layers_by_role,
-    model_type,
-    num_layers,
-    num_parameters_per_rank,
-    ranges,
-)
+from .candidates import candidates, counterpart, model_type, num_layers, num_parameters_per_rank
+from .modules import ModuleName, layers_by_role, ranges
 
 
 SETTING_NAME = "fanlora_setting.json"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .modules import lora_factors
+from .candidates import lora_factors
 
 
 class RowFinder(Protocol):

@@ -9,11 +9,41 @@ from peft.tuners.lora import LoraModel
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 
-from .modules import ModuleName, candidates, exact_names
+from .candidates import candidates, exact_names
+from .modules import ModuleName
 from .setting import FanLoraSetting
 
 
-def linear_layers_in(config: Any, model: nn.Module) -> None:
+def find_targets(tuner: LoraModel, config: Any, model: nn.Module) -> set[str] | str | None:
+    """Writes into a configuration which modules it adapts.
+
+    Args:
+        tuner: the tuner that is going to adapt them.
+        config: the configuration, whose `setting` is resolved where there is one.
+        model: the model.
+
+    Returns:
+        The `target_modules` of an adapter on a setting; None where the configuration names them in another way.
+
+    Raises:
+        ValueError: the setting does not fit the model, or disagrees with `target_modules`; the model has no linear layer
+            in the blocks of `layers_to_transform`.
+    """
+    if isinstance(config.setting, FanLoraSetting):
+        setting = config.setting.resolve(model)
+        targets = _exact_targets(tuner, config, model, setting)
+        config.target_modules, config.setting = targets, setting
+        return targets
+    if str(config.target_modules).lower() == "all-linear":
+        if config.layers_to_transform not in (None, []):
+            _name_linear_layers(config, model)
+        _exclude_unsupported(config, model)
+    else:
+        _follow_renamed_targets(config, model)
+    return None
+
+
+def _name_linear_layers(config: Any, model: nn.Module) -> None:
     """Names the linear layers of some blocks: what "all-linear" is to mean beside `layers_to_transform`.
 
     Raises:
@@ -38,7 +68,7 @@ def linear_layers_in(config: Any, model: nn.Module) -> None:
         config.layers_to_transform = config.layers_pattern = None
 
 
-def exclude_unsupported(config: Any, model: nn.Module) -> None:
+def _exclude_unsupported(config: Any, model: nn.Module) -> None:
     """Takes out of "all-linear" what LoRA cannot adapt.
 
     That is a head which PEFT is going to train in full (PEFT itself thinks of sequence classification alone), and the
@@ -60,7 +90,7 @@ def exclude_unsupported(config: Any, model: nn.Module) -> None:
         config.exclude_modules = [*excluded, *unfit]
 
 
-def exact_targets(tuner: LoraModel, config: Any, model: nn.Module, setting: FanLoraSetting) -> set[str] | str:
+def _exact_targets(tuner: LoraModel, config: Any, model: nn.Module, setting: FanLoraSetting) -> set[str] | str:
     """Returns the `target_modules` of an adapter on a setting: its modules, and what was adapted beside the candidates.
 
     Raises:
@@ -82,7 +112,7 @@ def exact_targets(tuner: LoraModel, config: Any, model: nn.Module, setting: FanL
     return targets
 
 
-def follow_renamed_targets(config: Any, model: nn.Module) -> None:
+def _follow_renamed_targets(config: Any, model: nn.Module) -> None:
     """Lets targets that an older version of the architecture had name what has become of them, as PEFT does for LORA.
 
     Where every target is there, nothing is converted: names of today would be taken for those of an older version.

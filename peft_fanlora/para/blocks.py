@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..serving.tenants import BASE_ROWS
 from .core.generator import VectorGenerator
 from .core.slices import OutputSlices
 from .state import Call, ParaState, PromptEnd
@@ -161,16 +162,16 @@ class ParaBlock:
         Raises:
             ValueError: that is not certain.
         """
-        places, module = self.blocks.places, cast(nn.Module, layer)
-        is_plain = x.dim() > 2 and len(x) == rows and (rows == 1 or x.shape[1] != rows)
+        places, module, shape = self.blocks.places, cast(nn.Module, layer), x.shape
+        is_plain = len(shape) > 2 and shape[0] == rows and (rows == 1 or shape[1] != rows)
         if is_plain and (torch.compiler.is_compiling() or not places.has_none(module)):
             return 0
         is_mixed = rows > 1 or call.step is not None
-        is_some = x.dim() == 2 and ((layer.is_expert and is_mixed) or call.num_tokens not in (None, len(x)))
-        dimension = None if is_some else places.dimension(module, x.shape, rows, call.tokens)
+        is_some = len(shape) == 2 and ((layer.is_expert and is_mixed) or call.num_tokens not in (None, shape[0]))
+        dimension = None if is_some else places.dimension(module, shape, rows, call.tokens)
         if dimension is None:
             raise ValueError(
-                f"{layer.name} saw a tensor of the shape {tuple(x.shape)} in a call of {rows} rows, so that PARA cannot tell "
+                f"{layer.name} saw a tensor of the shape {tuple(shape)} in a call of {rows} rows, so that PARA cannot tell "
                 "which row's vector each entry takes: leave the experts of a mixture, vision towers and what all rows "
                 "share out of target_modules, with exclude_modules or a pattern."
             )
@@ -220,14 +221,14 @@ class ParaBlocks:
         blocks = self._by_name.values()
         return {block.generator(name).prompt_end for block in blocks for name in adapters if name in block.owners}
 
-    def rows_of(self, module: nn.Module, x: torch.Tensor) -> Sequence[str] | None:
-        """Returns the adapter of each entry of a module's input in a mixed batch; None outside of one.
+    def names_for(self, module: Any, x: Any) -> Sequence[str] | None:
+        """Returns the adapter of each entry of the input of a module that is saved whole; None outside of a mixed batch.
 
         Raises:
             ValueError: it is not certain where the input has the rows.
         """
         call = self.state.call
-        if call is None or call.rows is None:
+        if call is None or call.rows is None or not isinstance(x, torch.Tensor):
             return None
         rows = len(call.rows)
         if self.places.dimension(module, x.shape, rows, call.tokens) != 0:
@@ -236,7 +237,8 @@ class ParaBlocks:
                 "PARA cannot tell which adapter's copy each entry takes: run the rows of each adapter in a call of their "
                 "own."
             )
-        return [name for name in call.rows for _ in range(len(x) // rows)]
+        names = (name if name in module._adapters else BASE_ROWS for name in call.rows)
+        return [name for name in names for _ in range(len(x) // rows)]
 
 
 def _is_in_decoder(block: nn.Module, model: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..serving.call import Arguments
-from ..serving.continuous_batching import FIX, is_paged
+from ..serving.continuous_batching import FIX
 from ..serving.tenants import adapted_modules, wrong_length
 from .blocks import ParaBlocks
 from .cached_vectors import CachedVectors, usable
@@ -50,7 +50,7 @@ class Calls:
             adapters = tuple(dict.fromkeys(rows))
             if len(rows) * arguments.choices == arguments.text_shape[0]:
                 rows = tuple(name for name in rows for _ in range(arguments.choices))
-        if is_paged(arguments.named):
+        if arguments.is_paged:
             return self._open_step(arguments, adapters)
         if cache is not None and self._is_filled(cache, kept, arguments.text_shape[1]):
             return self._read(arguments, kept, adapters, rows)

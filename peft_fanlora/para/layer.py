@@ -100,7 +100,8 @@ class ParaLayer(nn.Module, BaseTunerLayer):
             RuntimeError: no call of the model is running, so that no prompt is known.
             ValueError: the layer sees some of the tokens, or the cache holds no vector for it.
         """
-        result = self.base_layer(x, *args, **kwargs)
+        base_layer = self.base_layer
+        result = base_layer(x, *args, **kwargs)
         if self._disable_adapters or not self.para_target:
             return result
         call = self.block.state.call
@@ -121,8 +122,8 @@ class ParaLayer(nn.Module, BaseTunerLayer):
             vector = self.block.vector_for(self, call, x)
         if vector is None:
             return result
-        in_place = not (torch.is_grad_enabled() or is_observed(self.base_layer))
-        if self.block.dimension_of_rows(self, call, result, len(vector)) == 1:
+        in_place = not (torch.is_grad_enabled() or is_observed(base_layer))
+        if self.block.dimension_of_rows(self, call, result, vector.shape[0]) == 1:
             return scale(result.transpose(0, 1), vector, call.segments, in_place).transpose(0, 1)
         return scale(result, vector, call.segments, in_place)
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..serving.adapters import require_fit, require_usable_names, taken_back
+from ..serving.adapters import require_usable_names, taken_back
 from ..serving.tenants import TenantMixin, adapted_modules, changing
 from .blocks import ParaBlocks
 from .layer import MERGE_REFUSAL, ParaLayer, ParaLinear
@@ -71,7 +72,7 @@ class ParaModel(TenantMixin, BaseTuner):
             ValueError: the configuration does not fit the model.
             TypeError: a target module is not linear.
         """
-        from ..serving.whole_modules import WholeModules
+        from ..serving.named_rows import NamedRows
         from .hooks import CallHooks
 
         with changing(self.call_gate, model, adapter_name):
@@ -83,7 +84,8 @@ class ParaModel(TenantMixin, BaseTuner):
                 self._blocks = _blocks_of(model)
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             CallHooks.of(model, self._blocks).install()
-            WholeModules(self._blocks.rows_of).install(model)
+            whole = (module for module in adapted_modules(model) if isinstance(module, AuxiliaryTrainingWrapper))
+            NamedRows(self._blocks.names_for).install(whole)
             self.continuous_batching.install()
 
     def _check_targets(self, model: nn.Module, adapter_name: str) -> None:
@@ -179,18 +181,18 @@ class ParaModel(TenantMixin, BaseTuner):
         return model
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _follow_renamed_modules(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Prepares saved weights for loading; names of older versions of the architecture are converted, as for LoRA.
+        # PEFT converts names of LoRA's tensors, so it is shown such.
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
-        Raises:
-            ValueError: no tensor fits the adapter.
-        """
-        state_dict = _follow_renamed_modules(model, adapter_name, state_dict)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        require_fit(remapped, adapter_name, cls.prefix)
-        return remapped
+        modules = list(dict.fromkeys(key.partition(".para_")[0] for key in state_dict if ".para_" in key))
+        shown = {f"{module}.lora_A.weight": torch.tensor(index) for index, module in enumerate(modules)}
+        found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), shown, adapter_name=adapter_name)
+        renamed = {modules[int(index)]: key.removesuffix(".lora_A.weight") for key, index in found.items()}
+        parts = ((key.partition(".para_"), tensor) for key, tensor in state_dict.items())
+        return {renamed.get(module, module) + dot + rest: tensor for (module, dot, rest), tensor in parts}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -206,20 +208,6 @@ def _part_names(adapter_names: Iterable[str]) -> set[str]:
         "activation",
         *(name for name in adapter_names if name.startswith("up_")),
     }
-
-
-def _follow_renamed_modules(
-    model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Renames saved tensors by the modules that they are for. PEFT converts names of LoRA's tensors, so it is shown such."""
-    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-
-    modules = list(dict.fromkeys(key.partition(".para_")[0] for key in state_dict if ".para_" in key))
-    shown = {f"{module}.lora_A.weight": torch.tensor(index) for index, module in enumerate(modules)}
-    found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), shown, adapter_name=adapter_name)
-    renamed = {modules[int(index)]: key.removesuffix(".lora_A.weight") for key, index in found.items()}
-    parts = ((key.partition(".para_"), tensor) for key, tensor in state_dict.items())
-    return {renamed.get(module, module) + dot + rest: tensor for (module, dot, rest), tensor in parts}
 
 
 def _para_layers(model: nn.Module) -> Iterator[ParaLayer]:

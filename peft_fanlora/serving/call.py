@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 
@@ -91,6 +92,11 @@ class Arguments:
     def cache(self) -> Any:
         """The cache that the call continues or fills."""
         return cache_in(self.named)
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether it is a call of continuous batching, by its cache."""
+        return isinstance(self.named.get("cache"), PagedAttentionCache)
 
     @cached_property
     def memory(self) -> torch.Tensor | None:

@@ -10,18 +10,15 @@ share the cache of a prefix, whose adapters or prompts differ; the manager does 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers.generation.continuous_batching import (
-    ContinuousBatchingManager,
-    PagedAttentionCache,
-    RequestState,
-    RequestStatus,
-)
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+from .whole_prompts import keep_prompts_whole
 
 
 ENTRIES = ("generate_batch", "init_continuous_batching")
@@ -239,7 +236,7 @@ class _Manager(ContinuousBatchingManager):
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
         if self.by_request and self.entries.tuner.makes_vectors:
-            _keep_prompts_whole(processor.scheduler, self._note)
+            keep_prompts_whole(processor.scheduler, self._note)
         return processor
 
     def _generation_step(self) -> None:
@@ -271,41 +268,3 @@ class _Manager(ContinuousBatchingManager):
         # `position_offset` counts the step's tokens already
         begins = state.position_offset == future.query_length and not state._true_initial_tokens
         return Request(state.request_id, future.query_length, begins, self.names.get(state.request_id))
-
-
-def _keep_prompts_whole(scheduler: Any, note: Callable[[Exception], None]) -> None:
-    """Lets a scheduler begin a prompt only where a step has room for all of it."""
-    process, wait = scheduler._process_candidates, scheduler.add_waiting_request
-
-    def begins(state: RequestState) -> bool:
-        return state.position_offset == 0 and not state._true_initial_tokens
-
-    def process_candidates(candidates: list[RequestState], token_budget: int, *args: Any) -> Any:
-        admitted, left = [], token_budget
-        for state in candidates:
-            is_decoding = state.status == RequestStatus.DECODING
-            num_tokens = len(state.tokens_to_process if is_decoding else state.remaining_prefill_tokens)
-            if begins(state) and num_tokens > left:
-                break  # shorter ones after it could keep it waiting for ever
-            admitted.append(state)
-            left -= num_tokens
-        return process(admitted, token_budget, *args)
-
-    def add_waiting_request(state: RequestState) -> None:
-        room = scheduler.cache.max_batch_tokens
-        if begins(state) and len(state.initial_tokens) > room:
-            error = ValueError(
-                f"A prompt has {len(state.initial_tokens)} tokens, and a step has room for {room}: PARA reads a prompt "
-                "as a whole, so raise max_batch_tokens in the ContinuousBatchingConfig."
-            )
-            note(error)
-            raise error
-        wait(state)
-
-    scheduler._process_candidates = process_candidates
-    scheduler.add_waiting_request = add_waiting_request
-
-
-def is_paged(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a model is one of continuous batching, by its cache."""
-    return isinstance(kwargs.get("cache"), PagedAttentionCache)

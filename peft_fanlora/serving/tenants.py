@@ -11,11 +11,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .adapters import require_fit
 from .gate import CallGate
 
 
@@ -78,6 +80,7 @@ class TenantMixin:
     """
 
     makes_vectors = False
+    prefix: str
     model: Any
     active_adapters: list[str]
     peft_config: dict[str, PeftConfig]
@@ -142,6 +145,29 @@ class TenantMixin:
             model_id: the folder or the id of the saved adapter.
             download_kwargs: how to read its configuration.
         """
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Prepares saved weights for loading; names of older versions of the architecture are converted, as for LoRA.
+
+        Raises:
+            ValueError: no tensor fits the adapter.
+        """
+        state_dict = cls._follow_renamed_modules(model, config, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
+            model, config, adapter_name, state_dict
+        )
+        require_fit(remapped, adapter_name, cls.prefix)
+        return remapped
+
+    @classmethod
+    def _follow_renamed_modules(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Returns saved weights by the names that their modules have today."""
+        raise NotImplementedError
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, see `peft.PeftModel.delete_adapter`.

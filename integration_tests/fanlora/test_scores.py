@@ -1,0 +1,363 @@
+"""The five scores against their definitions, and that scoring leaves no trace."""
+
+import copy
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch.utils.data import DataLoader, IterableDataset
+
+from integration_tests.helpers.brute_force import loss_of
+from integration_tests.helpers.models import TINY, fanlora, logits, randomize
+from peft_fanlora import ImportanceScores
+from peft_fanlora.fanlora.candidates import lora_modules
+from peft_fanlora.fanlora.importance import SCORES
+
+
+METHODS = list(SCORES)
+
+
+def layers_of(model: PeftModel, adapter_name: str = "default") -> dict[str, Any]:
+    return lora_modules(model.get_base_model(), adapter_name)
+
+
+@pytest.mark.support("scoring")
+@pytest.mark.parametrize("name", TINY)
+def test_path_sums_to_what_the_adapter_gains(name: str) -> None:
+    model, tiny = fanlora(name), TINY[name]
+    randomize(model, std=0.1)
+    batches = [tiny.batch(seed=0), tiny.batch(rows=2, tokens=9, seed=1)]
+    scores = model.score_modules(batches, num_points=128, progress=False)
+    everything = set(scores)
+    gain = loss_of(model, batches, set()) - loss_of(model, batches, everything)
+    assert len(scores) == tiny.num_modules
+    assert sum(scores.values()) == pytest.approx(gain, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_ablation_equals_brute_force(name: str) -> None:
+    model, tiny = fanlora(name), TINY[name]
+    batches = [tiny.batch(seed=0), tiny.batch(rows=2, tokens=9, seed=1)]
+    scores = model.score_modules(batches, "ablation", progress=False)
+    everything = set(scores)
+    for module in list(scores)[::4]:
+        expected = (
+            -loss_of(model, batches, everything)
+            + loss_of(model, batches, everything - {module})
+            - loss_of(model, batches, {module})
+        )
+        assert scores[module] == pytest.approx(expected, abs=1e-5)
+
+
+def test_sensitivity_is_the_slope_at_the_trained_model() -> None:
+    model, batches = fanlora(), [TINY["llama"].batch()]
+    scores = model.score_modules(batches, "sensitivity", progress=False)
+    module, layer = list(layers_of(model).items())[5]
+    step, losses = 1e-2, []
+    for factor in (1 - step, 1 + step):
+        layer.scaling["default"] *= factor
+        losses.append(loss_of(model, batches, set(scores)))
+        layer.scaling["default"] /= factor
+    assert scores[module] == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-2)
+
+
+def test_output_norm_is_the_mean_square_over_label_tokens() -> None:
+    model, batch = fanlora(), TINY["llama"].batch()
+    scores = model.score_modules([batch], "output_norm", progress=False)
+    predicts = batch["labels"][:, 1:] != -100
+    squares = {}
+    for name, layer in layers_of(model).items():
+        inputs: list[torch.Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda module, args, seen=inputs: seen.append(args[0]))
+        logits(model, batch)
+        handle.remove()
+        delta = inputs[0] @ layer.get_delta_weight("default").T
+        squares[name] = delta.square().sum(-1)[:, :-1][predicts].mean().item()
+    assert sum(scores.values()) == pytest.approx(1)
+    for name, square in squares.items():
+        assert scores[name] == pytest.approx(square / sum(squares.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_weight_norm_is_the_frobenius_norm(name: str) -> None:
+    model = fanlora(name)
+    scores = model.score_modules(None, "weight_norm", progress=False)
+    for module, layer in layers_of(model).items():
+        assert scores[module] == pytest.approx(layer.get_delta_weight("default").norm().item(), rel=1e-5)
+    assert scores.num_tokens == 0
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if SCORES[name].needs_data])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_padding_and_batch_size_change_nothing(name: str, method: str) -> None:
+    model, tiny = fanlora(name), TINY[name]
+    whole = tiny.batch(rows=4)
+    rows = [{key: value[index : index + 1] for key, value in whole.items()} for index in range(4)]
+    sides = {"input_ids": (0, 3), "attention_mask": (0, 0), "labels": (0, -100)}
+    padded = {
+        key: torch.nn.functional.pad(value, (0, 5), value=sides[key][1]) if value.ndim == 2 else value
+        for key, value in whole.items()
+    }
+    expected = model.score_modules([whole], method, progress=False)
+    for batches in (rows, [padded]):
+        scores = model.score_modules(batches, method, progress=False)
+        assert scores.num_tokens == expected.num_tokens
+        assert list(scores.values()) == pytest.approx(list(expected.values()), rel=1e-4, abs=1e-6)
+
+
+def test_a_batch_without_label_tokens_counts_nothing() -> None:
+    """The mean over no tokens is not a number; it must not spoil the other batches."""
+    model, batch = fanlora(), TINY["llama"].batch()
+    unlabelled = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    expected = model.score_modules([batch], progress=False)
+    assert dict(model.score_modules([batch, unlabelled], progress=False)) == dict(expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_model_comes_back_bit_identical(method: str) -> None:
+    model, batch = fanlora(lora_dropout=0.1), TINY["llama"].batch()
+    model.train()
+    model.get_base_model().model.layers[1].eval()
+    model(**batch).loss.backward()
+    shuffling = torch.utils.data.DataLoader([{k: v[0] for k, v in batch.items()}] * 4, batch_size=2, shuffle=True)
+
+    def tensors() -> list[torch.Tensor]:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return copy.deepcopy([*model.state_dict().values(), *gradients, torch.get_rng_state()])
+
+    def flags() -> list[Any]:
+        return copy.deepcopy(
+            [
+                [parameter.requires_grad for parameter in model.parameters()],
+                [(module.training, len(module._forward_hooks)) for module in model.modules()],
+                [(layer.scaling, layer.active_adapters, layer.lora_variant) for layer in layers_of(model).values()],
+                (random.getstate(), np.random.get_state()[1].tolist()),
+            ]
+        )
+
+    before = tensors(), flags()
+    model.score_modules(shuffling, method, progress=False)
+    torch.testing.assert_close(tensors(), before[0], rtol=0, atol=0)
+    assert flags() == before[1]
+    assert all(type(layer.scaling["default"]) is float for layer in layers_of(model).values())
+
+
+def test_a_failure_leaves_the_model_as_it_was() -> None:
+    model, batch = fanlora(), TINY["llama"].batch()
+    before = logits(model, batch)
+    with pytest.raises(IndexError):
+        model.score_modules([batch, {**batch, "input_ids": batch["input_ids"] + 1000}], progress=False)
+    assert torch.equal(logits(model, batch), before)
+    assert all(type(layer.scaling["default"]) is float for layer in layers_of(model).values())
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.support("bfloat16")
+@pytest.mark.support("float16")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_models_score_like_float32(dtype: torch.dtype) -> None:
+    batch = TINY["llama"].batch(rows=8, tokens=16)
+    expected = fanlora().score_modules([batch], progress=False)
+    low = fanlora(base=TINY["llama"].base().to(dtype)).score_modules([batch], progress=False)
+    correlation = np.corrcoef(list(expected.values()), list(low.values()))[0, 1]
+    assert correlation > 0.95
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"use_rslora": True, "lora_alpha": 3},
+        {"rank_pattern": {"mlp.up_proj": 2}, "alpha_pattern": {"self_attn.q_proj": 5}},
+    ],
+    ids=lambda config: next(iter(config)) + str(next(iter(config.values()))),
+)
+def test_gates_work_for_lora_variants(config: dict[str, Any]) -> None:
+    """At g = 0 the base model must answer, also where the adapter changed its weights or norms when it was made."""
+    tiny, batch = TINY["llama"], TINY["llama"].batch()
+    model = fanlora(**config)
+    randomize(model, std=0.1)
+    base_loss = tiny.base()(**batch).loss.item()
+    with torch.no_grad():
+        trained_loss = model(**batch).loss.item()
+    scores = model.score_modules([batch], num_points=64, progress=False)
+    assert sum(scores.values()) == pytest.approx(base_loss - trained_loss, rel=2e-2)
+
+
+def test_a_named_adapter_is_scored_alone() -> None:
+    from peft_fanlora import FanLoraConfig
+
+    model, batch = fanlora(), TINY["llama"].batch()
+    expected = dict(model.score_modules([batch], progress=False))
+    model.add_adapter("other", FanLoraConfig(r=2, task_type="CAUSAL_LM"))
+    model.set_adapter("other")
+    assert dict(model.score_modules([batch], adapter_name="default", progress=False)) == expected
+    assert model.active_adapter == "other"
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".other." in name for name in trained)
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="2 adapters are active"):
+        model.score_modules([batch], progress=False)
+
+
+LISTS = r"`input_ids` of a calibration batch is a list instead of a tensor, as in a row of a dataset .* DataLoader\("
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"method": "magic"}, "method='magic' is unknown; use one of path, ablation"),
+        ({"num_batches": 0}, "`num_batches` is 0"),
+        ({"num_points": 0}, "`num_points` is 0"),
+        ({"adapter_name": "nobody"}, "There is no adapter 'nobody'; this model has"),
+        ({"dataloader": None}, "needs calibration data"),
+        ({"dataloader": []}, "no label tokens"),
+        ({"dataloader": TINY["llama"].batch()}, r"gave a str instead of a dict .* score_modules\(\[batch\]\)"),
+        ({"dataloader": "my-data"}, "`dataloader` is 'my-data'; pass an iterable of batches"),
+        ({"dataloader": 3}, "`dataloader` is 3; pass an iterable of batches"),
+        ({"dataloader": (batch for batch in ())}, "is empty, as a generator is after its first use"),
+        ({"dataloader": [{name: value.tolist() for name, value in TINY["llama"].batch().items()}]}, LISTS),
+        ({"dataloader": [{**TINY["llama"].batch(), "labels": [[1, 2, 3]] * 3}]}, "`labels` .* is a list instead of"),
+        ({"dataloader": Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[1, 2, 3]]})}, LISTS),
+        (
+            {"dataloader": [{"input_ids": torch.arange(3), "labels": torch.arange(3)}]},
+            r"shape \(3,\), that of a single row",
+        ),
+        ({"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(3, 3).long()}]}, "has 2 rows"),
+        ({"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2, 4).long()}]}, "each token"),
+        ({"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2).long()}]}, "each token"),
+        ({"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.tensor(1)}]}, "has 2 rows"),
+        ({"dataloader": [(torch.ones(1, 3), torch.ones(1, 3))]}, "gave a tuple instead of a dict"),
+        ({"dataloader": [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]}, "no `labels`, only"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], reason: str) -> None:
+    arguments = {"dataloader": [TINY["llama"].batch()], "progress": False, **arguments}
+    with pytest.raises(ValueError, match=reason):
+        fanlora().score_modules(**arguments)
+
+
+@pytest.mark.support("scoring a merged or disabled adapter", refused=True)
+def test_merged_and_disabled_adapters_are_refused() -> None:
+    model, batches = fanlora(), [TINY["llama"].batch()]
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.score_modules(batches, progress=False)
+    model.unmerge_adapter()
+    with model.disable_adapter(), pytest.raises(ValueError, match="enable_adapter_layers"):
+        model.score_modules(batches, progress=False)
+
+
+def test_a_loss_that_is_not_finite_is_reported() -> None:
+    model = fanlora()
+    next(iter(layers_of(model).values())).lora_B["default"].weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="calibration loss is nan"):
+        model.score_modules([TINY["llama"].batch()], progress=False)
+
+
+def test_num_batches_and_generators() -> None:
+    model = fanlora()
+    batches = [TINY["llama"].batch(seed=seed) for seed in range(3)]
+    expected = dict(model.score_modules(batches[:2], progress=False))
+    assert dict(model.score_modules(iter(batches), num_batches=2, progress=False)) == expected
+
+
+def test_eva_initialises_and_scores() -> None:
+    from peft import EvaConfig, initialize_lora_eva_weights
+
+    batch = TINY["llama"].batch(rows=8, tokens=16)
+    model = fanlora(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    initialize_lora_eva_weights(model, [batch] * 2, show_progress_bar=False)
+    randomize(model, std=0.1)
+    assert len(model.score_modules([batch], progress=False)) == 21
+
+
+def test_scores_read_like_a_dict(tmp_path: Path) -> None:
+    scores = fanlora().score_modules([TINY["llama"].batch()], progress=False)
+    assert isinstance(scores, ImportanceScores)
+    assert scores["model.layers.1.mlp.up_proj"] == dict(scores)["model.layers.1.mlp.up_proj"]
+    assert (scores.method, scores.num_tokens) == ("path", 16)
+    table = scores.to_dataframe()
+    assert list(table.columns) == ["module", "stack", "layer", "role", "score"]
+    assert len(table) == 21
+    assert table.iloc[-1].tolist()[:4] == ["model.layers.2.mlp.down_proj", "model.layers", 2, "mlp.down_proj"]
+    scores.plot(tmp_path / "heat.png", scores.select(2))
+    assert (tmp_path / "heat.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_heads_embeddings_and_towers_are_no_candidates() -> None:
+    """A vision tower runs once a request; its linear layers must not compete with those that run at every token."""
+    import transformers
+
+    from peft_fanlora.fanlora.candidates import candidates
+
+    text = TINY["llama"].config
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "llama", **text},
+        vision_config={"model_type": "clip_vision_model", **vision, "image_size": 8, "patch_size": 4},
+    )
+    names = list(candidates(transformers.LlavaForConditionalGeneration(config)))
+    assert len(names) == 21
+    assert all("language_model.layers" in name for name in names)
+    assert len(candidates(TINY["bert"].base())) == 18
+    vit = transformers.ViTModel(transformers.ViTConfig(**vision, image_size=8, patch_size=4))
+    assert len(candidates(vit)) == 6
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "stack"),
+    [
+        ("VideoLlavaForConditionalGeneration", "VideoLlavaConfig", "model.language_model.layers"),
+        ("Idefics2ForConditionalGeneration", "Idefics2Config", "model.text_model.layers"),
+        ("InstructBlipForConditionalGeneration", "InstructBlipConfig", "language_model.model.decoder.layers"),
+        ("GraniteSpeechForConditionalGeneration", "GraniteSpeechConfig", "model.language_model.layers"),
+        ("Phi4MultimodalForCausalLM", "Phi4MultimodalConfig", "model.layers"),
+        ("GitForCausalLM", "GitConfig", "git.encoder.layer"),
+    ],
+)
+def test_of_a_multimodal_model_the_language_model_alone_is_chosen_among(
+    model_class: str, config_class: str, stack: str
+) -> None:
+    """Towers and connectors of these were candidates once; the models have no memory here, and their usual sizes."""
+    import transformers
+
+    from peft_fanlora.fanlora.candidates import candidates
+    from peft_fanlora.fanlora.modules import ModuleName
+
+    with torch.device("meta"):
+        model = getattr(transformers, model_class)(getattr(transformers, config_class)())
+    assert {ModuleName.parse(name).stack for name in candidates(model)} == {stack}
+
+
+def test_streamed_batches() -> None:
+    """Guards against asking a loader for its length, which one over a stream does not have."""
+    batch = TINY["llama"].batch()
+    rows = [{name: value[row] for name, value in batch.items()} for row in range(3)]
+
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+            return iter(rows)
+
+    streamed = fanlora().score_modules(DataLoader(Stream(), batch_size=2), num_points=2)
+    assert dict(streamed) == pytest.approx(dict(fanlora().score_modules([batch], num_points=2)), rel=1e-4, abs=1e-7)
+
+
+def test_a_function_is_scored_with_and_bad_shapes_are_refused(tmp_path: Path) -> None:
+    def closing(loss: Any, num_points: int) -> torch.Tensor:
+        return -loss.gradient(1.0)
+
+    model, batches = fanlora("llama"), [TINY["llama"].batch()]
+    scores = model.score_modules(batches, closing, progress=False)
+    assert scores.method == "closing" and "num_points" not in scores.calibration
+    assert dict(scores) == dict(model.score_modules(batches, "sensitivity", progress=False))
+    with pytest.raises(ValueError, match="'<lambda>' returned the shape"):
+        model.score_modules(batches, lambda loss, num_points: torch.zeros(()), progress=False)

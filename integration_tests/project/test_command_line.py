@@ -1,0 +1,323 @@
+"""The command line, on tiny models in folders."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+from typer.main import get_command
+from typer.testing import CliRunner, Result
+
+from integration_tests.helpers.models import TINY, fanlora, logits
+from integration_tests.helpers.text import sentences, tokenizer
+from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
+from peft_fanlora.command_line import main
+from peft_fanlora.command_line.app import app
+
+
+pytestmark = pytest.mark.xdist_group("command_line")  # one worker makes what its tests share
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    TINY["llama"].base().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def places(base_folder: Path) -> dict[str, Path]:
+    """Folders with an adapter of each kind, and the setting by itself."""
+    folders = {name: base_folder.parent / name for name in ("pruned", "whole", "para", "lora", "setting", "other")}
+    model = fanlora(base=load(base_folder))
+    model.save_pretrained(folders["whole"])
+    scores = model.score_modules([TINY["llama"].batch()], num_points=1, progress=False)
+    model.prune_modules(scores.select(2)).save_pretrained(folders["setting"])
+    scores.select(strategy="role", keep=1).save_pretrained(folders["other"])
+    model.save_pretrained(folders["pruned"])
+    para = ParaConfig(r=3, task_type="CAUSAL_LM", prompt_end_token_ids=[5, 6])
+    get_peft_model(load(base_folder), para).save_pretrained(folders["para"])
+    lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(load(base_folder), lora).save_pretrained(folders["lora"])
+    return folders
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return type(TINY["llama"].base()).from_pretrained(folder)
+
+
+def invoke(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def answer(*arguments: Any) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def answer_json(*arguments: Any) -> dict[str, Any]:
+    return json.loads(answer(*arguments, "--json"))
+
+
+def refusal(*arguments: Any) -> str:
+    """Returns the one line that a command fails with."""
+    result = invoke(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert "Traceback" not in result.stderr
+    return line
+
+
+def test_show_a_setting(places: dict[str, Path]) -> None:
+    setting = FanLoraSetting.from_pretrained(places["setting"])
+    for place in ("setting", "pruned"):
+        shown = answer("show", places[place])
+        for role in setting.roles:
+            assert role in shown
+        assert "path" in shown and "6" in shown
+    content = answer_json("show", places["setting"])
+    assert content["kept"] == {module.name: score for module, score in setting.kept.items()}
+    assert content["calibration"]["method"] == "path"
+    assert len(content["dropped"]) == 15
+
+
+def test_show_an_adapter(places: dict[str, Path]) -> None:
+    pruned, whole, para = (answer_json("show", places[name]) for name in ("pruned", "whole", "para"))
+    assert (pruned["type"], pruned["modules kept"], pruned["of"]) == ("FanLoRA adapter", 6, 21)
+    assert whole["modules kept"] == 21 and "of" not in whole
+    assert pruned["bytes"] == (places["pruned"] / "adapter_model.safetensors").stat().st_size
+    assert pruned["parameters"] < whole["parameters"]
+    assert (para["type"], para["r"], para["prompt ends with"]) == ("PARA adapter", 3, [5, 6])
+    parameters = get_peft_model(
+        TINY["llama"].base(), ParaConfig(r=3, task_type="CAUSAL_LM")
+    ).get_nb_trainable_parameters()[0]
+    assert para["parameters"] == parameters
+    assert "attention" in answer("show", places["para"])
+
+
+def test_plot(places: dict[str, Path], tmp_path: Path) -> None:
+    answer("plot", places["pruned"], tmp_path / "new" / "map.png")
+    assert (tmp_path / "new" / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert "never pruned" in refusal("plot", places["whole"], tmp_path / "map.png")
+    assert "not supported" in refusal("plot", places["pruned"], tmp_path / "map.docx")
+
+
+def test_compare(places: dict[str, Path], tmp_path: Path) -> None:
+    one, other = (FanLoraSetting.from_pretrained(places[name]) for name in ("setting", "other"))
+    content = answer_json("compare", places["setting"], places["other"])
+    assert content["shared"] == len(one.kept.keys() & other.kept.keys())
+    assert content["overlap"] == pytest.approx(content["shared"] / len(one.kept.keys() | other.kept.keys()), abs=1e-4)
+    assert content["rank_correlation"] == 1
+    assert set(content["only_first"]) == set(one.names) - set(other.names)
+    assert content["only_second"] == [name for name in other.names if name not in one.names]
+    shown = answer("compare", places["setting"], places["other"])
+    assert "rank correlation" in shown and other.roles[0] in shown
+    one.resolve(TINY["llama"].base(num_hidden_layers=5)).save_pretrained(tmp_path)
+    assert "of the same model type and depth" in refusal("compare", places["setting"], tmp_path)
+
+
+@pytest.mark.parametrize("place", ["pruned", "whole"])
+def test_export(place: str, places: dict[str, Path], base_folder: Path, tmp_path: Path) -> None:
+    content = answer_json("export", places[place], tmp_path / "plain")
+    assert json.loads((tmp_path / "plain/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert content["bytes"] == (tmp_path / "plain/adapter_model.safetensors").stat().st_size
+    expected, found = (
+        logits(PeftModel.from_pretrained(load(base_folder), folder).eval(), TINY["llama"].batch())
+        for folder in (places[place], tmp_path / "plain")
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_export_a_classifier(tmp_path: Path) -> None:
+    base = TINY["bert"].base()
+    base.save_pretrained(tmp_path / "base")
+    model = fanlora("bert", base=type(base).from_pretrained(tmp_path / "base"), modules_to_save=["classifier"])
+    model.save_pretrained(tmp_path / "adapter")
+    answer("export", tmp_path / "adapter", tmp_path / "plain")
+    loaded = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "plain").eval()
+    torch.testing.assert_close(logits(loaded, TINY["bert"].batch()), logits(model, TINY["bert"].batch()))
+
+
+def test_what_cannot_be_exported(places: dict[str, Path], base_folder: Path, tmp_path: Path) -> None:
+    dora = get_peft_model(load(base_folder), FanLoraConfig(use_dora=True, task_type="CAUSAL_LM"))
+    dora.save_pretrained(tmp_path / "dora")
+    assert "a DoraLinearVariant" in refusal("export", tmp_path / "dora", tmp_path / "plain")
+    assert "is a PARA adapter" in refusal("export", places["para"], tmp_path / "plain")
+    assert "is a setting, which has no weights" in refusal("export", places["setting"], tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in sentences(24)))
+    return file
+
+
+def find(base: Path, rows: Path, output: Path, *options: str) -> dict[str, Any]:
+    small = ("--steps", 2, "--batch-size", 4, "--calibration-rows", 4, "--output", output)
+    return answer_json("find", base, rows, *small, *options)
+
+
+def test_find(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    report = find(base_folder, rows, tmp_path / "found")
+    assert (report["modules_scored"], report["modules_kept"], report["rows_trained_on"]) == (21, 6, 20)
+    assert report["calibration_loss"]["all modules"] < report["calibration_loss"]["base model"]
+    setting = FanLoraSetting.from_pretrained(tmp_path / "found")
+    assert len(setting.kept) == 6 and setting.is_scored
+    assert (tmp_path / "found" / "fanlora_importance.png").exists()
+    written = json.loads((tmp_path / "found" / "report.json").read_text())
+    assert len(written["scores"]) == 21
+    model = PeftModel.from_pretrained(load(base_folder), tmp_path / "found" / "adapter")
+    assert model.peft_config["default"].target_modules == set(setting.names)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (("--strategy", "role", "--keep", "1"), 3),
+        (("--strategy", "global", "--keep", "5", "--method", "weight_norm"), 5),
+        (("--keep", "1", "--packed"), None),
+    ],
+)
+def test_find_otherwise(
+    options: tuple[str, ...], kept: int | None, base_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    report = find(base_folder, rows, tmp_path / "found", *options)
+    setting = FanLoraSetting.from_pretrained(tmp_path / "found")
+    if kept is not None:
+        assert report["modules_kept"] == len(setting.kept) == kept
+    assert setting.calibration["packed"] == ("--packed" in options)
+
+
+def test_find_prints_a_report(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    options = ("--steps", 1, "--calibration-rows", 2, "--rows", 8, "-o", tmp_path / "found")
+    shown = answer("find", base_folder, rows, *options)
+    assert "kept modules" in shown and "loss" in shown
+    assert "{'loss'" not in shown  # what the trainer prints goes to stderr
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "txt", "folder"])
+def test_find_reads_data_of_several_kinds(suffix: str, base_folder: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    data, where = Dataset.from_dict({"text": sentences(8)}), tmp_path / f"rows.{suffix}"
+    if suffix == "txt":
+        where.write_text("\n".join(data["text"]))
+    else:
+        {"csv": data.to_csv, "parquet": data.to_parquet, "folder": data.save_to_disk}[suffix](str(where))
+    report = find(base_folder, where, tmp_path / "found", "--steps", "1", "--method", "weight_norm")
+    assert report["rows_trained_on"] == 4
+
+
+def test_bench(base_folder: Path, places: dict[str, Path]) -> None:
+    options = ("--rounds", 3, "--prompt-length", 4, "--batch-size", 2)
+    content = answer_json("bench", base_folder, *options)
+    assert [one["method"] for one in content["results"]] == [
+        "base model",
+        "base model, again",
+        "LoRA, all linear layers",
+        "FanLoRA, all linear layers",
+        "FanLoRA, 6 modules",
+        "PARA",
+    ]
+    assert content["results"][0]["ratio"] == 1
+    assert all(one["median_ms"] > 0 for one in content["results"])
+    lora, fanlora = (content["results"][place]["parameters"] for place in (2, 3))
+    assert lora == fanlora
+    shown = answer("bench", base_folder, *options, "--tenants", 2, "--setting", places["other"])
+    assert "FanLoRA, 3 modules" in shown and "2 tenant(s)" in shown
+
+
+def test_bench_leaves_out_what_a_model_cannot_have(tmp_path: Path) -> None:
+    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, MambaConfig, MambaForCausalLM
+
+    config = GPTBigCodeConfig(vocab_size=64, n_embd=16, n_layer=2, n_head=4, n_positions=64)
+    GPTBigCodeForCausalLM(config).save_pretrained(tmp_path / "bigcode")
+    content = answer_json("bench", tmp_path / "bigcode", "--rounds", 2, "--prompt-length", 4)
+    assert list(content["not_available"]) == ["PARA"] and len(content["results"]) == 5
+    MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2)).save_pretrained(
+        tmp_path / "mamba"
+    )
+    assert "keeps no KV cache" in refusal("bench", tmp_path / "mamba", "--rounds", 2)
+
+
+def one_row(folder: Path) -> Path:
+    file = folder / "row.jsonl"
+    file.write_text('{"text": "A row."}\n')
+    return file
+
+
+WRONG: list[tuple[Callable[[dict[str, Path], Path], tuple[Any, ...]], str]] = [
+    (lambda places, tmp: ("show", "/no/such/folder"), "no FanLoRA or PARA adapter and no FanLoRA setting"),
+    (lambda places, tmp: ("show", "me/not-cached"), "no FanLoRA or PARA adapter and no FanLoRA setting"),
+    (lambda places, tmp: ("show", tmp), "no FanLoRA or PARA adapter and no FanLoRA setting"),
+    (lambda places, tmp: ("show", places["lora"]), "is an adapter of type"),
+    (lambda places, tmp: ("plot", places["para"], tmp / "x.png"), "never pruned"),
+    (lambda places, tmp: ("compare", places["setting"], "me/nothing"), "'me/nothing'"),
+    (lambda places, tmp: ("export", "me/nothing", tmp / "x"), "'me/nothing'"),
+    (lambda places, tmp: ("bench", "me/nothing"), "There is no model at 'me/nothing'"),
+    (lambda places, tmp: ("bench", places["base"], "--tenants", 9, "--batch-size", 2), "pass at least 9"),
+    (lambda places, tmp: ("find", "me/nothing", "rows.jsonl"), "There is no model at 'me/nothing'"),
+    (lambda places, tmp: ("find", places["base"], "me/no-rows"), "There is no data set"),
+    (lambda places, tmp: ("find", places["base"], one_row(tmp), "--split", "x"), "has 1 rows"),
+    (lambda places, tmp: ("find", places["base"], places["base"] / "README.md"), "There is no data set"),
+]
+
+
+@pytest.mark.parametrize(("command", "reason"), WRONG, ids=range(len(WRONG)))
+def test_what_is_not_there_is_said_in_one_line(
+    command: Callable[[dict[str, Path], Path], tuple[Any, ...]],
+    reason: str,
+    places: dict[str, Path],
+    base_folder: Path,
+    tmp_path: Path,
+) -> None:
+    (base_folder / "README.md").touch()
+    assert reason in refusal(*command({**places, "base": base_folder}, tmp_path))
+
+
+def test_a_choice_that_is_none_is_said_in_one_line(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    options = ("--steps", 1, "--calibration-rows", 2, "--method", "weight_norm", "-o", tmp_path / "found")
+    assert "keeps nothing or drops nothing" in refusal("find", base_folder, rows, *options, "--keep", 7)
+    assert not (tmp_path / "found").exists()
+
+
+def test_the_page_names_the_commands() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
+    commands = get_command(app).commands
+    assert set(re.findall(r"^\| `peft-fanlora (\w+)", page, re.MULTILINE)) == commands.keys()
+    options = {option for command in commands.values() for made in command.params for option in made.opts}
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= options | {"--help"}
+
+
+def test_help_has_examples() -> None:
+    for command in ("find", "show", "plot", "compare", "export", "bench"):
+        shown = answer(command, "--help")
+        assert f"peft-fanlora {command}" in shown and "Example" in shown
+        assert command in answer("--help")
+    assert invoke("show").exit_code == invoke("find", "a", "b", "--steps", "0").exit_code == 2
+
+
+@pytest.mark.parametrize("package", ["rich", "typer"])
+def test_without_its_packages_the_command_says_what_to_install(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("peft_fanlora.command_line.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=f"^The command line needs {package}: pip install 'peft-fanlora\\[cli\\]'$"):
+        main()
+
+
+def test_find_says_that_it_needs_trl(base_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    assert "find trains with TRL: pip install 'peft-fanlora[cli,trl]'" in refusal("find", base_folder, rows)
