@@ -148,7 +148,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 RUN_ELSEWHERE: dict[str, str] = {"docs/sharing.md": "integration_tests/sharing/test_hub.py"}
 """Pages whose code another test runs, and its file."""
 UPLOADS = re.compile(r"^model\.push_to_hub\(", re.MULTILINE)
-"""Is found in blocks of the recipes that integration_tests/hub/test_hub.py runs."""
+"""Is found in blocks of the recipes that integration_tests/sharing/test_hub.py runs."""
 
 
 def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
