@@ -250,12 +250,12 @@ def change_trainable_behind_the_count(model: PeftModel, folder: Path) -> None:
 
 
 def replace_data(model: PeftModel, folder: Path) -> None:
-    randomize(model, seed=7)
+    randomize(model, seed=7, std=0.2)
 
 
 def load_over_the_name(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(folder, selected_adapters=["default"])
-    randomize(model, seed=7)
+    randomize(model, seed=7, std=0.2)
     model.load_adapter(folder, "default")
 
 
@@ -702,7 +702,7 @@ def test_quantised_bases(method: str, bits: int, tmp_path: Path) -> None:
     model = tenants(base=base)
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     assert type(layer).__name__ in ("Linear4bit", "Linear8bitLt")
-    check_rows(model, ["two", "default", BASE_ROWS, "default"], tolerance=0.02)  # rounding to 8 bits is a step
+    check_rows(model, ["two", "default", BASE_ROWS, "default"], tolerance=0.05)  # rounding to 8 bits is a step
 
 
 def test_plain_lora_of_peft_gives_the_same() -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftConfig, get_peft_model
 
-from integration_tests.helpers.models import TINY, fanlora, logits
+from integration_tests.helpers.models import BERT, LLAMA, TINY, fanlora, logits
 from peft_fanlora import FanLoraConfig, FanLoraSetting
 
 
@@ -129,7 +129,7 @@ def test_nothing_but_the_adapter_trains(name: str) -> None:
 )
 def test_a_head_that_is_trained_in_full_gets_no_lora(task: str, head: str, excluded: list[str] | str | None) -> None:
     """PEFT refuses to train a head in full that is adapted as well, so that these tasks did not start."""
-    base = getattr(transformers, f"BertFor{task}")(transformers.BertConfig(**TINY["bert"].config))
+    base = getattr(transformers, f"BertFor{task}")(transformers.BertConfig(**BERT))
     task_type = {"classifier": "TOKEN_CLS", "qa_outputs": "QUESTION_ANS"}[head]
     model = get_peft_model(base, FanLoraConfig(r=2, task_type=task_type, exclude_modules=excluded))
     assert f"{head}.modules_to_save.default.weight" in {
@@ -143,7 +143,7 @@ def test_a_head_that_is_trained_in_full_gets_no_lora(task: str, head: str, exclu
 
 def test_a_router_that_is_no_plain_linear_layer_gets_no_lora() -> None:
     """The router of Llama 4 is a linear layer by its class, but returns two tensors, at which LoRA's layer failed."""
-    sizes = {**TINY["llama"].config, "num_local_experts": 2, "head_dim": 4, "intermediate_size_mlp": 24}
+    sizes = {**LLAMA, "num_local_experts": 2, "head_dim": 4, "intermediate_size_mlp": 24}
     base = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**sizes))
     model = get_peft_model(base, FanLoraConfig(r=2))
     assert not any("router" in name for name in model.base_model.targeted_module_names)

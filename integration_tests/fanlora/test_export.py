@@ -55,7 +55,7 @@ def test_plain_peft_loads_it_with_the_same_logits(
     assert not written["rank_pattern"]
     assert not written["alpha_pattern"]
     found = plain_peft.logits(type(base), tmp_path / "base", tmp_path / "plain", batch)
-    torch.testing.assert_close(found, logits(model, batch), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, logits(model, batch), rtol=1e-5, atol=1e-5)
     assert plain_peft.modules == ["peft"]
 
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from integration_tests.helpers.models import TINY, fanlora, logits, randomize
+from integration_tests.helpers.models import LLAMA, TINY, fanlora, logits, randomize
 from peft_fanlora import FanLoraConfig, FanLoraSetting
 from peft_fanlora.fanlora.candidates import lora_modules
 from peft_fanlora.fanlora.gates import module_gates
@@ -158,7 +158,7 @@ def test_patterns_keep_only_what_still_matches() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_layers(bits: int) -> None:
     tiny = TINY["llama"]
-    config = {**tiny.config, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = {**LLAMA, "hidden_size": 64, "head_dim": 16, "intermediate_size": 64, "num_hidden_layers": 2}
     import tempfile
 
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM

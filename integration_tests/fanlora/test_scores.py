@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch.utils.data import DataLoader, IterableDataset
 
 from integration_tests.helpers.brute_force import loss_of
-from integration_tests.helpers.models import TINY, fanlora, logits, randomize
+from integration_tests.helpers.models import LLAMA, TINY, fanlora, logits, randomize
 from peft_fanlora import ImportanceScores
 from peft_fanlora.fanlora.candidates import lora_modules
 from peft_fanlora.fanlora.importance import SCORES
@@ -108,7 +108,7 @@ def test_padding_and_batch_size_change_nothing(name: str, method: str) -> None:
     for batches in (rows, [padded]):
         scores = model.score_modules(batches, method, progress=False)
         assert scores.num_tokens == expected.num_tokens
-        assert list(scores.values()) == pytest.approx(list(expected.values()), rel=1e-4, abs=1e-6)
+        assert list(scores.values()) == pytest.approx(list(expected.values()), rel=1e-4, abs=5e-6)
 
 
 def test_a_batch_without_label_tokens_counts_nothing() -> None:
@@ -163,10 +163,12 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_models_score_like_float32(dtype: torch.dtype) -> None:
     batch = TINY["llama"].batch(rows=8, tokens=16)
-    expected = fanlora().score_modules([batch], progress=False)
-    low = fanlora(base=TINY["llama"].base().to(dtype)).score_modules([batch], progress=False)
+    exact, rounded = (
+        randomize(fanlora(base=TINY["llama"].base().to(kind)), std=0.2) for kind in (torch.float32, dtype)
+    )
+    expected, low = (model.score_modules([batch], progress=False) for model in (exact, rounded))
     correlation = np.corrcoef(list(expected.values()), list(low.values()))[0, 1]
-    assert correlation > 0.95
+    assert correlation > 0.99
 
 
 @pytest.mark.parametrize(
@@ -299,7 +301,7 @@ def test_heads_embeddings_and_towers_are_no_candidates() -> None:
 
     from peft_fanlora.fanlora.candidates import candidates
 
-    text = TINY["llama"].config
+    text = LLAMA
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = transformers.LlavaConfig(
         text_config={"model_type": "llama", **text},

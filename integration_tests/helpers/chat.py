@@ -7,7 +7,7 @@ import assets
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from integration_tests.helpers.models import TINY
+from integration_tests.helpers.models import LLAMA
 
 
 VOCAB_SIZE = 2_000
@@ -19,6 +19,6 @@ def save_tiny_chat_model(folder: Path, **config: Any) -> None:
     texts = [message["content"] for row in assets.glosses()[:2_000] for part in row.values() for message in part]
     tokenizer = AutoTokenizer.from_pretrained(assets.model_folder()).train_new_from_iterator(texts, VOCAB_SIZE)
     tokenizer.save_pretrained(folder)
-    config = {**TINY["llama"].config, "vocab_size": len(tokenizer), "max_position_embeddings": 256, **config}
+    config = {**LLAMA, "vocab_size": len(tokenizer), "max_position_embeddings": 256, **config}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)

@@ -46,9 +46,7 @@ def alone(model: PeftModel, batch: dict[str, torch.Tensor], row: int, name: str,
 
 def check_rows(model: PeftModel, names: list[str] = NAMES, tolerance: float = 1e-5, **kwargs: Any) -> None:
     """Compares each row of a mixed batch, and of an inference without names, with what PEFT's path gives."""
-    architecture = next(
-        name for name, tiny in TINY.items() if tiny.model_class == type(model.base_model.model).__name__
-    )
+    architecture = model.base_model.model.config.model_type
     batch = TINY[architecture].batch(rows=len(names), **kwargs)
     with torch.no_grad():
         mixed = model(**batch, adapter_names=names).logits

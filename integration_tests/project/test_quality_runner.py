@@ -15,7 +15,7 @@ from quality import run as runner
 from quality import tasks, training
 from quality.experiments import Run, Scoring, Search, Store, known, pending, read
 
-from integration_tests.helpers.models import TINY
+from integration_tests.helpers.models import LLAMA
 from integration_tests.helpers.processes import environment
 from integration_tests.helpers.text import tokenizer
 from peft_fanlora.fanlora.candidates import candidates, num_parameters_per_rank
@@ -56,7 +56,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     labels = ("w45", "w46", "w47")
     category = tasks.Task(lambda: rows(lambda number, words: labels[number % 3]), labels)
     monkeypatch.setitem(tasks.TASKS, "category", category)
-    config = {**TINY["llama"].config, "num_hidden_layers": 2, "eos_token_id": 2, "bos_token_id": 3}
+    config = {**LLAMA, "num_hidden_layers": 2}
     tf.LlamaForCausalLM(tf.LlamaConfig(**config)).save_pretrained(tmp_path / "tiny")
     tokenizer().save_pretrained(tmp_path / "tiny")
     (tmp_path / "1-first.yaml").write_text(EXPERIMENTS)

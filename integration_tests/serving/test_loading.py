@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from integration_tests.helpers.models import TINY, fanlora, logits, randomize
+from integration_tests.helpers.models import LLAMA, TINY, fanlora, logits, randomize
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, load_tenant
 from peft_fanlora.fanlora.candidates import lora_modules
 
@@ -129,7 +129,7 @@ def test_an_adapter_of_other_shapes_leaves_the_model_as_it_was(method: str, tmp_
 
 def llava() -> nn.Module:
     torch.manual_seed(0)
-    text = {**TINY["llama"].config, "num_hidden_layers": 2}
+    text = {**LLAMA, "num_hidden_layers": 2}
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = tf.LlavaConfig(
         text_config=tf.LlamaConfig(**text),
@@ -180,7 +180,7 @@ def test_an_old_para_adapter_of_a_renamed_model(tmp_path: Path) -> None:
 
 def mixtral() -> nn.Module:
     torch.manual_seed(0)
-    config = {**TINY["llama"].config, "num_hidden_layers": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
+    config = {**LLAMA, "num_hidden_layers": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
     return tf.MixtralForCausalLM(tf.MixtralConfig(**config)).eval()
 
 
@@ -209,7 +209,7 @@ def test_an_old_lora_on_experts_loads_as_fanlora(tmp_path: Path) -> None:
 def test_names_of_today_are_not_taken_for_old_ones(tmp_path: Path) -> None:
     """Qwen2-MoE's shared expert is made of modules that have the names of the old experts'."""
     torch.manual_seed(0)
-    config = {**TINY["llama"].config, "num_hidden_layers": 2, "num_experts": 3, "num_experts_per_tok": 2}
+    config = {**LLAMA, "num_hidden_layers": 2, "num_experts": 3, "num_experts_per_tok": 2}
     config |= {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
     bases = [tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**config)) for _ in range(2)]
     bases[1].load_state_dict(bases[0].state_dict())

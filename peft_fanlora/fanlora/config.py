@@ -1,11 +1,12 @@
 """FanLoraConfig: LoRA's configuration, all-linear by default, with a FanLoRA setting."""
 
 import os
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PeftType
 
 from ..registration import add_peft_type
 from .setting import SETTING_NAME, FanLoraSetting
@@ -68,6 +69,33 @@ class FanLoraConfig(LoraConfig):
                 f"`setting` is a {type(self.setting).__name__}; pass a FanLoraSetting (`scores.select(...)` makes one), "
                 "the folder of a saved one, or the id of a Hub repository."
             )
+
+    @classmethod
+    def from_lora(cls, lora: LoraConfig | str | os.PathLike[str], **download_kwargs: Any) -> "FanLoraConfig":
+        """Returns the configuration with which an existing LoRA adapter is a FanLoRA adapter, with the same output.
+
+        Ranks, alphas, patterns, targets and all other fields are kept. `load_tenant` and `load_adapter` use it on their
+        own for LoRA adapters that join a FanLoRA model.
+
+        Args:
+            lora: the adapter's configuration, its folder, or the id of its Hub repository.
+            download_kwargs: how to read it from the Hub, such as `revision` or `subfolder`.
+
+        Raises:
+            ValueError: it is not a LoRA adapter, or has a field that pruning can't honour.
+
+        Examples:
+            >>> model = PeftModel.from_pretrained(base, "my-lora", config=FanLoraConfig.from_lora("my-lora"))
+            >>> setting = model.prune_modules(model.score_modules(dataloader).select(keep=2))
+        """
+        config: Any = (
+            lora if isinstance(lora, PeftConfig) else PeftConfig.from_pretrained(str(lora), **download_kwargs)
+        )
+        if type(config) is not LoraConfig:
+            where = "the configuration" if config is lora else str(lora)
+            raise ValueError(f"{where} is of type {PeftType(config.peft_type).value}: pass a LoRA adapter.")
+        kept = {item.name: getattr(config, item.name) for item in fields(LoraConfig) if item.init}
+        return cls(**deepcopy({name: value for name, value in kept.items() if name != "peft_type"}))
 
     @property
     def mutates_base_weights(self) -> bool:

@@ -201,23 +201,17 @@ class FanLoraModel(TenantMixin, LoraModel):
             >>> scores = model.score_modules(dataloader, num_batches=4)
             >>> scores.plot("importance.png")
         """
-        from .importance import find_score
-        from .scoring import check_arguments, scorable_modules, score_adapter, usable_adapter
+        from .scoring import score_adapter
 
-        score = find_score(method)
-        check_arguments(score, dataloader, num_batches, num_points)
-        adapter_name = usable_adapter(self, adapter_name)
-        layers = scorable_modules(self.model, adapter_name)
         with self.call_gate.closed():
             return score_adapter(
                 self,
-                adapter_name,
-                layers,
                 dataloader,
-                score,
+                method,
                 num_batches=num_batches,
                 num_points=num_points,
-                initial=self._initial_factors.get(adapter_name, {}),
+                adapter_name=adapter_name,
+                initial_factors=self._initial_factors,
                 progress=progress,
             )
 
@@ -258,6 +252,13 @@ class FanLoraModel(TenantMixin, LoraModel):
         from .pruning import prune_as_saved
 
         prune_as_saved(self, adapter_name, model_id, download_kwargs)
+
+    def config_to_join(self, model_id: Any, download_kwargs: dict[str, Any]) -> PeftConfig | None:
+        """Returns the FanLoRA configuration of a saved LoRA adapter; None for adapters of other methods."""
+        from .config import FanLoraConfig
+
+        is_lora = PeftConfig._get_peft_type(str(model_id), **download_kwargs) == PeftType.LORA
+        return FanLoraConfig.from_lora(model_id, **download_kwargs) if is_lora else None
 
     @classmethod
     def _follow_renamed_modules(

@@ -16,56 +16,40 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .candidates import lora_factors, lora_modules, model_type, num_layers
+from .gated_loss import Batch
 from .gates import InitialFactors, module_gates
-from .importance import Batch, Score, score_batches
+from .importance import Method, Score, find_score, score_batches
 from .modules import ModuleName
 from .scores import ImportanceScores
 
 
-def check_arguments(
-    score: Score, dataloader: Iterable[Batch] | None, num_batches: int | None, num_points: int
-) -> None:
-    """Checks the arguments of `FanLoraModel.score_modules` that say nothing about the model.
-
-    Raises:
-        ValueError: one is out of range, or there is no calibration data.
-    """
-    for argument, value in (("num_batches", num_batches), ("num_points", num_points)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{argument}` is {value}; it has to be at least 1.")
-    if dataloader is None and score.needs_data:
-        raise ValueError(f"method={score.name!r} needs calibration data; pass a dataloader.")
-    if isinstance(dataloader, str) or not (
-        dataloader is None or hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")
-    ):
-        raise ValueError(f"`dataloader` is {dataloader!r}; pass an iterable of batches, such as a DataLoader.")
-
-
 def score_adapter(
     tuner: LoraModel,
-    adapter_name: str,
-    layers: Mapping[str, LoraLayer],
     dataloader: Iterable[Batch] | None,
-    score: Score,
+    method: Method,
     *,
     num_batches: int | None,
     num_points: int,
-    initial: Mapping[str, InitialFactors],
+    adapter_name: str | None,
+    initial_factors: Mapping[str, dict[str, InitialFactors]],
     progress: bool,
 ) -> ImportanceScores:
     """Returns the score of each module of an adapter, see `FanLoraModel.score_modules`.
 
     Args:
         tuner: the model with its LoRA layers.
-        adapter_name: the adapter.
-        layers: its LoRA layers by module name.
         dataloader: the calibration batches; None for a score that needs none.
-        score: which score.
+        method: which score.
         num_batches: how many batches to use; None for all.
         num_points: K of `path`.
-        initial: see `gates.module_gates`.
+        adapter_name: the adapter; None for the active one.
+        initial_factors: for each adapter, what `gates.module_gates` calls `initial`.
         progress: whether to show a progress bar, which counts forward passes.
     """
+    score = find_score(method)
+    _check_arguments(score, dataloader, num_batches, num_points)
+    adapter_name = usable_adapter(tuner, adapter_name)
+    layers = scorable_modules(tuner.model, adapter_name)
     model: Any = tuner.model
     loaded = () if dataloader is None else dataloader  # a streamed one has no length, and so no truth value
     length = length_hint(loaded, 0) or None
@@ -74,7 +58,7 @@ def score_adapter(
     title = f"Scoring {len(layers)} modules by {score.name}"
     with (
         inference_state(tuner, adapter_name),
-        module_gates(layers, adapter_name, initial) as gates,
+        module_gates(layers, adapter_name, initial_factors.get(adapter_name, {})) as gates,
         _passes_shown(model, passes, title, progress and score.needs_data),
     ):
         batches = (prepared(batch, model) for batch in islice(loaded, num_batches))
@@ -94,6 +78,25 @@ def score_adapter(
         model_type=model_type(model),
         calibration={key: value for key, value in facts.items() if value is not None},
     )
+
+
+def _check_arguments(
+    score: Score, dataloader: Iterable[Batch] | None, num_batches: int | None, num_points: int
+) -> None:
+    """Checks the arguments of `FanLoraModel.score_modules` that say nothing about the model.
+
+    Raises:
+        ValueError: one is out of range, or there is no calibration data.
+    """
+    for argument, value in (("num_batches", num_batches), ("num_points", num_points)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{argument}` is {value}; it has to be at least 1.")
+    if dataloader is None and score.needs_data:
+        raise ValueError(f"method={score.name!r} needs calibration data; pass a dataloader.")
+    if isinstance(dataloader, str) or not (
+        dataloader is None or hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")
+    ):
+        raise ValueError(f"`dataloader` is {dataloader!r}; pass an iterable of batches, such as a DataLoader.")
 
 
 @contextmanager

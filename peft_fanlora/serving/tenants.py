@@ -146,6 +146,15 @@ class TenantMixin:
             download_kwargs: how to read its configuration.
         """
 
+    def config_to_join(self, model_id: Any, download_kwargs: dict[str, Any]) -> PeftConfig | None:
+        """Returns the configuration with which a saved adapter of another method joins this one's; None for its own.
+
+        Args:
+            model_id: the folder or the id of the saved adapter.
+            download_kwargs: how to read its configuration.
+        """
+        return None
+
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
