@@ -130,6 +130,8 @@ def about_recipes() -> dict[str, Any]:
     ]
     Dataset.from_list([{"messages": messages} for messages in turns]).to_json("chats.jsonl")
     Dataset.from_list([{"text": f"Film {row}", "label": row % 2} for row in range(16)]).to_json("reviews.jsonl")
+    for tenant in "ab":
+        save_adapter(f"loras/{tenant}", LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     return about_serving()
 
 
