@@ -13,7 +13,7 @@ from integration_tests.helpers.models import CAUSAL, GREEDY, adapted, config_of,
 @pytest.mark.support("saving and loading")
 @pytest.mark.parametrize("architecture", sorted(CAUSAL))
 @pytest.mark.parametrize("method", ["FanLoRA", "PARA"])
-def test_trains_and_comes_back(method: str, architecture: str, tmp_path: Path) -> None:
+def test_trains_and_is_loaded_again(method: str, architecture: str, tmp_path: Path) -> None:
     model = get_peft_model(tiny(architecture), config_of(method)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)

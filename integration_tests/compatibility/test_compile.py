@@ -50,7 +50,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 
 @torch.no_grad()
 def decode(model: Any, step: Any, cache: Any) -> torch.Tensor:
-    """Fills the cache with a prompt in eager mode, then takes four steps."""
+    """Returns the logits of four decoding steps after a prompt in eager mode."""
     last, steps = model(input_ids=tokens(), past_key_values=cache), []
     for _ in range(4):
         last = step(input_ids=last.logits[:, -1:].argmax(-1), past_key_values=cache)

@@ -68,7 +68,7 @@ def support(values: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("variant", support(VARIANTS))
-def test_a_variant_trains_scores_prunes_and_comes_back(variant: str, tmp_path: Path) -> None:
+def test_a_variant_trains_scores_prunes_and_is_loaded_again(variant: str, tmp_path: Path) -> None:
     model = fresh(**VARIANTS[variant])
     if variant not in ("`layer_replication`", "`lora_bias`"):
         close(logits(model.eval()), logits(tiny("llama")))
@@ -114,7 +114,7 @@ def test_the_others_are_exported(variant: str, tmp_path: Path) -> None:
 @pytest.mark.support("`target_parameters` on the experts of a mixture")
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
 def test_experts_of_a_mixture(architecture: str, tmp_path: Path) -> None:
-    """LoRA on the experts trains and is saved; the attention's modules alone are chosen among."""
+    """LoRA on the experts trains and is saved; only the attention's modules are candidates."""
 
     def base() -> nn.Module:
         return tiny(architecture)

@@ -86,7 +86,7 @@ def test_a_quantised_base(method: str, how: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.support("pruning OLoRA adapters on a quantised base", refused=True)
-def test_what_a_quantised_weight_lost_cannot_be_given_back(tmp_path: Path) -> None:
+def test_pruning_olora_on_a_quantised_weight_is_refused(tmp_path: Path) -> None:
     folder = saved_base(tmp_path, hidden_size=64, intermediate_size=64, head_dim=16)
     model = get_peft_model(quantised(folder, "bitsandbytes, 4 bit"), config_of("FanLoRA", init_lora_weights="olora"))
     batch = {"input_ids": tokens(4, 9), "labels": labelled(tokens(4, 9))}

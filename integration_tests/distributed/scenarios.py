@@ -172,7 +172,7 @@ def pruning_run(folder: Path, resume: str | None = None, **others: Any) -> dict[
 
 
 def fanlora_pruned(folder: Path) -> dict[str, Any]:
-    """Where DistributedDataParallel would fail on a parameter that it waits for in vain."""
+    """DistributedDataParallel would fail on a parameter that never gets a gradient."""
     return pruning_run(folder, ddp_find_unused_parameters=False)
 
 
@@ -182,7 +182,7 @@ def fanlora_pruned_with_best(folder: Path) -> dict[str, Any]:
 
 
 def fanlora_resumed(folder: Path) -> dict[str, Any]:
-    """Goes on from the checkpoints of `fanlora_pruned`, which ran before."""
+    """Continues from the checkpoints of `fanlora_pruned`, which ran before."""
     first = folder.parent / "fanlora_pruned"
     return {
         step: pruning_run(folder / str(step), str(first / f"checkpoint-{step}"), ddp_find_unused_parameters=False)
@@ -323,7 +323,7 @@ def sft(folder: Path) -> dict[str, Any]:
 
 
 def sft_resumed(folder: Path) -> dict[str, Any]:
-    """Once more the last three steps of `sft`, which ran before."""
+    """The last three steps of `sft`, which ran before."""
     first = folder.parent / "sft"
     return {method: sft_run(method, folder, str(first / method / "checkpoint-3")) for method in METHODS}
 
@@ -362,7 +362,7 @@ def dpo(folder: Path) -> dict[str, Any]:
 
 
 def dpo_pruned(folder: Path) -> dict[str, Any]:
-    """Preferences have no labels: the callback has a loader of its own, and deals out its batches."""
+    """Preferences have no labels: the callback has a loader of its own, and divides its batches among the processes."""
     words = tokenizer()
     rows = [words(text) for text in WORDS[:11]]
     collator = DataCollatorForLanguageModeling(words, mlm=False)

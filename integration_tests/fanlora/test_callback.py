@@ -74,7 +74,7 @@ def test_the_whole_method_in_one_run_with_trls_defaults(tmp_path: Path) -> None:
     assert len(expected) == 2 * 6
     assert set(trainer.optimizer.state) <= set(trainer.model.parameters())
     steps = {int(state["step"]) for state in trainer.optimizer.state.values()}
-    assert steps == {8}  # the moments were kept, not started anew
+    assert steps == {8}  # the moments were kept, not restarted
 
     # the schedule of the learning rate is the one of a run without pruning
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
@@ -88,7 +88,7 @@ def test_the_whole_method_in_one_run_with_trls_defaults(tmp_path: Path) -> None:
     assert {"step": 4, "fanlora_scores": dict(callback.scores)} in trainer.state.log_history
 
 
-def test_training_goes_on_after_pruning(tmp_path: Path) -> None:
+def test_training_continues_after_pruning(tmp_path: Path) -> None:
     callback = FanLoraCallback(CALIBRATION, prune_at=2, keep=2)
     trainer = sft(tmp_path, callback, max_steps=30)
     before = trainer.evaluate()["eval_loss"]
@@ -269,7 +269,7 @@ def test_a_second_stage_added_on_resuming(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("save_only_model", [False, True])
-def test_training_again_with_the_same_trainer_goes_on_pruned(save_only_model: bool, tmp_path: Path) -> None:
+def test_training_again_with_the_same_trainer_stays_pruned(save_only_model: bool, tmp_path: Path) -> None:
     callback = FanLoraCallback(CALIBRATION, prune_at=2, keep=2)
     trainer = sft(tmp_path, callback, max_steps=3, save_steps=1, save_only_model=save_only_model)
     trainer.train()
@@ -328,7 +328,7 @@ def test_a_run_that_ends_without_pruning_warns(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_at_the_very_end_nothing_is_trained_any_more(tmp_path: Path) -> None:
+def test_a_prune_at_the_last_step_trains_nothing_afterwards(tmp_path: Path) -> None:
     callback = FanLoraCallback(CALIBRATION, prune_at=1.0, keep=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

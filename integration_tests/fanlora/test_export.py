@@ -86,7 +86,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_what_lora_reads_differently_is_not_exported(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever goes wrong, the reader finds the earlier export or none."""
+    """After a failure the reader finds the earlier export or none."""
     model = fanlora("bert")
     export_lora(model, tmp_path / "earlier")
     before = files(tmp_path / "earlier")

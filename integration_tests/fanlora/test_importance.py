@@ -11,7 +11,7 @@ ROLES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_p
 
 
 def scores(rows: list[list[float]], roles: list[str] = ROLES, stack: str = "model.layers") -> ImportanceScores:
-    """A row a layer, a column a role."""
+    """One row per layer, one column per role."""
     values = {
         f"{stack}.{layer}.{role}": score
         for layer, row in enumerate(rows)

@@ -74,7 +74,7 @@ def test_pruned_equals_gated_for_variants(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("initialisation", ["pissa", "olora"])
-def test_dropping_everything_that_changed_a_weight_gives_it_back(initialisation: str) -> None:
+def test_dropping_everything_that_changed_a_weight_restores_it(initialisation: str) -> None:
     """PiSSA takes a part out of each base weight; a pruned module must not leave the hole behind."""
     model = fanlora(init_lora_weights=initialisation)
     setting = setting_of(model, slice(0, 1))
@@ -123,7 +123,7 @@ def test_an_inactive_adapter_by_name() -> None:
 
 
 def test_other_lora_layers_and_saved_modules_stay() -> None:
-    """LoRA on an embedding or head is no candidate: whoever asked for it keeps it."""
+    """LoRA on an embedding or a head is not a candidate for pruning: it stays where it was asked for."""
     model = fanlora("bert", target_modules=["query", "value", "word_embeddings"], modules_to_save=["classifier"])
     setting = setting_of(model, slice(0, 2))
     model.prune_modules(setting)

@@ -100,7 +100,7 @@ def test_the_score_beats_every_random_draw(trained: dict[str, Any]) -> None:
         assert by_score < loss(other, trained["held_out"])
 
 
-def test_a_pruned_adapter_comes_back(trained: dict[str, Any], tmp_path: Path) -> None:
+def test_a_pruned_adapter_is_loaded_again(trained: dict[str, Any], tmp_path: Path) -> None:
     model = load(trained)
     model.prune_modules(trained["scores"].select(keep=2))
     model.save_pretrained(tmp_path)

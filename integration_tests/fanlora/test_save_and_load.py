@@ -43,7 +43,7 @@ def test_round_trip(name: str, pruned: bool, tmp_path: Path) -> None:
     if pruned:
         assert modules == set(setting.names) | TINY[name].others
         assert FanLoraSetting.from_pretrained(tmp_path / "adapter") == setting
-        loaded.save_pretrained(tmp_path / "again")  # the setting goes on travelling
+        loaded.save_pretrained(tmp_path / "again")  # the setting is saved again
         assert FanLoraSetting.from_pretrained(tmp_path / "again") == setting
     else:
         assert len(modules - TINY[name].others) == TINY[name].num_modules

@@ -166,7 +166,7 @@ def test_rank_for_budget_comes_closest(name: str) -> None:
 
 
 def test_the_budget_of_llama_2_7b() -> None:
-    """Two modules a layer, V and Up, match LoRA of rank 8 on all seven roles at rank 27."""
+    """Two modules per layer, V and Up, match LoRA of rank 8 on all seven roles at rank 27."""
     with torch.device("meta"):
         base = LlamaForCausalLM(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32))
     names = [f"model.layers.{layer}.{role}" for layer in range(32) for role in ("self_attn.v_proj", "mlp.up_proj")]

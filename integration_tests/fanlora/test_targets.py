@@ -96,7 +96,7 @@ def test_an_exported_adapter_is_exact(tmp_path: Path) -> None:
     torch.testing.assert_close(plain(X), model(X))
 
 
-def test_names_stay_a_list_where_no_other_ends_alike(tmp_path: Path) -> None:
+def test_names_stay_a_list_where_no_other_name_has_the_same_ending(tmp_path: Path) -> None:
     """Engines read target_modules as a list of names."""
     torch.manual_seed(0)
     model = get_peft_model(Stack(), FanLoraConfig(r=2))

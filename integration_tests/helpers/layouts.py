@@ -93,7 +93,7 @@ def by_row(batch: dict[str, Any], rows: int) -> list[dict[str, Any]]:
 
 
 def with_items(items: list[int], shape: tuple[int, ...], name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Returns a batch whose rows have so many images or sounds each, and each row alone."""
+    """Returns a batch whose rows have the given numbers of images or sounds, and each row alone."""
     text = ids(len(items), 14)
     for row, number in enumerate(items):
         text[row, 1 : 1 + IMAGE_TOKENS * number] = IMAGE

@@ -3,7 +3,7 @@
 A test that shows a row of that table is marked `@pytest.mark.support("feature")`, and one that shows a refusal
 `@pytest.mark.support("feature", refused=True)`. Its parameters `method` ("FanLoRA" or "PARA") and `architecture` (or
 `name`) are the columns; a test without the first belongs to the method whose tests it stands among.
-`pytest --support-results=FILE` writes what came of the marked tests as JSON, from which `benchmarks/support.py` makes the
+`pytest --support-results=FILE` writes the outcomes of the marked tests as JSON, from which `benchmarks/support.py` makes the
 page.
 """
 
@@ -21,7 +21,7 @@ PACKAGES = ("peft", "transformers", "trl", "torch")
 
 
 class Row(NamedTuple):
-    """What a marked test is about; `architecture` is None where it is none of the test's parameters."""
+    """What a marked test is about; `architecture` is None where the test has no such parameter."""
 
     feature: str
     method: str
@@ -64,7 +64,7 @@ class SupportResults:
         return report
 
     def pytest_sessionfinish(self) -> None:
-        """Writes one entry for each row: the worst that came of its tests."""
+        """Writes one entry for each row: the worst outcome of its tests."""
         rows = ",\n".join(json.dumps(entry) for entry in self._entries())
         self.file.write_text(f'{{"versions": {json.dumps(_versions())}, "rows": [\n{rows}\n]}}\n')
 

@@ -86,7 +86,7 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_only_the_adapter_moved(model: PeftModel, before: dict[str, torch.Tensor], prefix: str | None = None) -> None:
-    """Every trainable parameter has moved, and none besides; other adapters, such as a reference, are frozen."""
+    """Exactly the trainable parameters have changed; other adapters, such as a reference, are frozen."""
     moved = {name for name, value in snapshot(model).items() if not torch.equal(value, before[name])}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert moved == trainable
@@ -107,7 +107,7 @@ def check_saved(trainer: Any, folder: Path, plain: nn.Module) -> None:
 
 
 def check_resumes(make: Callable[[Path], Any], folder: Path, step: int) -> None:
-    """A run that goes on from its checkpoint ends where the uninterrupted one did."""
+    """A run that continues from its checkpoint ends where the uninterrupted one did."""
     whole, resumed = make(folder), make(folder)
     whole.train()
     resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))

@@ -133,7 +133,7 @@ def test_neither_a_step_nor_a_change_costs_more_with_more_tenants(saved: Path) -
     assert load[1] <= load[0] + 10 * 50  # PEFT compares the `bias` of all configurations
 
 
-def test_a_tenant_takes_the_memory_of_its_adapter_and_gives_it_back(saved: Path) -> None:
+def test_a_tenant_takes_the_memory_of_its_adapter_and_frees_it(saved: Path) -> None:
     model = serving(saved)
     load_tenant(model, saved, "t1")
     before = tensor_bytes()

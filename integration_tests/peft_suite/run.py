@@ -1,4 +1,4 @@
-"""Runs PEFT's own tests on FanLoRA and PARA, and says what came of it.
+"""Runs PEFT's own tests on FanLoRA and PARA, and reports the outcomes.
 
 python integration_tests/peft_suite/run.py                    # everything, about twenty minutes on two CPU cores
 python integration_tests/peft_suite/run.py --method PARA -k "config and not merge"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
-from integration_tests.helpers.models import TINY, fanlora, logits
+from integration_tests.helpers.models import TINY, fanlora, logits, randomize
 from integration_tests.helpers.text import sentences, tokenizer
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
 from peft_fanlora.command_line import main
@@ -199,6 +199,23 @@ def test_find_otherwise(
     assert setting.calibration["packed"] == ("--packed" in options)
 
 
+@pytest.mark.parametrize("names_model", [True, False])
+def test_find_scores_an_adapter_of_others(names_model: bool, base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    base = load(base_folder)
+    lora = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj", "up_proj", "v_proj"], task_type="CAUSAL_LM"))
+    randomize(lora, std=0.2).save_pretrained(tmp_path / "lora")
+    where = (base_folder, rows) if names_model else (rows,)
+    options = ("--adapter", tmp_path / "lora", "--calibration-rows", 4, "-o", tmp_path / "found")
+    report = answer_json("find", *where, *options, "--keep", 1)
+    assert (report["modules_scored"], report["modules_kept"]) == (9, 3)
+    assert (report["rows_trained_on"], report["steps"], report["model"]) == (0, 0, str(base_folder))
+    found = PeftModel.from_pretrained(load(base_folder), tmp_path / "found" / "adapter")
+    kept = {name: value for name, value in found.named_parameters() if "lora_A" in name}
+    assert len(kept) == 3
+    trained = dict(lora.named_parameters())
+    assert all(torch.equal(value, trained[name]) for name, value in kept.items())
+
+
 def test_find_prints_a_report(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     options = ("--steps", 1, "--calibration-rows", 2, "--rows", 8, "-o", tmp_path / "found")
     shown = answer("find", base_folder, rows, *options)
@@ -271,6 +288,8 @@ WRONG: list[tuple[Callable[[dict[str, Path], Path], tuple[Any, ...]], str]] = [
     (lambda places, tmp: ("find", places["base"], "me/no-rows"), "There is no data set"),
     (lambda places, tmp: ("find", places["base"], one_row(tmp), "--split", "x"), "has 1 rows"),
     (lambda places, tmp: ("find", places["base"], places["base"] / "README.md"), "There is no data set"),
+    (lambda places, tmp: ("find", "--adapter", "me/nothing", one_row(tmp)), "There is no adapter at 'me/nothing'"),
+    (lambda places, tmp: ("find", "--adapter", places["para"], one_row(tmp)), "is of type PARA: pass a LoRA adapter"),
 ]
 
 
@@ -284,6 +303,10 @@ def test_what_is_not_there_is_said_in_one_line(
 ) -> None:
     (base_folder / "README.md").touch()
     assert reason in refusal(*command({**places, "base": base_folder}, tmp_path))
+
+
+def test_find_wants_a_data_set(base_folder: Path) -> None:
+    assert invoke("find", base_folder).exit_code == 2
 
 
 def test_a_choice_that_is_none_is_said_in_one_line(base_folder: Path, rows: Path, tmp_path: Path) -> None:

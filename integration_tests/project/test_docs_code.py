@@ -99,7 +99,9 @@ def about_para() -> dict[str, Any]:
 
 def about_lora() -> dict[str, Any]:
     save_adapter("my-lora", LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    return {"base": base(), "fresh_base": base(), "dataloader": batches()}
+    save_adapter("their-lora", LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
+    inputs = {"input_ids": torch.randint(3, 20, (3, 5))}
+    return {"base": base(), "fresh_base": base(), "dataloader": batches(), "inputs": inputs}
 
 
 def about_several_processes() -> dict[str, Any]:
@@ -235,8 +237,8 @@ def test_a_lora_adapter_becomes_the_same_fanlora_adapter(folder: Path, monkeypat
     """What the page about LoRA promises, by the code that it shows."""
     monkeypatch.chdir(folder)
     given = about_lora()
-    code = blocks("docs/from-lora.md", "python")[0][1].partition("setting = ")[0]
-    exec(code, given)
+    exec(blocks("docs/from-lora.md", "python")[0][1], given)
+    assert set(given["model"].peft_config) == {"default", "their-lora"}
     batch = next(iter(given["dataloader"]))
     plain = PeftModel.from_pretrained(base(), "my-lora")
     torch.testing.assert_close(logits(given["model"].eval(), batch), logits(plain.eval(), batch))

@@ -53,7 +53,7 @@ def test_the_answers_are_those_of_the_exported_adapters(output: Path) -> None:
 def test_vllm_needs_the_layers_that_its_models_pack(output: Path) -> None:
     by_name = {group["name"]: group["folders"] for group in groups(output)}
     everywhere = serve_vllm.layers_of_vllm(by_name[serve_vllm.EVERYWHERE])
-    assert len(everywhere) == 4 * 3  # of a layer: Q, K and V; the output; gate and up; down
+    assert len(everywhere) == 4 * 3  # per layer: Q, K and V; the output; gate and up; down
     assert "model.layers.2.self_attn.qkv_proj" in everywhere
     assert set(serve_vllm.layers_of_vllm(by_name[serve_vllm.BY_LAYER])) < set(everywhere)
 

@@ -81,7 +81,7 @@ def test_the_page_is_made_from_the_results(tmp_path: Path) -> None:
 
 
 def test_every_row_of_the_page_still_has_a_test(request: pytest.FixtureRequest) -> None:
-    """Guards against a table that goes on claiming what no test shows any more."""
+    """Guards against a table with rows that no test shows any more."""
     config = request.config
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     if not whole or config.option.keyword or config.option.markexpr not in ("", "not vllm"):

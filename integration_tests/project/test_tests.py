@@ -1,4 +1,4 @@
-"""The tests have one set of helpers and no order: what two of them share stands in `helpers`, and not in a test."""
+"""Tests import from `helpers` only: none imports another test, and none changes the import path."""
 
 import ast
 from pathlib import Path

@@ -77,7 +77,7 @@ def test_a_single_adapter_may_have_the_name_of_a_part(config: Any, name: str) ->
 
 
 @both
-def test_names_that_only_look_like_parts_are_right(config: Any, tmp_path: Path) -> None:
+def test_names_that_only_look_like_parts_are_accepted(config: Any, tmp_path: Path) -> None:
     """`mlps` or `layers-0` is in no parameter's name, and every file is complete."""
     model = get_peft_model(TINY["llama"].base(), config(r=2))
     for name in ("mlps", "layers-0", "proj", "31", "lm", "default_2"):
@@ -98,7 +98,7 @@ def test_a_part_of_a_module_that_is_trained_whole(config: Any) -> None:
     assert list(model.peft_config) == ["default"]
 
 
-def test_names_of_adapters_that_went_are_free_again() -> None:
+def test_names_of_deleted_adapters_can_be_used_again() -> None:
     model = fanlora()
     model.add_adapter("tenant", FanLoraConfig(r=2))
     model.delete_adapter("tenant")

@@ -86,7 +86,7 @@ def test_a_checkpoint_on_other_modules_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_setting_for_a_trained_adapter_takes_its_modules_out_of_the_file(tmp_path: Path) -> None:
-    """What is left out is said."""
+    """A warning names what is left out."""
     model = fanlora()
     model.save_pretrained(tmp_path)
     setting = FanLoraSetting.from_modules(model.get_base_model(), ["model.layers.0.mlp.up_proj"])
@@ -99,8 +99,8 @@ def test_a_setting_for_a_trained_adapter_takes_its_modules_out_of_the_file(tmp_p
 
 
 @pytest.mark.parametrize("method", ["FanLoRA", "PARA"])
-def test_an_adapter_of_which_no_tensor_fits_is_refused(method: str, tmp_path: Path) -> None:
-    """It would compute exactly the base model, without a word."""
+def test_an_adapter_without_a_matching_tensor_is_refused(method: str, tmp_path: Path) -> None:
+    """It would compute exactly the base model, without a warning."""
     config: Any = FanLoraConfig(r=2) if method == "FanLoRA" else ParaConfig(r=2)
     get_peft_model(TINY["llama"].base(), config).save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
@@ -139,7 +139,7 @@ def llava() -> nn.Module:
     return tf.LlavaForConditionalGeneration(config).eval()
 
 
-def as_saved_in_earlier_years(folder: Path) -> None:
+def as_saved_by_earlier_versions(folder: Path) -> None:
     """The language model was `language_model.model`, and is `model.language_model` now."""
     file = folder / "adapter_model.safetensors"
     new, old = "base_model.model.model.language_model.", "base_model.model.language_model.model."
@@ -153,7 +153,7 @@ def test_an_old_lora_of_a_renamed_model_loads_as_fanlora(tmp_path: Path) -> None
     trained = get_peft_model(llava(), LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|up_proj)"))
     randomize(trained)
     trained.save_pretrained(tmp_path)
-    as_saved_in_earlier_years(tmp_path)
+    as_saved_by_earlier_versions(tmp_path)
     batch = {"input_ids": torch.arange(3, 12)[None]}
     expected = logits(PeftModel.from_pretrained(llava(), tmp_path).eval(), batch)
     torch.testing.assert_close(expected, logits(trained.eval(), batch))
@@ -172,7 +172,7 @@ def test_an_old_para_adapter_of_a_renamed_model(tmp_path: Path) -> None:
     targets = r".*language_model.*\.(q_proj|v_proj|up_proj)"
     trained = get_peft_model(llava(), ParaConfig(r=2, target_modules=targets, init_para_weights=False))
     trained.save_pretrained(tmp_path)
-    as_saved_in_earlier_years(tmp_path)
+    as_saved_by_earlier_versions(tmp_path)
     batch = {"input_ids": torch.arange(3, 12)[None]}
     loaded = PeftModel.from_pretrained(llava(), tmp_path)
     torch.testing.assert_close(logits(loaded.eval(), batch), logits(trained.eval(), batch))

@@ -24,7 +24,7 @@ def saved_bytes(model: PeftModel, name: str) -> int:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A saved adapter of two modules a layer."""
+    """A saved adapter of two modules per layer."""
     model = fanlora(target_modules=["v_proj", "up_proj"])
     model.save_pretrained(tmp_path)
     return tmp_path
@@ -54,7 +54,7 @@ def test_neither_a_step_nor_a_change_costs_more_with_more_tenants(saved: Path) -
         assert many <= few + 10 * 50
 
 
-def test_a_tenant_takes_the_memory_of_its_adapter_and_gives_it_back(saved: Path) -> None:
+def test_a_tenant_takes_the_memory_of_its_adapter_and_frees_it(saved: Path) -> None:
     model = serving(saved)
     load_tenant(model, saved, "t1")
     before, size = tensor_bytes(), saved_bytes(model, "t1")

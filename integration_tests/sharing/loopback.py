@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Keeps quiet."""
+        """Logs nothing."""
 
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -196,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json({"errors": [], "warnings": []})
 
     def preupload(self, body: bytes, repo_id: str, revision: str) -> None:
-        """Says of each file which way it goes."""
+        """Returns for each file whether it is uploaded as a large file."""
         self._writable(repo_id)
         names = [file["path"] for file in json.loads(body)["files"]]
         self._send_json(

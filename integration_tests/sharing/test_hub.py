@@ -94,7 +94,7 @@ def read(base: Path, repo_id: str, **options: Any) -> list[Any]:
 
 
 def read_in_pieces(base: Path, repo_id: str, size: int) -> list[Any]:
-    """Reads an adapter with a client that writes to disk after so many bytes; by itself it does after 10 MB.
+    """Reads an adapter with a client that writes to disk after `size` bytes; the default is 10 MB.
 
     Where the connection breaks, new versions of the client go on by themselves, and old ones when they are asked again.
     """
@@ -176,7 +176,7 @@ def failure(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[st
 
 @pytest.mark.support("an adapter on the Hub")
 @both
-def test_an_adapter_goes_there_and_back(method: str, hub: Hub, run: Run, base: Path) -> None:
+def test_an_adapter_is_pushed_and_loaded(method: str, hub: Hub, run: Run, base: Path) -> None:
     expected = run(publish, method, base, "me/adapter", tags=["poems"])
     files = hub.files("me/adapter")
     of_setting = {"fanlora_setting.json", "fanlora_importance.png"} if method == "FanLoRA" else set()
@@ -236,7 +236,7 @@ def test_a_private_repository_needs_its_token(method: str, hub: Hub, run: Run, b
 
 
 @pytest.mark.support("a setting on the Hub")
-def test_a_setting_goes_there_and_back(hub: Hub, run: Run, base: Path) -> None:
+def test_a_setting_is_pushed_and_loaded(hub: Hub, run: Run, base: Path) -> None:
     setting = run(publish_setting, base, "me/setting", private=True)
     assert hub.repositories["me/setting"].private
     assert hub.files("me/setting").keys() == {"README.md", "fanlora_setting.json", "fanlora_importance.png"}
@@ -337,7 +337,7 @@ def test_offline_from_the_cache(hub: Hub, run: Run, base: Path, home: Path) -> N
 
 
 @both
-def test_an_interrupted_download_goes_on_where_it_broke(method: str, hub: Hub, run: Run, base: Path) -> None:
+def test_an_interrupted_download_is_resumed(method: str, hub: Hub, run: Run, base: Path) -> None:
     expected = run(publish, method, base, "me/adapter", seed=7)
     hub.cuts = 2
     hub.requests.clear()

@@ -1,4 +1,4 @@
-"""What makes many small training runs quick."""
+"""Makes many small training runs quick."""
 
 import gc
 

@@ -101,7 +101,7 @@ def test_dpo(method: str, score: str, tmp_path: Path) -> None:
     check_pruned(run, callback)
     assert callback.scores.method == score
     margins = [entry["rewards/margins"] for entry in run.state.log_history if "rewards/margins" in entry]
-    assert margins[-1] > margins[2] > 0  # it goes on learning what is left
+    assert margins[-1] > margins[2] > 0  # training continues on what is left
     check_saved(run, tmp_path / "saved", base())
 
 

@@ -31,7 +31,7 @@ def low_words(completions: list[Any], **kwargs: Any) -> list[float]:
     return [sum(float(word[1:]) < 20 for word in text.split() if word[1:].isdigit()) / 6 for text in texts]
 
 
-def chance_of_low_words(model: torch.nn.Module) -> float:
+def probability_of_low_words(model: torch.nn.Module) -> float:
     """What is rewarded, without the noise of samples: how likely an answer begins with such a word."""
     words = tokenizer()
     batch = words([question(row) for row in range(8)], padding=True, padding_side="left", return_tensors="pt")
@@ -80,16 +80,16 @@ def rewards(run: GRPOTrainer) -> list[float]:
 )
 def test_grpo(method: str, options: dict[str, Any], tmp_path: Path) -> None:
     run = grpo(method, tmp_path, **options)
-    before, chance = snapshot(run.model), chance_of_low_words(run.model)
+    before, chance = snapshot(run.model), probability_of_low_words(run.model)
     run.train()
     check_only_the_adapter_moved(run.model, before)
-    assert chance_of_low_words(run.model) > chance + 0.01
+    assert probability_of_low_words(run.model) > chance + 0.01
     check_saved(run, tmp_path / "saved", base())
 
 
 @pytest.mark.support("GRPO, trained adapter as reference")
 @pytest.mark.parametrize("method", METHODS)
-def test_grpo_goes_on_from_a_trained_adapter(method: str, tmp_path: Path) -> None:
+def test_grpo_continues_from_a_trained_adapter(method: str, tmp_path: Path) -> None:
     first = grpo(method, tmp_path / "first", max_steps=2)
     first.train()
     first.save_model(str(tmp_path / "first"))

@@ -83,7 +83,7 @@ def test_dpo(method: str, make: Any, options: dict[str, Any], tmp_path: Path) ->
 
 @pytest.mark.support("DPO, trained adapter as reference")
 @pytest.mark.parametrize("method", METHODS)
-def test_dpo_goes_on_from_a_trained_adapter(method: str, tmp_path: Path) -> None:
+def test_dpo_continues_from_a_trained_adapter(method: str, tmp_path: Path) -> None:
     """TRL keeps a frozen copy of the adapter beside it, and switches between the two in every step."""
     first = dpo(method, tmp_path / "first")
     first.train()

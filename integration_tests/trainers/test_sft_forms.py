@@ -255,7 +255,7 @@ def scaled_logits(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.support("SFT, custom loss function")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_loss_function_of_ones_own(method: str, tmp_path: Path) -> None:
+def test_a_custom_loss_function(method: str, tmp_path: Path) -> None:
     def make(end: list[int] | None) -> SFTTrainer:
         return SFTTrainer(
             adapted(method, prompt_end_token_ids=end),

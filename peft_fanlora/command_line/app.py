@@ -7,7 +7,7 @@ import typer
 
 from ..fanlora.importance import SCORES
 from ..fanlora.scores import Strategy
-from . import benching, exporting, finding, looking
+from . import benching, exporting, finding, looking, sources
 from .output import answers_in_one_line, quiet_stdout, show_json
 
 
@@ -32,19 +32,33 @@ def _known_score(name: str) -> str:
 
 @app.command(
     epilog="**Examples:** `peft-fanlora find HuggingFaceTB/SmolLM2-135M-Instruct rows.jsonl -o my-setting`, "
-    "`peft-fanlora find my-model trl-lib/tldr --rows 2000 --strategy role --keep 2`"
+    "`peft-fanlora find my-model trl-lib/tldr --rows 2000 --strategy role --keep 2`, "
+    "`peft-fanlora find --adapter my-lora rows.jsonl`"
 )
 @answers_in_one_line
 def find(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.", show_default=False)],
-    dataset: Annotated[
+    model: Annotated[
         str,
+        typer.Argument(
+            help="Folder or Hub id of a causal language model. With --adapter it may be left out.", show_default=False
+        ),
+    ],
+    dataset: Annotated[
+        str | None,
         typer.Argument(
             help="Instructions in a format that TRL's SFTTrainer accepts: a file (.jsonl, .json, .csv, .parquet, .txt), "
             "a folder or a Hub id.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="LoRA or FanLoRA adapter to score as it is: a folder or a Hub id. Without it, LoRA on all linear layers "
+            "is trained first.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Output folder.")] = Path("fanlora-setting"),
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
     name: Annotated[str | None, typer.Option(help="Configuration of the data set, if it has several.")] = None,
@@ -76,12 +90,16 @@ def find(
     seed: Annotated[int, typer.Option(help="Seed of the data order and of the LoRA initialization.")] = 0,
     json: Json = False,
 ) -> None:
-    """Find a setting: train LoRA on all linear layers, score the modules, and keep the best.
+    """Find a setting: train LoRA on all linear layers, or take an adapter, score the modules, and keep the best.
 
     Writes the setting with its heat map and model card, the pruned adapter (`adapter/`) and all scores (`report.json`).
     """
+    if dataset is None:
+        if adapter is None:
+            raise typer.BadParameter("Pass the model and the data set.", param_hint="dataset")
+        model, dataset = sources.base_model_of(adapter), model
     plan = finding.Plan(
-        model, output, steps, batch_size, learning_rate, max_length, r, method, strategy, keep, packed, seed
+        model, adapter, output, steps, batch_size, learning_rate, max_length, r, method, strategy, keep, packed, seed
     )
     with quiet_stdout():
         report, found = finding.run(plan, dataset, split, name, rows, calibration_rows)

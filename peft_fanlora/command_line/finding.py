@@ -22,6 +22,7 @@ class Plan:
     """The options of `find`; see the command's help."""
 
     model: str
+    adapter: str | None
     output: Path
     steps: int
     batch_size: int
@@ -50,7 +51,11 @@ def run(
         raise ModuleNotFoundError("find trains with TRL: pip install 'peft-fanlora[cli,trl]'") from error
     tokenizer, base, data = _read(plan, dataset, split, name, rows, calibration_rows)
     set_seed(plan.seed)
-    model = get_peft_model(base, FanLoraConfig(r=plan.r, lora_alpha=2 * plan.r, task_type="CAUSAL_LM"))
+    if plan.adapter is None:
+        config = FanLoraConfig(r=plan.r, lora_alpha=2 * plan.r, task_type="CAUSAL_LM")
+        model: Any = get_peft_model(base, config)
+    else:
+        model = PeftModel.from_pretrained(base, plan.adapter, config=sources.adapter_config(plan.adapter))
     with tempfile.TemporaryDirectory() as scratch:
         arguments = SFTConfig(
             scratch,
@@ -76,17 +81,20 @@ def run(
         )
         with model.disable_adapter():
             before = trainer.evaluate()["eval_loss"]
-        trainer.train()
+        if plan.adapter is None:
+            trainer.train()
         trained = trainer.evaluate()["eval_loss"]
         scores = model.score_modules(trainer.get_eval_dataloader(), method=plan.method)
         setting = model.prune_modules(scores.select(plan.keep, strategy=plan.strategy, packed=plan.packed))
         pruned = trainer.evaluate()["eval_loss"]
+    is_trained = plan.adapter is None
     report = {
         "model": plan.model,
+        "adapter": plan.adapter,
         "dataset": dataset,
-        "rows_trained_on": len(data) - calibration_rows,
+        "rows_trained_on": len(data) - calibration_rows if is_trained else 0,
         "calibration_rows": calibration_rows,
-        "steps": plan.steps,
+        "steps": plan.steps if is_trained else 0,
         "seed": plan.seed,
         "modules_scored": len(scores),
         "modules_kept": len(setting.kept),

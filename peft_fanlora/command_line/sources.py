@@ -40,6 +40,34 @@ def adapter_or_setting(where: str) -> SavedAdapter[Any] | FanLoraSetting:
     return SavedAdapter(config, folder)
 
 
+def adapter_config(where: str) -> FanLoraConfig:
+    """Returns the configuration with which a LoRA or FanLoRA adapter is scored.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    try:
+        config = PeftConfig.from_pretrained(where)
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise ValueError(
+            f"There is no adapter at {where!r}: it is neither a folder with a {CONFIG_NAME} nor a Hub repository that can "
+            "be read. For a private repository, log in with `hf auth login`."
+        ) from error
+    return config if isinstance(config, FanLoraConfig) else FanLoraConfig.from_lora(config)
+
+
+def base_model_of(adapter: str) -> str:
+    """Returns the base model that an adapter names.
+
+    Raises:
+        ValueError: there is no adapter, or it names no base model.
+    """
+    base = adapter_config(adapter).base_model_name_or_path
+    if not base:
+        raise ValueError(f"{adapter} does not name its base model: pass the model before the data set.")
+    return base
+
+
 def setting(where: str) -> FanLoraSetting:
     """Returns the setting that is there, by itself or in an adapter.
 
