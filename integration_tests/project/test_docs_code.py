@@ -132,6 +132,8 @@ def about_recipes() -> dict[str, Any]:
     ]
     Dataset.from_list([{"messages": messages} for messages in turns]).to_json("chats.jsonl")
     Dataset.from_list([{"text": f"Film {row}", "label": row % 2} for row in range(16)]).to_json("reviews.jsonl")
+    for tenant in "ab":
+        save_adapter(f"loras/{tenant}", LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     return about_serving()
 
 
@@ -150,7 +152,7 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
 RUN_ELSEWHERE: dict[str, str] = {"docs/sharing.md": "integration_tests/sharing/test_hub.py"}
 """Pages whose code another test runs, and its file."""
 UPLOADS = re.compile(r"^model\.push_to_hub\(", re.MULTILINE)
-"""Is found in blocks of the recipes that integration_tests/hub/test_hub.py runs."""
+"""Is found in blocks of the recipes that integration_tests/sharing/test_hub.py runs."""
 
 
 def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def test_serving_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
 def test_a_download_that_is_not_the_expected_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PEFT_FANLORA_CACHE", str(tmp_path))
     write = (sys.executable, "-c", "open('file', 'w').write('something else')")
-    with pytest.raises(RuntimeError, match="expected 0000: it was not kept"):
+    with pytest.raises(RuntimeError, match="expected 0000: the file was discarded"):
         assets.Download(write, "0000").path("thing")
     fail = (sys.executable, "-c", "raise SystemExit(1)")
     with pytest.raises(RuntimeError, match="downloading thing failed"):
