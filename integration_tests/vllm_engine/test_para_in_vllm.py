@@ -1,5 +1,7 @@
 """PARA in vLLM answers token for token as in transformers; `make test-vllm` runs these, `make test-vllm-short` the first."""
 
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
