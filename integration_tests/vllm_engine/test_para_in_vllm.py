@@ -1,7 +1,5 @@
 """PARA in vLLM answers token for token as in transformers; `make test-vllm` runs these, `make test-vllm-short` the first."""
 
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -136,29 +134,6 @@ def log_probabilities(tenants: Tenants, job: Job) -> torch.Tensor:
             return tenants.model(**inputs).logits[0, -1].log_softmax(-1)
     tenants.model.set_adapter(job.tenant)
     return tenants.model(**inputs).logits[0, -1].log_softmax(-1)
-
-
-@pytest.fixture
-def without_numba_afterwards() -> Iterator[None]:
-    """Numba proposes n-grams; an engine that starts after it fails where vLLM looks at llvmlite's library object."""
-    yield
-    sys.modules.pop("llvmlite.binding.ffi", None)
-
-
-@pytest.mark.usefixtures("without_numba_afterwards")
-def test_drafts_of_n_grams_change_no_token(tenants: Tenants) -> None:
-    """Drafted tokens lie behind the prompt and read its vectors."""
-    jobs = make_jobs(tenants, 27, new_tokens=40, seed=9)
-    llm = start(
-        tenants.base,
-        speculative_config={
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_max": 3,
-            "prompt_lookup_min": 1,
-        },
-    )
-    check(llm, tenants, jobs)
 
 
 def test_more_tenants_than_fit(tenants: Tenants) -> None:
