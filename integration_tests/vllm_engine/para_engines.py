@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import transformers
-from para_models import awaken
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from integration_tests.helpers.models import randomize
 from peft_fanlora import ParaConfig
 
 
@@ -118,7 +118,7 @@ def make_tenants(base: Path, folder: Path, configs: dict[str, dict[str, Any]] = 
             adapted = get_peft_model(model, own, adapter_name=name)
         else:
             adapted.add_adapter(name, own)
-        awaken(adapted, name, seed=seed)
+        randomize(adapted, name, seed=seed)
         adapted.save_pretrained(str(folder), selected_adapters=[name])
         folders[name] = folder / name
     assert adapted is not None

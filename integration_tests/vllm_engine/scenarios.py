@@ -10,10 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "para")]
-
-from para_engines import answers, count_misses, make_base, make_jobs, make_tenants, start
+from integration_tests.vllm_engine.para_engines import answers, count_misses, make_base, make_jobs, make_tenants, start
 
 
 def run(folder: Path, base_options: dict[str, Any], count: int, new_tokens: int, seed: int, **options: Any) -> Any:
@@ -51,14 +48,15 @@ def draft_model(folder: Path) -> dict[str, Any]:
     return found | drafts(llm)
 
 
-def two_ranks(folder: Path) -> dict[str, Any]:
+def two_ranks(folder: Path, **base_options: Any) -> dict[str, Any]:
     """Two ranks of tensor parallelism, with key and value heads of their own."""
-    return run(folder, {}, 27, 12, 3, tensor_parallel_size=2)[1]
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    return run(folder, base_options, 27, 12, 3, tensor_parallel_size=2)[1]
 
 
 def two_ranks_share_heads(folder: Path) -> dict[str, Any]:
     """Two ranks of tensor parallelism, which both hold the one key and value head."""
-    return run(folder, {"num_key_value_heads": 1}, 27, 12, 3, tensor_parallel_size=2)[1]
+    return two_ranks(folder, num_key_value_heads=1)
 
 
 if __name__ == "__main__":

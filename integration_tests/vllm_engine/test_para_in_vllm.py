@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from para_engines import (
+
+from integration_tests.vllm_engine.para_engines import (
     BASE,
     TENANTS,
     Job,

@@ -1,7 +1,6 @@
 """PARA with speculative decoding and on several ranks, token for token as in transformers; `make test-vllm` runs these."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,19 +8,20 @@ from typing import Any
 
 import pytest
 
+from integration_tests.helpers.processes import environment
+
 
 pytestmark = pytest.mark.vllm
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     """Runs a scenario in a process of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "scenarios.py"), name, str(folder)],
+        [sys.executable, "-m", "integration_tests.vllm_engine.scenarios", name, str(folder)],
         capture_output=True,
         text=True,
         timeout=400,
-        env=environment,
+        env=environment(OMP_NUM_THREADS="1"),
         check=False,
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from para_models import para, tiny
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from integration_tests.helpers.models import para, tiny
 from peft_fanlora import ParaConfig
 from peft_fanlora.vllm_plugin.options import Options, read_options
 from peft_fanlora.vllm_plugin.tenants import (
@@ -199,7 +199,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an unknown part": (add(OWNER + "gate"), "unknown 'gate'"),
     "an unknown target": (add(OWNER + "up_self_attn_x_proj"), "self_attn_x_proj"),
     "a target in another shape": (add(OWNER + "up_mlp_gate_proj"), "another base model"),
-    "a third block": (rename("layers.1", "layers.2"), "another base model"),
+    "a block too many": (rename("layers.1", "layers.3"), "another base model"),
     "an expert": (rename("layers.0.self_attn.q_proj", "layers.0.mlp.experts.0.up_proj"), "experts"),
     "compressed attention": (rename("self_attn.q_proj", "self_attn.q_a_proj"), "compressed attention"),
     "another tree of modules": (rename("model.layers", "transformer.h"), "another base model"),
@@ -217,11 +217,11 @@ def test_bad_folders_are_refused(name: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"hidden_size": 64},
+        {"hidden_size": 32},
         {"num_attention_heads": 8},
         {"num_key_value_heads": 1},
         {"intermediate_size": 64},
-        {"num_hidden_layers": 1},
+        {"num_hidden_layers": 2},
     ],
     ids=str,
 )

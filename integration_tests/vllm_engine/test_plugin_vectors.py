@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from para_models import awaken, para, tiny
 from peft import get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
+from integration_tests.helpers.models import para, randomize, tiny
 from peft_fanlora import ParaConfig
 from peft_fanlora.vllm_plugin.layout import EngineLayer, Layout, Part, install
 from peft_fanlora.vllm_plugin.loading import load_tenant
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def adapted(seed: int = 1, **config: Any) -> nn.Module:
     """Returns the tiny Llama, always the same, with an adapter of its own."""
     model = get_peft_model(tiny("llama"), ParaConfig(**{"r": 4, "task_type": "CAUSAL_LM", **config}))
-    return awaken(model, seed=seed).eval()
+    return randomize(model, seed=seed).eval()
 
 
 class Engine:
@@ -155,7 +155,7 @@ def test_prompts_of_a_step_are_computed_in_stacks(tmp_path: Path, monkeypatch: p
         staticmethod(lambda generators, *args: (calls.append(len(generators)), batched(generators, *args))[1]),
     )
     engine.vectors.begin([Row(str(row), tenant, 4 + row % 3, 4 + row % 3) for row, tenant in enumerate(tenants)])
-    hidden = torch.randn(sum(4 + row % 3 for row in range(8)), 32)
+    hidden = torch.randn(sum(4 + row % 3 for row in range(8)), 16)
     first = tenants[0].blocks[0].first
     engine.vectors.make(first, hidden)
     assert calls == [8]
@@ -226,17 +226,17 @@ def test_slots_are_handed_out_and_come_back() -> None:
 def split(layer: int, rank: int, ranks: int) -> list[EngineLayer]:
     """The packed layers of a block as vLLM shares them between ranks; key and value heads are one, and replicated."""
     prefix = f"model.layers.{layer}."
-    query, up = 32 // ranks, 48 // ranks
+    query, up = 16 // ranks, 24 // ranks
     parts = [
         [
             Part(f"{prefix}self_attn.q_proj", query, rank * query),
-            Part(f"{prefix}self_attn.k_proj", 8, rank * 2 // ranks * 8),
-            Part(f"{prefix}self_attn.v_proj", 8, rank * 2 // ranks * 8),
+            Part(f"{prefix}self_attn.k_proj", 4, rank * 2 // ranks * 4),
+            Part(f"{prefix}self_attn.v_proj", 4, rank * 2 // ranks * 4),
         ],
         [Part(f"{prefix}mlp.gate_proj", up, rank * up), Part(f"{prefix}mlp.up_proj", up, rank * up)],
     ]
     names = ("self_attn.qkv_proj", "mlp.gate_up_proj")
-    return [EngineLayer(ScaledLayer(prefix + name, 4), 32, own, True) for name, own in zip(names, parts, strict=True)]
+    return [EngineLayer(ScaledLayer(prefix + name, 4), 16, own, True) for name, own in zip(names, parts, strict=True)]
 
 
 @pytest.mark.parametrize("targets", [None, ["v_proj", "up_proj"], ["q_proj"], ["gate_proj", "k_proj"]])
@@ -247,13 +247,13 @@ def test_ranks_hold_the_vectors_of_their_own_outputs(targets: list[str] | None, 
     shapes = linear_shapes(base)
     whole = Engine()
     tenant = whole.load(tmp_path)
-    hidden = torch.randn(6, 32)
+    hidden = torch.randn(6, 16)
     whole.vectors.begin([Row("a", tenant, 6, 6)])
     for block in tenant.blocks:
         whole.vectors.make(block.first, hidden)
     tables = {layer.name: layer for layer in whole.layout.scaled}
     for rank in range(4):
-        layers = [layer for index in range(2) for layer in split(index, rank, 4)]
+        layers = [layer for index in range(3) for layer in split(index, rank, 4)]
         vectors = Vectors([layer.scaled for layer in layers], 3, 64)
         shared = load_tenant(tmp_path, Layout(layers, shapes), base.config, CPU)
         vectors.begin([Row("a", shared, 6, 6)])
