@@ -7,7 +7,7 @@ VLLM := .venv-vllm
 OLDEST := .venv-oldest
 CHECKED := $(addprefix integration_tests/,fanlora para project/test_layers.py project/test_tests.py)
 
-.PHONY: quickstart test check fuzz test-oldest test-peft test-vllm support results docs build quality style
+.PHONY: quickstart test check fuzz test-oldest test-peft test-vllm test-vllm-short support results docs build quality style
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart.py
@@ -32,6 +32,10 @@ test-peft: $(READY)
 # Needs 4 GB: vLLM's CPU build has an environment of its own.
 test-vllm: $(VLLM)/ready
 	$(VLLM)/bin/python -m pytest -m vllm integration_tests/vllm_engine
+
+# One start of vLLM: eight PARA tenants beside the base model, token for token.
+test-vllm-short: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest -m vllm integration_tests/vllm_engine/test_para_in_vllm.py -k eight_tenants
 
 # The same tests with the oldest versions of everything, in an environment of their own.
 test-oldest: $(OLDEST)/ready

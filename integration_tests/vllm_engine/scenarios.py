@@ -1,0 +1,65 @@
+"""Engines that need a process of their own: `python scenarios.py NAME FOLDER` prints what came out as JSON.
+
+vLLM keeps state in a process that another engine would find there: n-grams and drafts change how steps are computed, ranks
+are processes, and the second model runner needs Triton.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from integration_tests.vllm_engine.para_engines import answers, count_misses, make_base, make_jobs, make_tenants, start
+
+
+def run(folder: Path, base_options: dict[str, Any], count: int, new_tokens: int, seed: int, **options: Any) -> Any:
+    """Serves jobs twice and returns (engine, misses, tokens)."""
+    base = make_base(folder / "base", **base_options)
+    tenants = make_tenants(base, folder / "tenants")
+    jobs = make_jobs(tenants, count, new_tokens, seed)
+    llm = start(base, **options)
+    misses = sum(count_misses(answers(llm, tenants, jobs), jobs) for _ in range(2))
+    return llm, {"misses": misses, "tokens": 2 * count * new_tokens}
+
+
+def drafts(llm: Any) -> dict[str, int]:
+    """Returns how many tokens were drafted, and how many of them accepted."""
+    counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    return {
+        "drafted": int(counts["vllm:spec_decode_num_draft_tokens"]),
+        "accepted": int(counts["vllm:spec_decode_num_accepted_tokens"]),
+    }
+
+
+def ngram(folder: Path) -> dict[str, Any]:
+    """Drafts from n-grams of the prompt and the answer."""
+    lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, **lookup}
+    llm, found = run(folder, {}, 27, 40, 9, speculative_config=speculation, disable_log_stats=False)
+    return found | drafts(llm)
+
+
+def draft_model(folder: Path) -> dict[str, Any]:
+    """Drafts from a smaller model, which knows no adapters."""
+    draft = make_base(folder / "draft", num_hidden_layers=1)
+    speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    llm, found = run(folder, {}, 27, 20, 9, speculative_config=speculation, disable_log_stats=False)
+    return found | drafts(llm)
+
+
+def two_ranks(folder: Path, **base_options: Any) -> dict[str, Any]:
+    """Two ranks of tensor parallelism, with key and value heads of their own."""
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    return run(folder, base_options, 27, 12, 3, tensor_parallel_size=2)[1]
+
+
+def two_ranks_share_heads(folder: Path) -> dict[str, Any]:
+    """Two ranks of tensor parallelism, which both hold the one key and value head."""
+    return two_ranks(folder, num_key_value_heads=1)
+
+
+if __name__ == "__main__":
+    name, place = sys.argv[1:]
+    print("RESULT " + json.dumps(globals()[name](Path(place))), flush=True)
+    os._exit(0)  # worker processes and threads of vLLM have nothing left to do

@@ -1,0 +1,92 @@
+"""The names and signatures of vLLM that PARA relies on, checked when the plugin registers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib.metadata import version
+from pkgutil import resolve_name
+from typing import Any
+
+
+TESTED = "0.32"
+"""The versions of vLLM that the tests ran on."""
+
+_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_LORA = "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin"
+_LINEAR = "vllm.model_executor.layers.linear:"
+
+NAMES: dict[str, tuple[str, ...]] = {
+    f"{_LORA}.load_lora_model": ("self", "model", "vllm_config", "device"),
+    f"{_LORA}.set_active_loras": ("self", "input_batch", "num_scheduled_tokens", "num_sampled_tokens"),
+    f"{_V1}.execute_model": ("self", "scheduler_output"),
+    "vllm.v1.worker.gpu_input_batch:InputBatch.make_lora_inputs": (
+        "self",
+        "num_scheduled_tokens",
+        "num_sampled_tokens",
+    ),
+    "vllm.v1.core.sched.scheduler:Scheduler.add_request": ("self", "request"),
+    "vllm.v1.core.sched.scheduler:Scheduler._reserve_prefill_lookahead": (
+        "self",
+        "request",
+        "num_computed_tokens",
+        "num_new_tokens",
+    ),
+    "vllm.v1.request:Request.get_skip_reading_prefix_cache": ("self",),
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": ("self", "request_id", "prompt", "params"),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels._check_load_lora_adapter_request": ("self", "request"),
+    "vllm.entrypoints.serve:create_error_response": ("message", "err_type", "status_code"),
+    "vllm.entrypoints.generate.beam_search.offline:BeamSearchOfflineMixin.beam_search": (
+        "self",
+        "prompts",
+        "params",
+        "lora_request",
+    ),
+    "vllm.entrypoints.generate.beam_search.online:BeamSearchOnlineMixin.beam_search": (
+        "self",
+        "prompt",
+        "request_id",
+        "params",
+        "lora_request",
+    ),
+    "vllm.lora.layers:LoRAMapping": ("index_mapping", "prompt_mapping", "is_prefill"),
+    "vllm.lora.utils:get_adapter_absolute_path": ("lora_path",),
+    "vllm.lora.peft_helper:PEFTHelper.from_local_dir": ("lora_path",),
+    "vllm.lora.peft_helper:PEFTHelper.validate_legal": ("self", "lora_config"),
+    f"{_LINEAR}LinearBase": ("input_size", "output_size"),
+    f"{_LINEAR}QKVParallelLinear": (
+        "hidden_size",
+        "head_size",
+        "total_num_heads",
+        "total_num_kv_heads",
+        "v_head_size",
+    ),
+    f"{_LINEAR}MergedColumnParallelLinear": ("input_size", "output_sizes"),
+    f"{_LINEAR}RowParallelLinear": ("reduce_results",),
+    f"{_LINEAR}ReplicatedLinear": ("input_size", "output_size"),
+}
+"""What is wrapped, called or read, and the parameters by which that is done."""
+
+
+def problems(names: dict[str, tuple[str, ...]] = NAMES) -> list[str]:
+    """Returns what this version of vLLM does not have, one sentence each; nothing where all is there."""
+    found = []
+    for name, parameters in names.items():
+        try:
+            target: Callable[..., Any] = resolve_name(name)
+            has = inspect.signature(inspect.unwrap(target)).parameters
+        except (ImportError, AttributeError) as error:
+            found.append(f"{name} is missing ({error})")
+            continue
+        if lacking := [parameter for parameter in parameters if parameter not in has]:
+            found.append(f"{name} has no parameter {', '.join(map(repr, lacking))}")
+    return found
+
+
+def refusal(found: list[str]) -> str:
+    """Returns what an engine that asks for PARA says where something is missing."""
+    return (
+        f"vLLM {version('vllm')} has moved on from what peft-fanlora's plugin knows (tested with {TESTED}), so that it cannot "
+        f"serve PARA: {found[0]}{f', and {len(found) - 1} more' if len(found) > 1 else ''}. Install vLLM {TESTED}, or "
+        "a newer peft-fanlora."
+    )

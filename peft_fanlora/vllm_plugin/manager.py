@@ -1,0 +1,182 @@
+"""The adapters of a worker: takes the place of vLLM's LoRA manager, which it asks for LoRA adapters."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.lora.layers import LoRAMapping
+from vllm.lora.utils import get_adapter_absolute_path
+
+from ..para.targets import DEFAULT_TARGETS
+from .layers import find_layers
+from .layout import install
+from .loading import load_tenant
+from .tenants import TenantError, peft_type_of
+from .vectors import Row, Tenant, Vectors
+
+
+class ParaManager:
+    """Loads and drops the adapters of a worker, and begins its steps.
+
+    Args:
+        vllm_config: the engine's configuration.
+        model: the loaded model.
+        device: where it computes.
+        lora: vLLM's own manager, which serves LoRA adapters; None where the engine serves PARA alone.
+    """
+
+    def __init__(self, vllm_config: Any, model: nn.Module, device: torch.device, lora: Any = None) -> None:
+        scheduler, config = vllm_config.scheduler_config, vllm_config.model_config
+        self.lora = lora
+        self.device = device
+        self.capacity = vllm_config.lora_config.max_cpu_loras
+        self.model_config = config.hf_config
+        packed = getattr(model, "packed_modules_mapping", None) or {}
+        self.layout, modules = find_layers(model, packed, scheduler.max_num_seqs + 1, device)
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        self._mapper = mapper.get_rename_mapper() if mapper is not None else None
+        self.vectors = Vectors(self.layout.scaled, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, device)
+        self._reserve(getattr(config.hf_config, "model_type", ""))
+        install(self.layout, modules, self.vectors)
+        self._tenants: OrderedDict[tuple[int, str], Tenant] = OrderedDict()
+        self._pinned: set[int] = set()
+
+    def _reserve(self, model_type: str) -> None:
+        """Makes the tables of the architecture's default targets, so that vLLM counts their memory when it starts."""
+        targets = DEFAULT_TARGETS.get(model_type, [])
+        for layer in self.layout.layers if isinstance(targets, list) else ():
+            span = layer.span({part.module for part in layer.parts if part.module.rpartition(".")[2] in targets})
+            if span is not None:
+                layer.scaled.cover(*span)
+
+    def _rename(self, module: str) -> str:
+        """Returns vLLM's name of a module of transformers, or of the beginning of its name."""
+        if self._mapper is None or not module:
+            return module
+        (name,) = self._mapper.apply_list([module]) or [module]
+        return name
+
+    # What vLLM calls
+
+    def add_adapter(self, request: Any) -> bool:
+        """Loads the adapter of a request, again where it says `load_inplace`; returns whether it is there."""
+        key = _key(request)
+        if key not in self._tenants or request.load_inplace:
+            folder = get_adapter_absolute_path(request.lora_path)
+            if peft_type_of(folder) != "PARA":
+                return self._add_lora(request, folder)
+            tenant = load_tenant(folder, self.layout, self.model_config, self.device, self._rename)
+            self.remove_adapter(request.lora_int_id)
+            self._tenants[key] = tenant
+        self._tenants.move_to_end(key)
+        return True
+
+    def _add_lora(self, request: Any, folder: str) -> bool:
+        if self.lora is None:
+            raise TenantError(
+                f"{folder!r} is a {peft_type_of(folder)} adapter, and this engine serves PARA alone: start it with "
+                'additional_config={"para": {"lora": true}}.'
+            )
+        self._drop(request.lora_int_id)
+        return bool(self.lora.add_adapter(request))
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Drops an adapter; its running requests keep their vectors. Returns whether it was there."""
+        found = self._drop(adapter_id)
+        return bool(self.lora is not None and self.lora.remove_adapter(adapter_id)) or found
+
+    def _drop(self, adapter_id: int) -> bool:
+        keys = [key for key in self._tenants if key[0] == adapter_id]
+        for key in keys:
+            del self._tenants[key]
+        self._pinned.discard(adapter_id)
+        return bool(keys)
+
+    def remove_all_adapters(self) -> None:
+        """Drops all adapters."""
+        self._tenants.clear()
+        self._pinned.clear()
+        if self.lora is not None:
+            self.lora.remove_all_adapters()
+
+    def list_adapters(self) -> set[int]:
+        """Returns the ids of the loaded adapters."""
+        ids = {adapter_id for adapter_id, _ in self._tenants}
+        return ids if self.lora is None else ids | self.lora.list_adapters()
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """Keeps an adapter loaded however many others are."""
+        if any(key[0] == adapter_id for key in self._tenants):
+            self._pinned.add(adapter_id)
+            return True
+        return bool(self.lora is not None and self.lora.pin_adapter(adapter_id))
+
+    def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
+        """Begins a step of a warm-up, which serves no request."""
+        self.vectors.begin_without_requests()
+        if self.lora is not None:
+            self.lora.set_active_adapters(requests, mapping)
+
+    def add_dummy_lora(self, request: Any, rank: int) -> bool:
+        """Adds an adapter of vLLM's warm-up, which PARA has no need of."""
+        return self.lora is None or bool(self.lora.add_dummy_lora(request, rank=rank))
+
+    def dummy_lora_cache(self) -> Any:
+        """Returns the context in which vLLM makes adapters for a warm-up."""
+        return nullcontext() if self.lora is None else self.lora.dummy_lora_cache()
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        """Returns the rank of adapters of a warm-up."""
+        return default_rank if self.lora is None else int(self.lora.get_dummy_lora_warmup_rank(default_rank))
+
+    def supports_tower_connector_lora(self) -> bool:
+        """Whether adapters reach what reads images."""
+        return self.lora is not None and bool(self.lora.supports_tower_connector_lora())
+
+    # What the model runners call
+
+    def tenant(self, request: Any) -> Tenant | None:
+        """Returns the PARA adapter of a request, loading it at its first use; None for LoRA and the base model."""
+        if request is None:
+            return None
+        key = _key(request)
+        if key not in self._tenants:
+            if self.lora is not None and request.lora_int_id in self.lora.list_adapters():
+                return None
+            self.add_adapter(request)
+            if key not in self._tenants:
+                return None
+        self._tenants.move_to_end(key)
+        return self._tenants[key]
+
+    def begin(self, rows: Sequence[Row], lora: tuple[Sequence[int], Sequence[int], set[Any]] | None = None) -> None:
+        """Begins a step.
+
+        Args:
+            rows: its requests, in the order of its tokens.
+            lora: where LoRA is served too, the adapter id of each sampled token and of each token, and the LoRA requests.
+        """
+        if self.vectors.unmade:
+            raise RuntimeError(
+                f"vLLM did not call {self.vectors.unmade[0]!r} in the last step, so that PARA's vectors were not made: this "
+                "version of vLLM computes the model in another way."
+            )
+        self.vectors.begin(rows)
+        self._forget_least_recently_used()
+        if self.lora is not None and lora is not None:
+            sampled, tokens, requests = lora
+            self.lora.set_active_adapters(requests, LoRAMapping(tokens, sampled, is_prefill=True))
+
+    def _forget_least_recently_used(self) -> None:
+        for key in list(self._tenants)[: max(len(self._tenants) - self.capacity, 0)]:
+            if key[0] not in self._pinned:
+                del self._tenants[key]
+
+
+def _key(request: Any) -> tuple[int, str]:
+    return request.lora_int_id, request.lora_path

@@ -1,0 +1,52 @@
+"""The steps of vLLM's model runner V1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .manager import ParaManager
+from .tenants import prompt_length
+from .vectors import Row
+
+
+def attach(runner: Any, manager: ParaManager) -> None:
+    """Lets a runner of the class `vllm.v1.worker.gpu_model_runner.GPUModelRunner` tell a manager of its steps."""
+    execute_model = runner.execute_model
+
+    def releasing(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        manager.vectors.release(scheduler_output.finished_req_ids)
+        manager.vectors.release(scheduler_output.preempted_req_ids or ())
+        return execute_model(scheduler_output, *args, **kwargs)
+
+    def set_active_loras(
+        input_batch: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        rows = _rows(input_batch, num_scheduled_tokens.tolist(), manager)
+        lora = None
+        if manager.lora is not None:
+            sampled = num_scheduled_tokens.clip(max=1) if num_sampled_tokens is None else num_sampled_tokens
+            of_samples, of_tokens, requests = input_batch.make_lora_inputs(num_scheduled_tokens, sampled)
+            requests = {request for request in requests if manager.tenant(request) is None}
+            ids = {request.lora_int_id for request in requests}
+            lora = (
+                tuple(int(adapter) if adapter in ids else 0 for adapter in of_samples),
+                tuple(int(adapter) if adapter in ids else 0 for adapter in of_tokens),
+                requests,
+            )
+        manager.begin(rows, lora)
+
+    runner.execute_model = releasing
+    runner.set_active_loras = set_active_loras
+
+
+def _rows(batch: Any, num_tokens: list[int], manager: ParaManager) -> list[Row]:
+    rows = []
+    for index, (request, tokens) in enumerate(zip(batch.req_ids, num_tokens, strict=True)):
+        tenant = manager.tenant(batch.lora_id_to_lora_request.get(int(batch.request_lora_mapping[index])))
+        prompt = 0
+        if tenant is not None and batch.num_computed_tokens_cpu[index] == 0:
+            prompt = prompt_length(
+                batch.token_ids_cpu[index, : batch.num_prompt_tokens[index]].tolist(), tenant.prompt_end
+            )
+        rows.append(Row(request, tenant, tokens, prompt))
+    return rows
