@@ -5,6 +5,7 @@ printed with its seed, which gives the same input again: `--seed 7 --first 4711 
 """
 
 import argparse
+import copy
 import json
 import random
 import sys
@@ -97,24 +98,28 @@ def nodes(content: Any) -> Iterator[tuple[Any, Any]]:
         yield from nodes(value)
 
 
+def strange(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(STRANGE))
+
+
 def damage_structure(content: Any, rng: random.Random) -> Any:
     """Returns JSON content with one to three strange values, keys, or things that are missing."""
     content = json.loads(json.dumps(content))
     for _ in range(rng.randint(1, 3)):
         places = list(nodes(content))
         if not places or rng.random() < 0.02:
-            return rng.choice(STRANGE)
+            return strange(rng)
         container, key = rng.choice(places)
         how = rng.random()
         if how < 0.6:
-            container[key] = rng.choice(STRANGE)
+            container[key] = strange(rng)
         elif how < 0.75:
             del container[key]
         elif isinstance(container, dict):
             name = rng.choice([value for value in STRANGE if isinstance(value, str)])
-            container[name] = container[key] if how < 0.9 else rng.choice(STRANGE)
+            container[name] = copy.deepcopy(container[key]) if how < 0.9 else strange(rng)
         else:
-            container.append(rng.choice(STRANGE))
+            container.append(strange(rng))
     return content
 
 
