@@ -15,10 +15,10 @@ ROOT = Path(__file__).parent.parent
 
 def check(tag: str, root: Path) -> None:
     """Raises where the package or the change log is not of the tag's version."""
-    version = re.search(r'^__version__ = "(.+)"$', (root / "peft_fanlora/__init__.py").read_text(), re.MULTILINE)
+    version = re.search(r'^__version__ = "(.+)"$', (root / "peft_fanlora/version.py").read_text(), re.MULTILINE)
     if version is None or tag != f"v{version[1]}":
         raise SystemExit(
-            f"The tag is {tag!r}, but peft_fanlora/__init__.py has {version and version[1]!r}: make them one."
+            f"The tag is {tag!r}, but peft_fanlora/version.py has {version and version[1]!r}: make them one."
         )
     if not re.search(
         rf"^## \[{re.escape(version[1])}\] - \d{{4}}-\d\d-\d\d$", (root / "CHANGELOG.md").read_text(), re.MULTILINE

@@ -12,6 +12,7 @@ from .para import ParaConfig, ParaModel, get_prompt_end_token_ids
 from .serving.loading import load_as_saved
 from .serving.tenants import load_tenant
 from .sharing.saving import write_cards
+from .version import __version__ as __version__
 
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ def __dir__() -> list[str]:
 
 load_as_saved()
 write_cards()
-
-__version__ = "0.1.0.dev0"
 
 __all__ = [
     "FanLoraCallback",

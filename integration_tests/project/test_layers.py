@@ -13,11 +13,13 @@ MODULES = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in sor
 NAMES = {".".join(parts).removesuffix(".__init__") for parts in MODULES.values()}
 MAY_IMPORT = {
     "command_line": {"fanlora", "para", "serving", "sharing"},
-    "fanlora": {"registration", "serving", "sharing"},
+    "fanlora": {"registration", "serving", "sharing", "version"},
     "para": {"registration", "serving", "sharing"},
     "registration": {"sharing"},
     "serving": set(),
     "sharing": set(),
+    "version": set(),
+    "vllm_plugin": {"para", "sharing"},
 }
 
 

@@ -112,7 +112,7 @@ def test_the_readme_on_an_index_has_no_relative_links() -> None:
 
 def test_a_release_needs_a_tag_of_its_version_and_a_dated_change_log(tmp_path: Path) -> None:
     (tmp_path / "peft_fanlora").mkdir()
-    (tmp_path / "peft_fanlora/__init__.py").write_text('__version__ = "1.2.0"\n')
+    (tmp_path / "peft_fanlora/version.py").write_text('__version__ = "1.2.0"\n')
     (tmp_path / "CHANGELOG.md").write_text("## [1.2.0] - 2026-01-02\n")
     RELEASE["check"]("v1.2.0", tmp_path)
     with pytest.raises(SystemExit, match=r"The tag is 'v1.2.1', but .* has '1.2.0'"):

@@ -189,7 +189,13 @@ class FanLoraSetting:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the setting as plain JSON types; `from_dict` reads it back."""
-        return setting_file.content_of(self)
+        return setting_file.content_of(
+            self.kept,
+            self.dropped,
+            num_layers=self.num_layers,
+            model_type=self.model_type,
+            calibration=self.calibration,
+        )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "FanLoraSetting":

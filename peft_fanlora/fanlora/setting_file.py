@@ -5,36 +5,42 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ..version import __version__
 from .modules import ModuleName
 
-
-if TYPE_CHECKING:
-    from .setting import FanLoraSetting
 
 SETTING_NAME = "fanlora_setting.json"
 HEAT_MAP = "fanlora_importance.png"
 FORMAT_VERSION = 1
 
 
-def content_of(setting: FanLoraSetting) -> dict[str, Any]:
-    """Returns a setting as plain JSON types."""
-    from .. import __version__
+Scored = Mapping[ModuleName, float | None]
 
+
+def content_of(
+    kept: Scored,
+    dropped: Scored,
+    *,
+    num_layers: Mapping[str, int],
+    model_type: str | None,
+    calibration: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns the fields of a setting as plain JSON types."""
     blocks: dict[str, dict[str, Any]] = {}
-    for choice, modules in (("kept", setting.kept), ("dropped", setting.dropped)):
+    for choice, modules in (("kept", kept), ("dropped", dropped)):
         for module, score in modules.items():
             blocks.setdefault(module.block, {"kept": {}, "dropped": {}})[choice][module.role] = score
     return {
         "format_version": FORMAT_VERSION,
         "peft_fanlora_version": __version__,
-        "model_type": setting.model_type,
-        "num_layers": dict(setting.num_layers),
-        "calibration": dict(setting.calibration),
+        "model_type": model_type,
+        "num_layers": dict(num_layers),
+        "calibration": dict(calibration),
         "blocks": blocks,
     }
 
@@ -54,10 +60,10 @@ def check(content: Any, where: str) -> None:
 
     if not isinstance(content, Mapping):
         raise ValueError(f"{where} is {short(content)}, and a FanLoRA setting is a JSON object.")
-    version = content.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
+    found = content.get("format_version")
+    if type(found) is not int or found != FORMAT_VERSION:
         raise ValueError(
-            f"{where} has format version {short(version)}, this peft_fanlora reads {FORMAT_VERSION}; {_remedy(content)}"
+            f"{where} has format version {short(found)}, this peft_fanlora reads {FORMAT_VERSION}; {_remedy(content)}"
         )
     given = {key: value for key, value in content.items() if value is not None}
     if unknown := checked(SettingFile, given, where).unknown_fields():
@@ -76,8 +82,8 @@ def check(content: Any, where: str) -> None:
 
 
 def _remedy(content: Mapping[Any, Any]) -> str:
-    version, writer = content.get("format_version"), content.get("peft_fanlora_version")
-    if type(version) is not int or version < FORMAT_VERSION:
+    found, writer = content.get("format_version"), content.get("peft_fanlora_version")
+    if type(found) is not int or found < FORMAT_VERSION:
         return f"it has to be {FORMAT_VERSION}."
     if isinstance(writer, str) and writer.isprintable() and len(writer) < 40:
         return f"upgrade it with `pip install -U 'peft-fanlora>={writer}'`, the version that wrote the setting."
