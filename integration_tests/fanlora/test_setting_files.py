@@ -198,6 +198,7 @@ CONFIGS: dict[str, Callable[..., PeftConfig]] = {"FanLoRA": FanLoraConfig, "PARA
         ("FanLoRA", {"use_dora": "yes"}, "use_dora is 'yes', and has to be a valid boolean"),
         ("FanLoRA", {"base_model_name_or_path": 3}, "base_model_name_or_path is 3, and has to be a valid string"),
         ("FanLoRA", {"base_model_name_or_path": "a\nb"}, "has to be text on one line"),
+        ("FanLoRA", {"monteclora_config": {"later": 1}}, "a field that this version of PEFT does not know: .*'later'"),
         ("PARA", {"r": "12"}, "r='12' is not a width"),
         ("PARA", {"pooling": {}}, r"ParaConfig: pooling is \{\}, and has to be a valid string"),
         ("PARA", {"activation": ["gelu"]}, r"activation is \['gelu'\], and has to be a valid string"),

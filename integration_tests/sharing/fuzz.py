@@ -184,7 +184,7 @@ def outcome(folder: Path, kind: tuple[str, Any, Callable[[Path], None]], rng: ra
     except ValueError as error:
         return "refused" if name in str(error) else f"a message without the file: {error}"
     except Exception:
-        return traceback.format_exc()
+        return traceback.format_exc()[-3_000:]
     return "read"
 
 

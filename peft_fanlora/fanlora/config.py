@@ -71,7 +71,15 @@ class FanLoraConfig(StoredConfig, LoraConfig):
         everywhere = self.target_modules is None or str(self.target_modules).lower() == "all-linear"
         if everywhere:
             self.target_modules = None  # LoraConfig refuses layers_to_transform beside a string
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise ValueError(  # PEFT would look for the keyword among this class's fields, in a recursion without end
+                f"FanLoraConfig: a variant of LoRA has a field that this version of PEFT does not know: {error}. Remove the "
+                "field, or upgrade PEFT."
+            ) from error
         self.peft_type = _FANLORA
         if everywhere:
             self.target_modules = "all-linear"
