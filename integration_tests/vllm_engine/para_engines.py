@@ -21,12 +21,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 VOCAB = 128
 LLAMA = {
     "vocab_size": VOCAB,
-    "hidden_size": 64,
+    "hidden_size": 128,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,  # which vLLM's attention on CPUs knows
+    "head_dim": 32,  # which vLLM's attention on CPUs knows, and which some models take from the other two sizes
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
     "bos_token_id": 1,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from importlib.metadata import version
 from pkgutil import resolve_name
 from typing import Any
 
@@ -85,8 +84,10 @@ def problems(names: dict[str, tuple[str, ...]] = NAMES) -> list[str]:
 
 def refusal(found: list[str]) -> str:
     """Returns what an engine that asks for PARA says where something is missing."""
+    import vllm
+
     return (
-        f"vLLM {version('vllm')} has moved on from what peft-fanlora's plugin knows (tested with {TESTED}), so that it cannot "
+        f"vLLM {vllm.__version__} has moved on from what peft-fanlora's plugin knows (tested with {TESTED}), so that it cannot "
         f"serve PARA: {found[0]}{f', and {len(found) - 1} more' if len(found) > 1 else ''}. Install vLLM {TESTED}, or "
         "a newer peft-fanlora."
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from vllm.config import set_current_vllm_config
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.peft_helper import PEFTHelper
 
@@ -80,7 +81,8 @@ class Front:
                 raise TenantError(
                     f"transformers has no {architecture!r}, so that no adapter can be compared with the served model."
                 )
-            with torch.device("meta"):
+            # Where the engine runs in this process on vLLM's Transformers backend, it has changed these classes.
+            with set_current_vllm_config(self.config), torch.device("meta"):
                 self._shapes = linear_shapes(model_class(config))
         return self._shapes
 
