@@ -1,7 +1,7 @@
-"""FanLoRA and PARA for Hugging Face PEFT: fine-tuning for one backbone that serves many tenants.
+"""FanLoRA and PARA for Hugging Face PEFT: fine-tuning methods for serving many tenants on one base model.
 
-Importing this package registers both methods with PEFT, and lets their adapters be saved with a model card
-and loaded as they were saved. What training and scoring need beyond that is loaded at first use.
+Importing this package registers both methods with PEFT, saves their adapters with a model card, and checks adapters
+when they are loaded. Modules for training and scoring are imported at first use.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,9 +1,9 @@
-"""Makes FanLoRA and PARA known to PEFT, as if they were methods of its own.
+"""Registers FanLoRA and PARA with PEFT, like its built-in methods.
 
-PEFT looks a method up by its `PeftType`, an enumeration that it closes at import. `aenum.extend_enum` adds the members
-(so they are listed, compared, hashed and pickled like the built-in ones), and PEFT's own `register_peft_method` fills
-its tables. No file of PEFT is changed, and no function of it replaced here; `sharing.saving` and
-`serving.loading` wrap three methods of `PeftModel`.
+PEFT identifies methods by `PeftType`, an enumeration that cannot be subclassed. `aenum.extend_enum` adds the members,
+so that they are listed, compared, hashed and pickled like the built-in ones, and PEFT's `register_peft_method` fills
+its tables. No file or function of PEFT is changed here; `sharing.saving` and `serving.loading` wrap three methods of
+`PeftModel`.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def add_peft_type(name: str) -> PeftType:
-    """Returns the member of `PeftType` that is called `name`, adding it where PEFT does not have it.
+    """Returns the member `name` of `PeftType`, adding it if PEFT does not have it.
 
     Args:
-        name: the name of the method in upper case, which is also the `peft_type` in an `adapter_config.json`.
+        name: the method's name in upper case, which is also the `peft_type` in an `adapter_config.json`.
     """
     if name not in PeftType.__members__:
         extend_enum(PeftType, name, name)
@@ -44,16 +44,17 @@ def register(
     model_cls: type[BaseTuner],
     card: Callable[[SavedAdapter[Any], BaseModel, str], Part] | str | None = None,
 ) -> None:
-    """Registers a method with PEFT; to do so again with the same classes does nothing.
+    """Registers a method with PEFT. Repeated calls with the same classes have no effect.
 
-    The method keeps the parameter prefix of its `model_cls`: `lora_` stays shared with LoRA, whose layers FanLoRA uses.
+    The method uses the parameter prefix of its `model_cls`: FanLoRA shares `lora_` with LoRA, whose layers it uses.
 
     Args:
-        name: the name of the method in lower case.
-        config_cls: its configuration.
-        model_cls: its tuner.
-        card: returns what the card of a saved adapter says, given the adapter, its base model, and the folder or id by
-            which code names it; or where that function is, as "package.module:function". Without it PEFT's card stays.
+        name: the method's name in lower case.
+        config_cls: its configuration class.
+        model_cls: its tuner class.
+        card: a function that returns the method's part of a model card, given the saved adapter, its base model, and
+            the folder or Hub id for the card's code; or its location as "package.module:function". Without it, PEFT's
+            card is kept.
 
     Raises:
         RuntimeError: another package has registered a method of this name.
@@ -62,9 +63,9 @@ def register(
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
     if registered not in (None, config_cls):
         raise RuntimeError(
-            f"PEFT already has a method called {name!r}, registered by {registered.__module__}.{registered.__qualname__}; "
-            f"{config_cls.__module__}.{config_cls.__qualname__} cannot be registered under the same name. "
-            "Import only one of the two packages in a process."
+            f"PEFT already has a method called {name!r}, registered by "
+            f"{registered.__module__}.{registered.__qualname__}; {config_cls.__module__}.{config_cls.__qualname__} "
+            "cannot be registered under the same name. Import only one of the two packages in a process."
         )
     if registered is None:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix)

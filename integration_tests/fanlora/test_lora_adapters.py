@@ -34,8 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 NOT_MIXED = {
     "mixtral": "ParamWrapper does not support mixed adapter batches",
     "qwen3_moe": "ParamWrapper does not support mixed adapter batches",
-    "deberta": "not certain to which of them the input of deberta.encoder.layer.0.attention.self.pos_proj belongs",
-    "deberta-v2": "not certain to which of them the input of deberta.encoder.layer.0.attention.self.query_proj belongs",
+    "deberta": "the rows cannot be found in the input of deberta.encoder.layer.0.attention.self.pos_proj",
+    "deberta-v2": "the rows cannot be found in the input of deberta.encoder.layer.0.attention.self.query_proj",
 }
 """Architectures with linear layers on which no mixed batch runs."""
 

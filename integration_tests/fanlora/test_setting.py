@@ -83,7 +83,7 @@ def test_duplicates_are_refused(tmp_path: Path) -> None:
     written(tmp_path)
     file = tmp_path / "fanlora_setting.json"
     file.write_text(file.read_text().replace('"mlp.up_proj": null', '"mlp.up_proj": 1, "mlp.up_proj": null', 1))
-    with pytest.raises(ValueError, match=r"'mlp.up_proj' stands twice"):
+    with pytest.raises(ValueError, match=r"'mlp.up_proj' appears twice"):
         FanLoraSetting.from_pretrained(tmp_path)
     setting = scored()
     with pytest.raises(ValueError, match="among the kept and among the dropped"):

@@ -265,7 +265,7 @@ def test_bench_leaves_out_what_a_model_cannot_have(tmp_path: Path) -> None:
     MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2)).save_pretrained(
         tmp_path / "mamba"
     )
-    assert "keeps no KV cache" in refusal("bench", tmp_path / "mamba", "--rounds", 2)
+    assert "has no KV cache" in refusal("bench", tmp_path / "mamba", "--rounds", 2)
 
 
 def one_row(folder: Path) -> Path:
@@ -285,9 +285,9 @@ WRONG: list[tuple[Callable[[dict[str, Path], Path], tuple[Any, ...]], str]] = [
     (lambda places, tmp: ("bench", "me/nothing"), "There is no model at 'me/nothing'"),
     (lambda places, tmp: ("bench", places["base"], "--tenants", 9, "--batch-size", 2), "pass at least 9"),
     (lambda places, tmp: ("find", "me/nothing", "rows.jsonl"), "There is no model at 'me/nothing'"),
-    (lambda places, tmp: ("find", places["base"], "me/no-rows"), "There is no data set"),
+    (lambda places, tmp: ("find", places["base"], "me/no-rows"), "There is no readable data set"),
     (lambda places, tmp: ("find", places["base"], one_row(tmp), "--split", "x"), "has 1 rows"),
-    (lambda places, tmp: ("find", places["base"], places["base"] / "README.md"), "There is no data set"),
+    (lambda places, tmp: ("find", places["base"], places["base"] / "README.md"), "There is no readable data set"),
     (lambda places, tmp: ("find", "--adapter", "me/nothing", one_row(tmp)), "There is no adapter at 'me/nothing'"),
     (lambda places, tmp: ("find", "--adapter", places["para"], one_row(tmp)), "is of type PARA: pass a LoRA adapter"),
 ]

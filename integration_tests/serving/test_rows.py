@@ -198,7 +198,7 @@ def test_experts_are_refused_and_what_is_around_them_is_not(rows: int, tokens: i
     torch.manual_seed(0)
     hidden = torch.randn(rows, tokens, 8)
     everything = adapted(Mixture(), target_modules=r".*\.(experts\.\d|out)")
-    with torch.no_grad(), pytest.raises(ValueError, match=r"not certain .* layers\.0\.experts\.\d+ belongs"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"cannot be found .* layers\.0\.experts\.\d+,"):
         everything(hidden, adapter_names=["default", "two"] * (rows // 2))
     around = adapted(Mixture(), target_modules=["gate", "out"])
     check(around, {"hidden": hidden}, by_row({"hidden": hidden}, rows))
@@ -207,7 +207,7 @@ def test_experts_are_refused_and_what_is_around_them_is_not(rows: int, tokens: i
 def test_experts_of_a_pretrained_model_are_refused() -> None:
     batch = {"input_ids": ids(2, 7), "decoder_input_ids": ids(2, 5)}
     model = made(tf.SwitchTransformersForConditionalGeneration, SWITCH, task_type="SEQ_2_SEQ_LM")
-    with torch.no_grad(), pytest.raises(ValueError, match=r"not certain .*expert_\d\.wi belongs"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"cannot be found .*expert_\d\.wi,"):
         model(**batch, adapter_names=["default", "two"])
     attention = made(
         tf.SwitchTransformersForConditionalGeneration, SWITCH, task_type="SEQ_2_SEQ_LM", target_modules=["q", "v"]
@@ -221,7 +221,7 @@ def test_what_all_rows_share_is_refused(rows: int) -> None:
     batch = {"input_ids": ids(rows, 7)}
     names = ["default", "two"] * (rows // 2)
     model = made(tf.DebertaV2ForSequenceClassification, DEBERTA)
-    with torch.no_grad(), pytest.raises(ValueError, match=r"not certain .*query_proj belongs"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"cannot be found .*query_proj,"):
         model(**batch, adapter_names=names)
     values = made(tf.DebertaV2ForSequenceClassification, DEBERTA, target_modules=["value_proj", "dense"])
     check(values, batch, by_row(batch, rows))

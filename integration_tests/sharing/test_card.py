@@ -60,7 +60,7 @@ def run(code: str, folder: Path) -> str:
 def test_the_code_runs_in_a_new_process(tmp_path: Path) -> None:
     for method in ("FanLoRA", "PARA"):
         made(method, saved_base(tmp_path)).save_pretrained(tmp_path / method)
-        assert f"import peft_fanlora  # makes {method} known to PEFT" in code_of(tmp_path / method)
+        assert f"import peft_fanlora  # registers {method} with PEFT" in code_of(tmp_path / method)
     assert len(run(f"{code_of(tmp_path / 'FanLoRA')}\n{code_of(tmp_path / 'PARA')}", tmp_path).splitlines()) == 2
 
 

@@ -35,9 +35,9 @@ def test_a_damaged_file_is_read_or_refused(tmp_path: Path, kind: str, rng: Any) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("---\ntags: [\n---\n", "has metadata that cannot be read: .*Correct what stands between its two lines '---'"),
+        ("---\ntags: [\n---\n", "has metadata that cannot be read: .*Correct the text between its two lines '---'"),
         ("---\n- a\n---\n", "has metadata that cannot be read"),
-        ("---\ntags: [1]\n---\n", r"has metadata that cannot be read: tags is '\[1\]', and has to be a list of words"),
+        ("---\ntags: [1]\n---\n", r"has metadata that cannot be read: tags is '\[1\]', but must be a list of words"),
         (f"---\na: {'[' * 5_000}\n---\n", "has metadata that cannot be read"),
         ("---\nmodel-index: 3\n---\n", "has metadata that cannot be read"),
     ],

@@ -72,7 +72,7 @@ def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     ("obstacle", "message"),
     [
         ("a file in the place of the folder", "a file"),
-        ("a folder in the place of a file", "is a folder in the place of a file"),
+        ("a folder in the place of a file", "is a folder, but a file of this name must be written"),
         ("a read-only folder", "Permission denied: "),
         ("files limited to 512 bytes", "File too large"),
     ],

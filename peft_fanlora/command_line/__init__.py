@@ -1,10 +1,10 @@
-"""`peft-fanlora`, the command line."""
+"""The command line `peft-fanlora`."""
 
 import sys
 
 
 def main() -> None:
-    """Runs the command line, or says what is missing for it."""
+    """Runs the command line, or exits with a message if a package is missing."""
     try:
         from .app import app
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""`bench`: one decoding step with each method, on the user's own model."""
+"""The command `bench`: times a decoding step with each method on a given model."""
 
 import copy
 from typing import Any
@@ -81,7 +81,7 @@ def bench(
 def _contestants(
     base: nn.Module, setting: FanLoraSetting, tenants: int, rows: int, r: int
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """Returns those that this model can have, all on the same weights in memory, and why others are missing."""
+    """Returns the methods that this model supports, all on the same weights, and why others are missing."""
     configs: dict[str, PeftConfig] = {
         "LoRA, all linear layers": LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM"),
         "FanLoRA, all linear layers": FanLoraConfig(r=r, task_type="CAUSAL_LM"),
@@ -105,7 +105,7 @@ def _contestants(
 
 
 def _two_per_layer(base: nn.Module) -> FanLoraSetting:
-    """Returns a setting for timing alone: the first linear layer of each part of a block, as of attention and MLP."""
+    """Returns a setting for timing only: the first linear layer of each part of a block, such as attention and MLP."""
     first: dict[tuple[str, str], str] = {}
     for name in candidates(base):
         module = ModuleName.parse(name)

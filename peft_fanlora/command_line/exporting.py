@@ -1,4 +1,4 @@
-"""`export`: a FanLoRA adapter as plain LoRA."""
+"""The command `export`: saves a FanLoRA adapter as plain LoRA."""
 
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,15 @@ from .output import quiet_stdout, show_facts, show_json
 
 
 def export(where: str, output: Path, as_json: bool) -> None:
-    """Exports an adapter. The weights of the base model are neither needed nor read.
+    """Exports an adapter. The weights of the base model are not loaded.
 
     Raises:
-        ValueError: there is no FanLoRA adapter, its base model is unknown, or it is more than plain LoRA.
+        ValueError: there is no FanLoRA adapter, its base model is unknown, or it has features beyond plain LoRA.
     """
     found = sources.adapter_or_setting(where)
     if isinstance(found, FanLoraSetting) or not isinstance(found.config, FanLoraConfig):
         what = "a setting, which has no weights" if isinstance(found, FanLoraSetting) else "a PARA adapter"
-        raise ValueError(f"{where} is {what}; only FanLoRA adapters can be written as plain LoRA.")
+        raise ValueError(f"{where} is {what}; only FanLoRA adapters can be exported as plain LoRA.")
     if output.is_file():
         raise ValueError(f"{output} is a file; pass the folder to write.")
     with quiet_stdout():
@@ -40,7 +40,7 @@ def export(where: str, output: Path, as_json: bool) -> None:
 
 
 def _bare(adapter: SavedAdapter[FanLoraConfig]) -> Any:
-    """Returns the base model with room for its weights that is never written to, and so takes no memory."""
+    """Returns the base model with uninitialized weights that are never written, and so take no memory."""
     config = adapter.config
     if not config.base_model_name_or_path:
         raise ValueError(

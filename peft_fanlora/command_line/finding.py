@@ -1,4 +1,4 @@
-"""`find`: steps (a) to (c) of FanLoRA on a model and a data set."""
+"""The command `find`: steps (a) to (c) of FanLoRA on a model and a data set."""
 
 import json
 import tempfile
@@ -40,7 +40,7 @@ class Plan:
 def run(
     plan: Plan, dataset: str, split: str, name: str | None, rows: int | None, calibration_rows: int
 ) -> tuple[dict[str, Any], FanLoraSetting]:
-    """Finds a setting and writes it; returns the report as well.
+    """Finds a setting and saves it. Returns the report and the setting.
 
     Raises:
         ValueError: the model or the data cannot be read, or the data has too few rows.
@@ -107,7 +107,7 @@ def run(
 
 
 def show(report: dict[str, Any]) -> None:
-    """Prints what the choice costs."""
+    """Prints the losses before and after pruning, and the kept modules."""
     show_facts(
         f"loss on the {report['calibration_rows']} calibration rows in nats per token, without retraining after pruning",
         {name: f"{loss:.3f}" for name, loss in report["calibration_loss"].items()},
@@ -124,8 +124,8 @@ def _read(
     data = sources.dataset(dataset, split, name, rows)
     if len(data) <= calibration_rows:
         raise ValueError(
-            f"The data set has {len(data)} rows, of which {calibration_rows} are used for scoring: pass more rows or a "
-            "smaller --calibration-rows."
+            f"The data set has {len(data)} rows, of which {calibration_rows} are used for scoring: pass more rows or "
+            "a smaller --calibration-rows."
         )
     return sources.tokenizer(plan.model), sources.causal_model(plan.model), data.shuffle(seed=plan.seed)
 

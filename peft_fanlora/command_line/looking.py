@@ -1,4 +1,4 @@
-"""`show`, `plot` and `compare`: what there is, without a model."""
+"""The commands `show`, `plot` and `compare`, which do not load a model."""
 
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,14 @@ def compare(first: str, second: str, as_json: bool) -> None:
     """Compares two settings.
 
     Raises:
-        ValueError: they are of models of different families or depths.
+        ValueError: their models have different model types or depths.
     """
     one, other = sources.setting(first), sources.setting(second)
     if (one.model_type, one.num_layers) != (other.model_type, other.num_layers):
         raise ValueError(
             f"{first} belongs to a {one.model_type!r} model with {one.num_layers} layers, {second} to a "
-            f"{other.model_type!r} model with {other.num_layers}: only settings of the same model type and depth can be "
-            "compared module by module."
+            f"{other.model_type!r} model with {other.num_layers}: only settings of the same model type and depth can "
+            "be compared module by module."
         )
     both = one.kept.keys() & other.kept.keys()
     either = one.kept.keys() | other.kept.keys()

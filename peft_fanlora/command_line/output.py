@@ -1,4 +1,4 @@
-"""How the commands answer: tables for people, JSON for programs, and one line for what a user can put right."""
+"""The output of the commands: tables, JSON, and one-line errors."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ _FOR_USERS = (ValueError, OSError, NotImplementedError, ModuleNotFoundError)
 
 
 def answers_in_one_line(command: Command) -> Command:
-    """Lets a command print errors that a user can put right as one line, with the exit code 1."""
+    """Decorator that prints errors that the user can fix as one line, with the exit code 1."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -35,17 +35,17 @@ def answers_in_one_line(command: Command) -> Command:
 
 
 def quiet_stdout() -> redirect_stdout:
-    """Sends what libraries print in the context to stderr, so that stdout has the answer alone."""
+    """Redirects library output in the context to stderr, so that stdout only has the result."""
     return redirect_stdout(sys.stderr)
 
 
 def show_json(content: Mapping[str, Any]) -> None:
-    """Prints an answer for programs."""
+    """Prints a result as JSON."""
     typer.echo(json.dumps(content, indent=2))
 
 
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """Prints names and values."""
+    """Prints a table of names and values."""
     table = Table(show_header=False)
     for name, value in facts.items():
         is_count = isinstance(value, int) and not isinstance(value, bool)
@@ -54,7 +54,7 @@ def show_facts(title: str, facts: Mapping[str, Any]) -> None:
 
 
 def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Prints rows; all columns but the first and the last are numbers."""
+    """Prints a table; all columns except the first and the last are numbers."""
     table = Table()
     columns = list(columns)
     for position, column in enumerate(columns):
@@ -65,7 +65,7 @@ def show_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]
 
 
 def _plain(value: Any) -> str:
-    """Returns a value as text without a meaning to rich or to the terminal, whoever wrote it."""
+    """Returns a value as text in which rich markup and terminal control characters are escaped."""
     return escape(_visible(str(value)))
 
 

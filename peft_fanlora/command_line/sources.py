@@ -1,4 +1,4 @@
-"""What the commands read: adapters and settings, models, data sets; each a path or an id of the Hub."""
+"""Loads the inputs of the commands: adapters, settings, models and data sets, each from a path or a Hub id."""
 
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,10 @@ FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "par
 
 
 def adapter_or_setting(where: str) -> SavedAdapter[Any] | FanLoraSetting:
-    """Returns the adapter that is there, else the setting.
+    """Returns the adapter at a path or Hub id, else the setting.
 
     Raises:
-        ValueError: there is neither, an adapter of another method, or a file with wrong content.
+        ValueError: there is neither, an adapter of another method, or a file with invalid content.
     """
     folder = Path(where)
     if not folder.is_dir():
@@ -39,7 +39,8 @@ def adapter_or_setting(where: str) -> SavedAdapter[Any] | FanLoraSetting:
     peft_type = content.get("peft_type")
     if peft_type not in ("FANLORA", "PARA"):
         raise ValueError(
-            f"{where} is an adapter of type {short(peft_type)}, says its {CONFIG_NAME}; this is for FanLoRA and PARA."
+            f"{where} is an adapter of type {short(peft_type)}, according to its {CONFIG_NAME}: use a FanLoRA or PARA "
+            "adapter."
         )
     config: Any = FanLoraConfig if peft_type == "FANLORA" else ParaConfig
     try:
@@ -49,7 +50,7 @@ def adapter_or_setting(where: str) -> SavedAdapter[Any] | FanLoraSetting:
 
 
 def adapter_config(where: str) -> FanLoraConfig:
-    """Returns the configuration with which a LoRA or FanLoRA adapter is scored.
+    """Returns the configuration for scoring a LoRA or FanLoRA adapter.
 
     Raises:
         ValueError: there is no such adapter.
@@ -58,17 +59,17 @@ def adapter_config(where: str) -> FanLoraConfig:
         config = PeftConfig.from_pretrained(where)
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise ValueError(
-            f"There is no adapter at {where!r}: it is neither a folder with a {CONFIG_NAME} nor a Hub repository that can "
-            "be read. For a private repository, log in with `hf auth login`."
+            f"There is no adapter at {where!r}: it is neither a folder with a {CONFIG_NAME} nor a readable Hub "
+            "repository. For a private repository, log in with `hf auth login`."
         ) from error
     return config if isinstance(config, FanLoraConfig) else FanLoraConfig.from_lora(config)
 
 
 def base_model_of(adapter: str) -> str:
-    """Returns the base model that an adapter names.
+    """Returns the base model in an adapter's configuration.
 
     Raises:
-        ValueError: there is no adapter, or it names no base model.
+        ValueError: there is no adapter, or it has no base model.
     """
     base = adapter_config(adapter).base_model_name_or_path
     if not base:
@@ -77,7 +78,7 @@ def base_model_of(adapter: str) -> str:
 
 
 def setting(where: str) -> FanLoraSetting:
-    """Returns the setting that is there, by itself or in an adapter.
+    """Returns the setting at a path or Hub id, which may be in an adapter.
 
     Raises:
         ValueError: there is none.
@@ -95,8 +96,8 @@ def _setting(where: str) -> FanLoraSetting:
         return FanLoraSetting.from_pretrained(where)
     except FileNotFoundError as error:
         raise ValueError(
-            f"There is no FanLoRA or PARA adapter and no FanLoRA setting at {where!r}: it is neither a folder that contains "
-            "one nor a Hub repository that can be read. For a private repository, log in with `hf auth login`."
+            f"There is no FanLoRA or PARA adapter and no FanLoRA setting at {where!r}: it is neither a folder with "
+            "one nor a readable Hub repository. For a private repository, log in with `hf auth login`."
         ) from error
 
 
@@ -110,8 +111,8 @@ def model_config(where: str) -> Any:
         return AutoConfig.from_pretrained(where)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"There is no model at {where!r}: it is neither a folder with a config.json that transformers knows nor "
-            "a Hub repository that can be read. For a private repository, log in with `hf auth login`."
+            f"There is no model at {where!r}: it is neither a folder with a config.json that transformers knows nor a "
+            "readable Hub repository. For a private repository, log in with `hf auth login`."
         ) from error
 
 
@@ -141,10 +142,10 @@ def dataset(where: str, split: str, name: str | None, rows: int | None) -> Any:
     """Returns a data set.
 
     Args:
-        where: a file (.jsonl, .json, .csv, .parquet, .txt with one example per line), a folder, or an id of the Hub.
-        split: which split.
+        where: a file (.jsonl, .json, .csv, .parquet, .txt with one example per line), a folder, or a Hub id.
+        split: the split.
         name: the configuration of a data set that has several.
-        rows: how many rows to take, from the beginning; None for all.
+        rows: how many of the first rows to use; None for all.
 
     Raises:
         ValueError: there is no such data set.
@@ -157,11 +158,11 @@ def dataset(where: str, split: str, name: str | None, rows: int | None) -> Any:
             if file.suffix not in FILE_KINDS:
                 raise ValueError(f"files end in {', '.join(FILE_KINDS)}")
             data = datasets.load_dataset(FILE_KINDS[file.suffix], data_files=where, split="train")
-        elif (file / "state.json").exists():  # of `Dataset.save_to_disk`
+        elif (file / "state.json").exists():  # saved by `Dataset.save_to_disk`
             data = datasets.load_from_disk(where)
         else:
             data = datasets.load_dataset(where, name, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"There is no data set that can be read at {where!r}: {reason}") from error
+        raise ValueError(f"There is no readable data set at {where!r}: {reason}") from error
     return data if rows is None else data.select(range(min(rows, len(data))))

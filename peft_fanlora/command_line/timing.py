@@ -1,4 +1,4 @@
-"""Times models in turns, so that whatever else slows the machine slows all of them."""
+"""Times models in turns, so that other load on the machine affects all of them."""
 
 import copy
 import inspect
@@ -24,10 +24,10 @@ class Contestant:
     """A model to time.
 
     Attributes:
-        name: what the results call it.
+        name: its name in the results.
         model: the model.
-        call: what its calls take besides the tokens, such as `adapter_names`.
-        parameters: the adapter's parameters, of one tenant.
+        call: the arguments of its calls besides the tokens, such as `adapter_names`.
+        parameters: the number of parameters of one tenant's adapter.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Contestant:
 
 @dataclass
 class Stopwatch:
-    """Measures the seconds of a call, on CUDA by events on its stream.
+    """Measures the seconds of a call, on CUDA with events.
 
     Attributes:
         device: such as "cpu" or "cuda:0".
-        processor_time: whether to count the processor's seconds rather than the clock's, all threads together. On a
-            machine that does other work meanwhile, one thread (`OMP_NUM_THREADS=1`) and this give the steadier ratios.
+        processor_time: whether to measure the CPU time of all threads instead of wall-clock time. On a machine with
+            other load, this and a single thread (`OMP_NUM_THREADS=1`) give more stable ratios.
     """
 
     device: str
@@ -67,7 +67,7 @@ class Stopwatch:
 
 
 class Generation:
-    """A contestant's running generation, one token per call for each row."""
+    """A contestant's running generation, one token per call and row."""
 
     def __init__(self, contestant: Contestant) -> None:
         self.contestant = contestant
@@ -78,22 +78,22 @@ class Generation:
         self.options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(forward).parameters else {}
 
     def prefill(self, prompt: torch.Tensor) -> None:
-        """Starts over from a prompt, (rows, tokens)."""
+        """Starts a new generation from a prompt, (rows, tokens)."""
         self.tokens, self.cache = prompt, None
         self.step()
 
     def step(self) -> None:
-        """Passes the last tokens and takes the likeliest next ones.
+        """Passes the last tokens and selects the most likely next ones.
 
         Raises:
-            ValueError: the model keeps no KV cache.
+            ValueError: the model has no KV cache.
         """
         output = self.contestant.model(
             input_ids=self.tokens, past_key_values=self.cache, use_cache=True, **self.options, **self.contestant.call
         )
         self.cache = getattr(output, "past_key_values", None)
         if self.cache is None:
-            raise ValueError(f"The {self.contestant.name} keeps no KV cache; decoding is timed with one.")
+            raise ValueError(f"The {self.contestant.name} has no KV cache; decoding is timed with one.")
         self.tokens = output.logits[:, -1:].argmax(-1)
 
 
@@ -114,12 +114,12 @@ def decode_steps(
 ) -> Seconds:
     """Times single decoding steps.
 
-    Each prompt is continued for `STEPS_PER_PROMPT` of them, after one that does not count.
+    Each prompt is continued for `STEPS_PER_PROMPT` steps, after one that is not counted.
 
     Args:
-        contestants: what to time.
+        contestants: the models to time.
         rounds: the numbers of the rounds from 0, such as a `range` with a progress bar.
-        prompts: makes the next prompt, (rows, tokens).
+        prompts: returns the next prompt, (rows, tokens).
         stopwatch: measures each step.
     """
     running = {contestant.name: Generation(contestant) for contestant in contestants}
@@ -136,7 +136,7 @@ def decode_steps(
 
 
 def summaries(seconds: Seconds) -> list[dict[str, Any]]:
-    """Returns each contestant's median time, and the median and quartiles of its ratio to the base model's."""
+    """Returns each contestant's median time, and the median and quartiles of its ratio to the base model."""
     found = []
     for name, own in seconds.items():
         ratios = [one / base for one, base in zip(own, seconds[BASE], strict=True)]
@@ -154,5 +154,5 @@ def summaries(seconds: Seconds) -> list[dict[str, Any]]:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """Returns a copy of a model on the same weights in the same memory."""
+    """Returns a copy of a model that shares its weights in memory."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})

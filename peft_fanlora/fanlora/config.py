@@ -95,7 +95,7 @@ class FanLoraConfig(StoredConfig, LoraConfig):
             self.setting = FanLoraSetting.from_pretrained(self.setting)
         elif self.setting is not None and not isinstance(self.setting, FanLoraSetting):
             raise ValueError(
-                f"`setting` is a {type(self.setting).__name__}: pass a FanLoraSetting, such as that of "
+                f"`setting` is a {type(self.setting).__name__}; pass a FanLoraSetting, such as that of "
                 "`scores.select(...)`, the folder of a saved one, or a Hub repository id."
             )
 

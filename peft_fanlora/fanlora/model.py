@@ -239,7 +239,7 @@ class FanLoraModel(TenantMixin, LoraModel):
         """
         if not isinstance(setting, FanLoraSetting):
             raise ValueError(
-                f"`setting` is a {type(setting).__name__}: pass the result of `scores.select(...)` or "
+                f"`setting` is a {type(setting).__name__}; pass the result of `scores.select(...)` or "
                 "`FanLoraSetting.from_pretrained(...)`."
             )
         with self.call_gate.closed():

@@ -128,7 +128,7 @@ def scaled_outputs(model_config: Any, module_name: str, out_features: int) -> Ou
     slices = layout(model_config)
     if slices.num_outputs != out_features:
         raise ValueError(
-            f"{module_name} has {out_features} outputs, but this fused projection of a {model_type!r} model should "
+            f"{module_name} has {out_features} outputs, but its fused projection in a {model_type!r} model should "
             f"have {slices.num_outputs}: exclude it with exclude_modules=[{module_name!r}]."
         )
     return slices

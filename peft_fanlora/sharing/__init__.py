@@ -1,1 +1,1 @@
-"""Saved adapters, their cards and the Hub; which methods there are, `register` says."""
+"""Saved adapters, model cards and the Hub, independent of the methods, which `register` provides."""

@@ -1,4 +1,4 @@
-"""A card's file: its parts by this package are rewritten at each save, all else in it is the user's."""
+"""Model card files. The parts written by this package are updated at each save; the rest belongs to the user."""
 
 import os
 import re
@@ -19,21 +19,21 @@ _END = "<!-- peft_fanlora: end -->"
 _ANY_PART = re.compile("<!-- peft_fanlora: (?!end).*?" + re.escape(_END), re.DOTALL)
 _INVITATION = (
     "## About\n\n"
-    "*Say here what this is for, which data it was trained on and how good it is; the licence goes into the metadata. "
-    "This text is yours and stays as you write it.*"
+    "*Describe what this is for, which data it was trained on and how good it is; the licence goes into the metadata. "
+    "This text is yours and is kept as you write it.*"
 )
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a card says of one thing.
+    """The part of a model card that describes one object.
 
     Attributes:
-        subject: which thing, such as "adapter default"; a later save finds its part by this.
-        title: the heading of a card that this is the first part of.
+        subject: the object, such as "adapter default"; a later save finds its part by the subject.
+        title: the heading of the card, if this is its first part.
         text: the Markdown.
-        tags: what the Hub lists it under.
-        metadata: what the card's metadata says where it does not say so already.
+        tags: the Hub tags.
+        metadata: metadata of the card, added where it has no value yet.
     """
 
     subject: str
@@ -44,7 +44,7 @@ class Part:
 
 
 def tags_in(folder: Path) -> list[str]:
-    """Returns the tags of a folder's card, none where it has no card.
+    """Returns the tags of a folder's card; none if there is no card.
 
     Raises:
         ValueError: the card's metadata cannot be read.
@@ -53,7 +53,7 @@ def tags_in(folder: Path) -> list[str]:
 
 
 def has_part(folder: Path, subject: str) -> bool:
-    """Whether a folder's card has a part whose subject begins so."""
+    """Returns whether a folder's card has a part whose subject starts with `subject`."""
     return _begin(subject, closed=False) in _read(folder).text
 
 
@@ -71,13 +71,13 @@ def add_tags(folder: Path, tags: Iterable[str]) -> None:
 
 
 def write(folder: Path, part: Part, *, is_new: bool, tags: Iterable[str] = ()) -> None:
-    """Writes a part into a folder's card, in the place of its last version if there is one.
+    """Writes a part into a folder's card, replacing its last version if there is one.
 
     Args:
-        folder: where the card is; PEFT may have written one there in the same save.
-        part: what to write.
-        is_new: there was no card before this save. PEFT's template then gives way, all but the versions.
-        tags: tags that the card has to have beside the part's: PEFT drops those that a user has added.
+        folder: the folder of the card; PEFT may have written one there in the same save.
+        part: the part.
+        is_new: whether there was no card before this save. PEFT's template is then replaced, except for the versions.
+        tags: tags to keep in addition to the part's, since PEFT drops tags that the user has added.
     """
     card = _read(folder)
     for key, value in part.metadata:
@@ -85,7 +85,7 @@ def write(folder: Path, part: Part, *, is_new: bool, tags: Iterable[str] = ()) -
             card.data[key] = value
     card.data["tags"] = list(dict.fromkeys([*tags, *_tags(card), *part.tags]))
     _forget_local_base_model(card)
-    text = part.text.strip().replace("<!--", "&lt;!--")  # what is shown may not end the part
+    text = part.text.strip().replace("<!--", "&lt;!--")  # the text must not contain an end marker
     mine = f"{_begin(part.subject)}\n\n{text}\n\n{_END}"
     parts = list(_ANY_PART.finditer(card.text))
     earlier = next((found for found in parts if found.group().startswith(_begin(part.subject))), None)
@@ -99,7 +99,7 @@ def write(folder: Path, part: Part, *, is_new: bool, tags: Iterable[str] = ()) -
         card.text = f"{card.text[: parts[-1].end()]}\n\n{mine}{card.text[parts[-1].end() :]}"
     else:
         card.text = f"{card.text.rstrip()}\n\n{mine}"
-    card.text = card.text.rstrip() + "\n"  # which PEFT takes off each time
+    card.text = card.text.rstrip() + "\n"  # PEFT strips the newline each time
     _save(card, folder)
 
 
@@ -123,10 +123,10 @@ def _read(folder: Path) -> ModelCard:
         _tags(card)
     except OSError:
         raise
-    except Exception as error:  # YAML's and huggingface_hub's own, about what somebody has written
+    except Exception as error:  # errors of YAML and huggingface_hub for invalid metadata
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{file} has metadata that cannot be read: {reason}. Correct what stands between its two lines '---'."
+            f"{file} has metadata that cannot be read: {reason}. Correct the text between its two lines '---'."
         ) from error
     return card
 
@@ -141,12 +141,12 @@ def _tags(card: ModelCard) -> list[str]:
     if isinstance(tags, str):
         return [tags]
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise ValueError(f"tags is {str(tags)[:60]!r}, and has to be a list of words")
+        raise ValueError(f"tags is {str(tags)[:60]!r}, but must be a list of words")
     return tags
 
 
 def _forget_local_base_model(card: ModelCard) -> None:
-    """Takes a base model that is a folder, or nameless, out of the metadata: the Hub accepts ids alone there."""
+    """Removes a local or empty base model from the metadata, where the Hub only accepts repository ids."""
     base = card.data.get("base_model")
     if isinstance(base, str) and (not base or os.path.isdir(base)):
         card.data["base_model"] = None

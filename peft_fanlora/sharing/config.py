@@ -1,4 +1,4 @@
-"""What both methods add to how PEFT keeps a configuration in a file."""
+"""The base class of both methods' configurations."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 
 class StoredConfig(PeftConfig):
-    """A configuration whose file is checked when it is read, and never half-written.
+    """A configuration whose file is validated when loaded and written atomically.
 
     Attributes:
-        own_files: the names of the files that belong to the adapter beside its weights and its configuration.
+        own_files: the names of the adapter's files besides its weights and its configuration.
     """
 
     own_files: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def _shape(cls) -> type[AdapterFields]:
-        """Returns what the fields have to look like."""
+        """Returns the expected types of the fields."""
         raise NotImplementedError
 
     def check_types(self) -> None:
-        """Raises a ValueError that names the field and the value where a field has another type than it should."""
+        """Raises a ValueError that names the field and the value if a field has a wrong type."""
         from .reading import checked
 
         checked(self._shape(), vars(self), type(self).__name__)
@@ -39,21 +39,21 @@ class StoredConfig(PeftConfig):
         """Returns the content of an `adapter_config.json`.
 
         Raises:
-            ValueError: it is no JSON object, names a key twice, or is larger or more deeply nested than any adapter's.
+            ValueError: it is not a JSON object, repeats a key, or exceeds the limits on size and nesting.
         """
         from .reading import read_json, short
 
         if not isinstance(content := read_json(Path(path_json_file)), dict):
             raise ValueError(
-                f"{path_json_file} has {short(content)}, and an adapter's configuration is a JSON object."
+                f"{path_json_file} has {short(content)}, but an adapter's configuration is a JSON object."
             )
         return super().from_json_file(path_json_file, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the configuration as PEFT writes it, with sets in order, so that equal ones are equal files."""
+        """Returns the configuration as a dict like PEFT, with sorted sets, so that equal ones give equal files."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes `adapter_config.json`."""
+        """Saves `adapter_config.json`."""
         with staged(Path(save_directory)) as stage:
             super().save_pretrained(str(stage), **kwargs)

@@ -1,4 +1,4 @@
-"""Uploading to the Hub, by way of `huggingface_hub` alone."""
+"""Uploads to the Hub with `huggingface_hub`."""
 
 import tempfile
 from collections.abc import Callable
@@ -12,16 +12,17 @@ from .card import CARD_NAME
 
 
 def push(save: Callable[[Path, str], None], repo_id: str, **options: Any) -> CommitInfo:
-    """Uploads what `save` writes to a model repository of the Hub, made where it does not exist.
+    """Uploads the files that `save` writes to a model repository of the Hub, which is created if needed.
 
     Args:
-        save: gets a folder, empty but for the repository's card where it has one, and the repository's full id.
+        save: writes the files, given a folder, which contains only the repository's card if there is one, and the
+            repository's full id.
         repo_id: such as `me/my-adapter`.
-        options: `token`; `private`, for a new repository; `revision`, a branch made where it does not exist; all
-            others go to `huggingface_hub.HfApi.upload_folder`.
+        options: `token`; `private`, for a new repository; `revision`, a branch, created if needed; all others are
+            passed to `huggingface_hub.HfApi.upload_folder`.
 
     Returns:
-        What `huggingface_hub` says of the commit.
+        The commit info of `huggingface_hub`.
     """
     api = HfApi(token=options.pop("token", None))
     revision = options.get("revision")
@@ -34,6 +35,6 @@ def push(save: Callable[[Path, str], None], repo_id: str, **options: Any) -> Com
             there = Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision))
             (folder / CARD_NAME).write_bytes(there.read_bytes())
         except RemoteEntryNotFoundError:
-            pass  # a repository without a card
+            pass  # the repository has no card
         save(folder, repo_id)
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **options)

@@ -1,6 +1,7 @@
-"""Reading files that strangers wrote: JSON within limits, and content of the expected shape.
+"""Reads untrusted files: JSON within limits, and content of the expected types.
 
-Pydantic checks the shapes. It is imported with the first file or configuration that is checked, not with the package.
+Types are checked by Pydantic, which is imported with the first file or configuration that is checked, to keep the
+import of the package fast.
 """
 
 import json
@@ -15,9 +16,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 
 MAX_BYTES = 64 * 2**20
-"""A setting of a model with 100,000 linear layers has 10 MB."""
+"""The size limit of a file. A setting of a model with 100,000 linear layers has 10 MB."""
 MAX_DEPTH = 64
-"""How many objects and lists may stand inside of each other; a setting has four, with simple calibration facts."""
+"""The limit on nested objects and lists. A setting has four levels, with simple calibration facts."""
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _MESSAGE = re.compile("(?:Input should be |Value error, )?")
 
@@ -29,11 +30,11 @@ def _printable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_printable)]
-"""Text that can stand in a card, in a terminal and in a file name."""
+"""Text that is safe in a card, in a terminal and in a file name."""
 
 
 class Shape(BaseModel):
-    """What content has to look like: types are not converted, numbers are finite, further fields may be there."""
+    """Validates content: types are not converted, numbers must be finite, extra fields are allowed."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
@@ -43,7 +44,7 @@ TokenIds = list[Annotated[int, Field(ge=0)]]
 
 
 class AdapterFields(Shape):
-    """The fields that the configurations of all methods share."""
+    """The fields that the configurations of all methods have."""
 
     base_model_name_or_path: Text | None
     revision: Text | None
@@ -65,33 +66,33 @@ def read_json(file: Path) -> Any:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no JSON (RFC 8259: UTF-8, without NaN and Infinity), names a key twice, or is larger or more
-            deeply nested than any file of this package.
+        ValueError: it is not JSON (RFC 8259: UTF-8, without NaN and Infinity), repeats a key, or exceeds the limits on
+            size and nesting.
     """
     size = file.stat().st_size
     if size > MAX_BYTES:
-        raise ValueError(f"{file} has {size:,} bytes, more than the {MAX_BYTES:,} that are read: is it another file?")
+        raise ValueError(f"{file} has {size:,} bytes, more than the limit of {MAX_BYTES:,}: is it another file?")
     try:
         text = file.read_bytes().decode()
         if (depth := _depth(text)) > MAX_DEPTH:
-            raise ValueError(f"{depth:,} objects and lists stand inside of each other, at most {MAX_DEPTH} are read")
+            raise ValueError(f"{depth:,} objects and lists are nested, more than the limit of {MAX_DEPTH}")
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_finite, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    except ValueError as error:  # of the functions below, no UTF-8, or an integer of thousands of digits
+    except ValueError as error:  # from the functions below, invalid UTF-8, or an integer of thousands of digits
         raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def checked(shape: type[AnyShape], content: Any, where: str) -> AnyShape:
-    """Returns `content` as a `shape`.
+    """Validates `content` and returns it as a `shape`.
 
     Args:
-        shape: what it has to look like.
-        content: plain JSON types, or the attributes of an object.
-        where: what an error calls it, such as the file.
+        shape: the expected structure.
+        content: plain JSON types, or an object with attributes.
+        where: the name of the content in errors, such as the file.
 
     Raises:
-        ValueError: it looks different; the error names the first wrong value, its place and what is expected.
+        ValueError: the structure differs; the error names the first wrong value, its place and what is expected.
     """
     try:
         return shape.model_validate(content)
@@ -100,7 +101,7 @@ def checked(shape: type[AnyShape], content: Any, where: str) -> AnyShape:
 
 
 def short(value: Any) -> str:
-    """Returns a value as an error shows it."""
+    """Returns a short form of a value for errors."""
     try:
         return _SHORT.repr(value)
     except ValueError:  # an integer of thousands of digits
@@ -126,7 +127,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content := dict(pairs)) < len(pairs):
         key, count = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(
-            f"{short(key)} stands {'twice' if count == 2 else f'{count} times'} in one object; keep one of them"
+            f"{short(key)} appears {'twice' if count == 2 else f'{count} times'} in one object; keep one of them"
         )
     return content
 
@@ -138,7 +139,7 @@ def _finite(text: str) -> float:
 
 
 def _explain(error: ValidationError, content: Any, where: str) -> str:
-    """Says what is wrong at the deepest place; of a field that may have several types, all of them are expected."""
+    """Returns the error for the deepest wrong value. If a field may have several types, all of them are listed."""
     found: dict[tuple[Any, ...], list[str]] = {}
     values: dict[tuple[Any, ...], Any] = {}
     for item in error.errors(include_url=False, include_context=False):
@@ -149,11 +150,11 @@ def _explain(error: ValidationError, content: Any, where: str) -> str:
         values[path] = item["input"]
     path = max(found, key=len)
     expected = " or ".join(dict.fromkeys(found[path]))
-    return f"{where}: {place_of(path)} is {short(values[path])}, and has to be {expected}."
+    return f"{where}: {place_of(path)} is {short(values[path])}, but must be {expected}."
 
 
 def _path(places: Sequence[int | str], content: Any) -> tuple[Any, ...]:
-    """Returns those of pydantic's places that lead through the content; the others name types."""
+    """Returns the parts of pydantic's location that are keys of the content; the others name types."""
     path: list[Any] = []
     for place in places:
         is_key = isinstance(content, Mapping) and place in content
@@ -165,7 +166,7 @@ def _path(places: Sequence[int | str], content: Any) -> tuple[Any, ...]:
 
 
 def place_of(path: Sequence[Any]) -> str:
-    """Writes ("blocks", "model.layers.0", "kept") as `blocks["model.layers.0"].kept`."""
+    """Formats ("blocks", "model.layers.0", "kept") as `blocks["model.layers.0"].kept`."""
     first, *others = path or ("the content",)
     pieces = [f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{short(key)}]" for key in others]
     return "".join([str(first), *pieces])

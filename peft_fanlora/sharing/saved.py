@@ -1,4 +1,4 @@
-"""A saved adapter as it lies in a folder."""
+"""A saved adapter in a folder."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Config = TypeVar("Config", bound=PeftConfig)
 
 @dataclass(frozen=True)
 class SavedAdapter(Generic[Config]):
-    """What can be said of an adapter without its base model.
+    """The information about a saved adapter that does not need its base model.
 
     Attributes:
         config: its configuration.
-        folder: where its files are.
-        name: what the model called it. PEFT saves "default" at the top, all others in a subfolder of their name.
+        folder: the folder of its files.
+        name: its name in the model. PEFT saves "default" at the top level, all others in a subfolder of their name.
     """
 
     config: Config
@@ -31,12 +31,12 @@ class SavedAdapter(Generic[Config]):
 
     @property
     def subfolder(self) -> str | None:
-        """The adapter's place in what is shared, None for the top."""
+        """The subfolder of the adapter in the saved folder; None for the top level."""
         return None if self.name == "default" else self.name
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor; none where the weights are not in safetensors.
+        """The shape of each tensor; empty if the weights are not in safetensors.
 
         Raises:
             ValueError: the file is damaged.
@@ -51,12 +51,12 @@ class SavedAdapter(Generic[Config]):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the file has."""
+        """The number of parameters in the file."""
         return sum(map(prod, self.shapes.values()))
 
     @property
     def num_bytes(self) -> int:
-        """The size of the file with the weights."""
+        """The size of the weights file."""
         return self._weights.stat().st_size if self._weights.exists() else 0
 
     @property

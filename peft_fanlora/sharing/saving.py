@@ -1,8 +1,8 @@
-"""Saving and sharing with a card: what this package adds to `save_pretrained` and `push_to_hub`.
+"""Adds model cards to `save_pretrained` and `push_to_hub`.
 
-PEFT writes a card that does not know our methods, and `push_to_hub`, which it has from transformers, puts another one in
-its place. Neither offers a hook, so importing this package wraps these two methods of `PeftModel`. Models without an
-adapter of a method that has a card pass through as they do in PEFT.
+PEFT writes a card that does not know our methods, and `push_to_hub`, inherited from transformers, replaces it by
+another one. Neither has a hook, so importing this package wraps these two methods of `PeftModel`. Models without an
+adapter of a method that has a card are not affected.
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ _CARDS: dict[type, Callable[..., Part] | str] = {}
 
 
 def add_card(shared: type, card: Callable[..., Part] | str) -> None:
-    """Says how things of a class, and of its subclasses, are described where they are saved.
+    """Registers the function that describes objects of a class, and of its subclasses, in model cards.
 
     Args:
         shared: the class.
-        card: returns the part of a card. For the configuration of an adapter it gets the `SavedAdapter`, its
-            `BaseModel` and its folder or id, as the code in the card names it; for anything else the thing itself, its
-            folder and that name. A text such as "package.module:function" is imported at first use.
+        card: returns the part of a card. For a configuration it gets the `SavedAdapter`, its `BaseModel` and its
+            folder or Hub id, as used in the card's code; for other objects it gets the object, its folder and that
+            name. A string such as "package.module:function" is imported at first use.
     """
     _CARDS[shared] = card
 
 
 def _card_of(shared: type) -> Callable[..., Part] | None:
-    """Returns what describes things of a class; None where nothing does."""
+    """Returns the function that describes objects of a class; None if there is none."""
     found = next((_CARDS[base] for base in shared.__mro__ if base in _CARDS), None)
     return resolve_name(found) if isinstance(found, str) else found
 
 
 def save_with_card(shared: Any, folder: Path, location: str) -> None:
-    """Saves something other than an adapter with its card; in an adapter's folder, whose card shows it, without.
+    """Saves an object other than an adapter, with a card unless the folder is that of an adapter.
 
     Args:
-        shared: what to save: its `write(folder)` does, and `own_files` names the files that its card may bring.
-        folder: where.
-        location: its folder or id, as the code in the card names it.
+        shared: the object, with a method `write(folder)` and an attribute `own_files`, the files that its card may
+            add.
+        folder: the folder.
+        location: its folder or Hub id, as used in the card's code.
     """
     from . import card
 
@@ -68,7 +69,7 @@ def save_with_card(shared: Any, folder: Path, location: str) -> None:
 
 
 def write_cards() -> None:
-    """Lets `PeftModel` save and upload our adapters with a card; to do so again does nothing."""
+    """Wraps `PeftModel`, so that our adapters are saved and uploaded with a card; repeated calls have no effect."""
     wrapped: Any = PeftModel
     if not hasattr(wrapped.save_pretrained, "writes_cards"):
         wrapped.save_pretrained = _saving(wrapped.save_pretrained)
@@ -112,7 +113,7 @@ def _pushing(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
         from . import card, hub
 
         tags = options.pop("tags", None) or ()
-        options.pop("max_shard_size", None)  # of whole models; adapters are one file
+        options.pop("max_shard_size", None)  # only for whole models; adapters are one file
         options["commit_message"] = options.get("commit_message") or "Upload model"
 
         def save(folder: Path, repo_id: str) -> None:
@@ -125,7 +126,7 @@ def _pushing(push_to_hub: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _ours(model: PeftModel, selected: Iterable[str] | None) -> list[str]:
-    """Returns the names of those adapters that are to be saved and have a card of ours, "default" first."""
+    """Returns the names of the adapters to save that have a card of ours, "default" first."""
     configs = model.peft_config
     names = configs if selected is None else selected
     types: Any = {name: configs[name].peft_type for name in names if name in configs}
@@ -134,7 +135,7 @@ def _ours(model: PeftModel, selected: Iterable[str] | None) -> list[str]:
 
 
 def _own_files(model: PeftModel, names: Iterable[str]) -> list[str]:
-    """Returns the names of the files that an earlier save may have left, and that this one writes if they still apply."""
+    """Returns the names of files from earlier saves that are removed unless this save writes them."""
     return [
         str(_folder_of(name, Path()) / file)
         for name in names
@@ -143,7 +144,7 @@ def _own_files(model: PeftModel, names: Iterable[str]) -> list[str]:
 
 
 def _folder_of(name: str, folder: Path) -> Path:
-    """Returns where PEFT saves an adapter."""
+    """Returns the folder in which PEFT saves an adapter."""
     return folder if name == "default" else folder / name
 
 
@@ -152,6 +153,6 @@ def _part(model: PeftModel, name: str, folder: Path, location: str) -> Part:
     from .snippets import base_model_of
 
     own_folder = _folder_of(name, folder)
-    config: Any = type(model.peft_config[name]).from_pretrained(str(own_folder))  # PEFT may have saved it converted
+    config: Any = type(model.peft_config[name]).from_pretrained(str(own_folder))  # PEFT may have converted it
     describe: Any = _card_of(type(config))
     return describe(SavedAdapter(config, own_folder, name), base_model_of(model.get_base_model(), config), location)

@@ -1,4 +1,4 @@
-"""The code in a card, which runs as it stands."""
+"""The runnable code in a model card."""
 
 import json
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ class BaseModel:
     """How a card's code loads the base model.
 
     Attributes:
-        name: the folder or the id; None where the model has none.
-        loader: the class of transformers; None for a model of another library.
+        name: the folder or Hub id; None if the model has none.
+        loader: the transformers class; None for a model of another library.
         options: further arguments, such as the number of labels.
-        use: the lines that use the model; none where its input is no text.
+        use: the lines that use the model; empty if its input is not text.
     """
 
     name: str | None
@@ -44,14 +44,14 @@ class BaseModel:
 
     @property
     def lines(self) -> str:
-        """The line that makes `base`."""
+        """The line that creates `base`."""
         if self.name is None or self.loader is None:
             return "base = ...  # the model that the adapter was trained on"
         return f"base = {self.loader}.from_pretrained({quoted(self.name)}{self.options})"
 
     @property
     def imports(self) -> str:
-        """What has to be imported from transformers."""
+        """The import line for transformers."""
         names = [name for name in (self.loader, "AutoTokenizer" if self.use else None) if name]
         return f"from transformers import {', '.join(names)}" if names and self.name else ""
 
@@ -79,14 +79,14 @@ def use_adapter(method: str, base: BaseModel, location: str, subfolder: str | No
     """Returns code that loads an adapter and uses it.
 
     Args:
-        method: what PEFT calls the method.
+        method: PEFT's name of the method.
         base: the base model.
-        location: the adapter's folder or id.
-        subfolder: where in it, if not at its top.
+        location: the adapter's folder or Hub id.
+        subfolder: its subfolder, if it is not at the top level.
     """
     where = f", subfolder={quoted(subfolder)}" if subfolder else ""
     lines = [
-        f"import peft_fanlora  # makes {method} known to PEFT",
+        f"import peft_fanlora  # registers {method} with PEFT",
         "from peft import PeftModel",
         base.imports,
         "",
@@ -99,11 +99,11 @@ def use_adapter(method: str, base: BaseModel, location: str, subfolder: str | No
 
 
 def quoted(text: str) -> str:
-    """Returns text as a string of Python's, whatever is in it."""
+    """Returns text as a Python string literal, with any special characters escaped."""
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
 def code_of(lines: list[str]) -> str:
-    """Returns lines as code, with at most one empty line between two."""
+    """Joins lines of code, with at most one empty line between two."""
     code = "\n".join(line for line in lines if line or lines)
     return code.replace("\n\n\n", "\n\n")

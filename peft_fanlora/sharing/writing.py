@@ -1,4 +1,4 @@
-"""Files that are never half-written: written aside, flushed to the disk, and then moved into place."""
+"""Writes files atomically: to a temporary folder first, flushed to disk, then moved into place."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -10,25 +10,25 @@ from peft.utils import CONFIG_NAME
 
 
 STAGE_PREFIX = ".saving-"
-"""How the name of the hidden folder begins, which only a killed process leaves behind."""
+"""The prefix of the temporary folder, which only remains if the process is killed."""
 
 
 @contextmanager
 def staged(folder: Path, own: Iterable[str] = ()) -> Iterator[Path]:
-    """Gives an empty folder to write in; when the context ends, its files take the places of those in `folder`.
+    """Provides an empty folder to write to, and moves its files into `folder` when the context ends.
 
-    Whatever stops the process, each file is the earlier one or the new one. The configuration of an adapter moves last.
-    If it changes, the earlier one goes first: weights never stand beside a configuration that is not theirs. A process that
-    is killed between these moves leaves an adapter without a configuration, which PEFT refuses to load; what was still to
-    be moved is then in a hidden folder.
+    If the process stops at any time, each file is either the old or the new one. An adapter's configuration is moved
+    last; if it changes, the old one is deleted first, so that weights are never combined with a configuration of other
+    weights. A process that is killed in between leaves an adapter without a configuration, which PEFT refuses to load,
+    and the remaining files in a hidden folder.
 
     Args:
-        folder: the folder, made if needed. Its other files stay.
-        own: names of files, relative to the folder, that are removed from it where they are not written.
+        folder: the folder, created if needed. Its other files are kept.
+        own: names of files, relative to the folder, that are deleted if they are not written.
 
     Raises:
         NotADirectoryError: `folder` is a file.
-        OSError: the folder cannot be written or the disk is full; `folder` is as it was.
+        OSError: the folder cannot be written or the disk is full; `folder` is unchanged.
     """
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file; pass the folder to write.")
@@ -40,9 +40,9 @@ def staged(folder: Path, own: Iterable[str] = ()) -> Iterator[Path]:
             _move(Path(name), folder, own)
     except BaseException as error:
         if is_new:
-            with suppress(OSError):  # some files have been moved
+            with suppress(OSError):  # the folder is not empty if some files were moved
                 folder.rmdir()
-        if isinstance(error, OSError) and error.errno and error.filename is None:  # as of a full disk
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # for example if the disk is full
             raise OSError(error.errno, error.strerror, str(folder)) from error
         raise
 
@@ -54,7 +54,7 @@ def _move(stage: Path, folder: Path, own: Iterable[str]) -> None:
         for name in names:
             _flush(source / name)
             if (place / name).is_dir():
-                raise IsADirectoryError(f"{place / name} is a folder in the place of a file that is to be written.")
+                raise IsADirectoryError(f"{place / name} is a folder, but a file of this name must be written.")
     for name in own:
         if not (stage / name).exists():
             (folder / name).unlink(missing_ok=True)
@@ -64,7 +64,7 @@ def _move(stage: Path, folder: Path, own: Iterable[str]) -> None:
             config.unlink()
         for name in sorted(names, key=lambda name: name == CONFIG_NAME):
             os.replace(source / name, place / name)
-        with suppress(OSError):  # not every file system can flush a folder
+        with suppress(OSError):  # some file systems cannot flush a folder
             _flush(place)
 
 
@@ -73,7 +73,7 @@ def _differ(file: Path, other: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
