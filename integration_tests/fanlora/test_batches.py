@@ -231,8 +231,8 @@ def test_what_fails_leaves_no_hook_and_says_why() -> None:
         (["thrid", "default"], r"non-existing adapter\(s\): thrid. The adapters are .*'two'.*__base__"),
         (["default"] * 3, "but got 3 and 2 respectively"),
         (["default"], "but got 1 and 2 respectively"),
-        ("default", "pass a list with the adapter's name for each row"),
-        ([1, 2], "pass a list with the adapter's name for each row"),
+        ("default", "pass a list with one adapter name per row"),
+        ([1, 2], "pass a list with one adapter name per row"),
     ]:
         with pytest.raises(ValueError, match=message):
             model(**batch, adapter_names=names)

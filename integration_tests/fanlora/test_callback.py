@@ -348,7 +348,7 @@ def test_starting_from_a_setting_leaves_it_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prune_at", [0, 0.0, 1.5, -1, True, "half"])
 def test_prune_at_has_to_be_a_point_of_the_run(prune_at: Any) -> None:
-    with pytest.raises(ValueError, match="says no point of the run"):
+    with pytest.raises(ValueError, match="is not a step of the run"):
         FanLoraCallback(CALIBRATION, prune_at=prune_at)
 
 
@@ -402,7 +402,7 @@ def test_a_trainer_that_is_given_is_not_looked_for(tmp_path: Path, monkeypatch: 
     trainer.add_callback(callback)
     trainer.train()
     assert len(callback.setting.kept) == 6
-    with pytest.raises(ValueError, match="runs in another trainer than the one it was given"):
+    with pytest.raises(ValueError, match="runs in a different trainer than the one it was given"):
         sft(tmp_path, callback, max_steps=1).train()
 
 

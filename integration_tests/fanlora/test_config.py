@@ -24,7 +24,7 @@ def test_has_every_field_of_lora() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"bias": "all"}, "would outlive the modules that are pruned"),
+        ({"bias": "all"}, "would remain after modules are pruned"),
         ({"bias": "lora_only"}, "Use bias='none'"),
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "Load the base model quantised"),
         ({"setting": 3}, "`setting` is a int; pass a FanLoraSetting"),

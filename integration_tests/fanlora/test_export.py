@@ -112,7 +112,7 @@ def test_what_lora_reads_differently_is_not_exported(
     monkeypatch.setattr("peft_fanlora.fanlora.export.save_file", save)
     monkeypatch.setattr(LoraConfig, "save_pretrained", save_config)
     for folder in ("earlier", "new"):
-        with pytest.raises(RuntimeError, match="reads another adapter"):
+        with pytest.raises(RuntimeError, match="loads an adapter from the export that differs"):
             export_lora(model, tmp_path / folder)
     assert files(tmp_path / "earlier") == before
     assert not (tmp_path / "new").exists()

@@ -100,7 +100,7 @@ def test_two_stacks_are_ranked_each_for_itself() -> None:
         ({"keep": True}, "keep=True is not a whole number"),
         ({"strategy": "role", "keep": "2"}, "keep='2' is not a whole number"),
         ({"keep": 0}, "keep=0 keeps nothing"),
-        ({"keep": 5}, "there are 5 to choose from, so it has to be at least 1 and less than 5"),
+        ({"keep": 5}, "there are 5 to choose from, so it must be at least 1 and less than 5"),
         ({"strategy": "global", "keep": 10}, "less than 10"),
         ({"keep": 2, "packed": True}, "packed=True there are 2 to choose from"),
     ],

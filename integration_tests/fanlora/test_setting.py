@@ -99,7 +99,7 @@ def test_layers_outside_the_stack_are_refused() -> None:
     setting = scored()
     with pytest.raises(ValueError, match="which has 1 layers"):
         FanLoraSetting(setting.kept, {}, {"model.layers": 1})
-    with pytest.raises(ValueError, match="how many layers that stack has"):
+    with pytest.raises(ValueError, match="has no number of layers for that stack"):
         FanLoraSetting(setting.kept)
 
 
@@ -115,7 +115,7 @@ def test_modules_that_the_model_lacks_are_named(tmp_path: Path) -> None:
         FanLoraSetting.from_modules(TINY["llama"].base(), ["model.layers.0.mlp.nothing"])
     blocks = {"model.layers.2": {"kept": {"mlp.other_proj": None, "mlp.third_proj": None}}}
     setting = FanLoraSetting.from_pretrained(written(tmp_path, blocks=blocks))
-    with pytest.raises(ValueError, match=r"'model.layers.2.mlp.other_proj' \(nor 1 others that are asked for\)"):
+    with pytest.raises(ValueError, match=r"'model.layers.2.mlp.other_proj' \(nor 1 others that the setting has\)"):
         setting.resolve(TINY["llama"].base())
 
 

@@ -48,7 +48,7 @@ PLACE = r"blocks\['model.layers.0'\]"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1], r"is \[1\], and a FanLoRA setting is a JSON object"),
+        ([1], r"is \[1\], but a FanLoRA setting is a JSON object"),
         (changed("blocks", to=[]), r"blocks is \[\], and has to be a valid dictionary"),
         (changed(*BLOCK, to="kept"), rf"{PLACE} is 'kept', and has to be"),
         (changed(*BLOCK, "kept", to=3), rf"{PLACE}.kept is 3, and has to be a valid dictionary"),
@@ -68,10 +68,10 @@ PLACE = r"blocks\['model.layers.0'\]"
         (changed("calibration", "method", to=["path"]), r"calibration.method is \['path'\], and has to be a valid string"),
         (changed("calibration", "base_model_name_or_path", to="a\nb"), "text on one line, without control characters"),
         (changed("model_type", to=7), "model_type is 7, and has to be a valid string"),
-        (changed("format_version", to=True), "has format version True, this peft_fanlora reads 1; it has to be 1"),
+        (changed("format_version", to=True), "has format version True, this peft_fanlora reads 1; it must be 1"),
         (changed("format_version", to="1"), "has format version '1'"),
         (changed(*BLOCK, "dropped", "mlp.up_proj", to=1), "among the kept and among the dropped"),
-        (changed("blocks", "model.layers.5", to={"dropped": {"a": 1}}), "outside its stack, which has 2 layers"),
+        (changed("blocks", "model.layers.5", to={"dropped": {"a": 1}}), "outside of its stack, which has 2 layers"),
         (b'{"a": NaN}', "'NaN' is not a finite number"),
         (b'{"a": -1e999}', "'-1e999' is not a finite number"),
         (b'{"a": 1, "a": 1, "a": 1}', "'a' stands 3 times in one object"),
@@ -89,7 +89,7 @@ def test_wrong_content_is_named(content: Any, message: str, tmp_path: Path) -> N
     assert str(error.value).startswith(str(tmp_path / FILE))
     assert len(str(error.value)) < len(str(tmp_path)) + 300
     if isinstance(content, dict):
-        with pytest.raises(ValueError, match=r"This FanLoRA setting|stands among|lies outside"):
+        with pytest.raises(ValueError, match=r"This FanLoRA setting|is among|is outside"):
             FanLoraSetting.from_dict(content)
         with pytest.raises(ValueError, match=r"setting|stands|lies"):
             FanLoraConfig(setting=content)
@@ -131,7 +131,7 @@ def test_later_fields_are_ignored_with_a_warning(tmp_path: Path) -> None:
     [
         ({"kept": {ModuleName("model.layers", 0, "a"): float("nan")}}, "is nan, and has to be a finite number"),
         ({"kept": {ModuleName("model.layers", 0, "a"): float("inf")}}, "is inf, and has to be a finite number"),
-        ({"kept": {"model.layers.0.a": 1.0}}, "is no ModuleName: `FanLoraSetting.from_modules`"),
+        ({"kept": {"model.layers.0.a": 1.0}}, "is not a ModuleName: use `FanLoraSetting.from_modules`"),
         ({"num_layers": {"model.layers": 2.0}}, "is 2.0, and has to be a valid integer"),
         ({"calibration": {"facts": (1, 2)}}, r"calibration.facts is \(1, 2\), and has to be"),
         ({"calibration": {"loss": float("nan")}}, "calibration.loss is nan, and has to be a finite number"),
@@ -225,7 +225,7 @@ def test_loading_an_adapter_reads_no_setting_from_elsewhere(tmp_path: Path) -> N
     content = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**content, "setting": str(tmp_path)}))
     for config_class in (PeftConfig, FanLoraConfig):
-        with pytest.raises(ValueError, match=r"stands in a saved configuration, .* reads nothing from elsewhere"):
+        with pytest.raises(ValueError, match=r"is part of a saved configuration, which must not refer to other files"):
             config_class.from_pretrained(str(tmp_path))
 
 

@@ -395,7 +395,7 @@ def test_a_layer_that_sees_some_of_the_tokens_is_refused():
     base = tiny("llama")
     base.model.layers[0].mlp = Expert()
     model = get_peft_model(base, ParaConfig(init_para_weights=False)).eval()
-    with pytest.raises(ValueError, match=r"up_proj saw a tensor of the shape \(8, 16\) in a call of 2 rows"):
+    with pytest.raises(ValueError, match=r"up_proj received a tensor of shape \(8, 16\) in a call of 2 rows"):
         model(tokens())
 
 

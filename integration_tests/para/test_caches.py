@@ -398,10 +398,10 @@ class TestFilledByOthers:
         elif other == "base" or reset:
             (tiny("llama") if other == "base" else para(seed=3))(text, past_key_values=cache)
         else:
-            with pytest.raises(ValueError, match="not filled by a call of this model"):
+            with pytest.raises(ValueError, match="not filled by this model"):
                 para(seed=3)(text, past_key_values=cache)
             return
-        with pytest.raises(ValueError, match="not filled by a call of this model"):
+        with pytest.raises(ValueError, match="not filled by this model"):
             model(tokens(2, 1, seed=5), past_key_values=cache)
 
     @torch.no_grad()
@@ -409,7 +409,7 @@ class TestFilledByOthers:
         model = para()
         (_, cache), (_, other) = filled(model), filled(model, seed=3)
         cache.layers = other.layers
-        with pytest.raises(ValueError, match="not filled by a call of this model"):
+        with pytest.raises(ValueError, match="not filled by this model"):
             model(tokens(2, 1), past_key_values=cache)
 
     @torch.no_grad()
@@ -419,7 +419,7 @@ class TestFilledByOthers:
         shared = copy.copy(cache)
         shared.reset()
         filled(model, cache=shared, seed=3)
-        with pytest.raises(ValueError, match="not filled by a call of this model"):
+        with pytest.raises(ValueError, match="not filled by this model"):
             model(tokens(2, 1), past_key_values=cache)
 
     @torch.no_grad()

@@ -45,7 +45,7 @@ def test_the_end_of_a_prompt_is_read_from_the_chat_template(template, expected):
 
 
 def test_templates_without_an_end_are_refused():
-    with pytest.raises(ValueError, match="puts no tokens of its own between a prompt and its answer"):
+    with pytest.raises(ValueError, match="adds no tokens between a prompt and its answer"):
         get_prompt_end_token_ids(tokenizer(NOTHING))
     with pytest.raises(ValueError, match="has no chat template"):
         get_prompt_end_token_ids(tokenizer(None))

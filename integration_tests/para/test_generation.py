@@ -397,9 +397,7 @@ class TestRefusals:
     @torch.no_grad()
     def test_a_prompt_mask_of_another_shape_in_generate(self):
         model = para()
-        with pytest.raises(
-            ValueError, match=r"prompt_mask has the shape \(2, 3\), but generate was given 2 rows of 7"
-        ):
+        with pytest.raises(ValueError, match=r"prompt_mask has shape \(2, 3\), but generate was given 2 rows of 7"):
             generate(model, tokens(), prompt_mask=torch.ones(2, 3, dtype=torch.bool))
 
     @torch.no_grad()
@@ -414,7 +412,7 @@ class TestRefusals:
     def test_a_prefix_of_another_model_or_adapter(self):
         model, other = para(), para(seed=3)
         cache = model(tokens(1, 4), use_cache=True).past_key_values
-        with pytest.raises(ValueError, match="not filled by a call of this model"):
+        with pytest.raises(ValueError, match="not filled by this model"):
             other(tokens(1, 1), past_key_values=cache)
         model.add_adapter("second", ParaConfig(r=2))
         model.set_adapter("second")
@@ -430,7 +428,7 @@ class TestRefusals:
 
     @torch.no_grad()
     def test_a_prompt_mask_of_another_shape(self):
-        with pytest.raises(ValueError, match=r"prompt_mask has the shape \(2, 3\), but the call has 2 rows of 7"):
+        with pytest.raises(ValueError, match=r"prompt_mask has shape \(2, 3\), but the call has 2 rows of 7"):
             para()(tokens(), prompt_mask=torch.ones(2, 3, dtype=torch.bool))
 
     @torch.no_grad()
@@ -442,7 +440,7 @@ class TestRefusals:
         with pytest.raises(IndexError):
             model(torch.full((2, 7), 10_000), prompt_mask=leading(tokens(), 2))
         close(head(backbone(tokens()).last_hidden_state), expected)
-        with pytest.raises(ValueError, match="prompt_mask has the shape"):
+        with pytest.raises(ValueError, match="prompt_mask has shape"):
             model(tokens(), prompt_mask=torch.ones(1, 1, dtype=torch.bool))
         close(head(backbone(tokens()).last_hidden_state), expected)
         close(model(tokens()).logits, expected)

@@ -71,7 +71,10 @@ def test_experts_are_refused() -> None:
     batch = {"input_ids": ids(2, 7), "decoder_input_ids": ids(2, 5)}
     model = made(tf.SwitchTransformersForConditionalGeneration, SWITCH, ["q", "v", "wi"])
     for options in ({}, {"adapter_names": NAMES}):
-        with torch.no_grad(), pytest.raises(ValueError, match=r"expert_\d\.wi saw a tensor .* which row's vector"):
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match=r"expert_\d\.wi received a tensor .* which entries belong to which row"),
+        ):
             model(**batch, **options)
     check(made(tf.SwitchTransformersForConditionalGeneration, SWITCH, ["q", "v"]), batch, 2)
 
@@ -79,7 +82,7 @@ def test_experts_are_refused() -> None:
 @pytest.mark.parametrize("rows", [2, 8])
 def test_what_all_rows_share_is_refused(rows: int) -> None:
     model = made(tf.DebertaV2ForSequenceClassification, DEBERTA, ["query_proj", "value_proj"])
-    with torch.no_grad(), pytest.raises(ValueError, match=r"query_proj saw a tensor of the shape \((1|8), 8, 16\)"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"query_proj received a tensor of shape \((1|8), 8, 16\)"):
         model(input_ids=ids(rows, 7))
 
 
@@ -101,7 +104,7 @@ def test_images_are_not_rows(items: list[int]) -> None:
 def test_a_tower_has_no_rows() -> None:
     model = made(tf.Gemma3ForConditionalGeneration, GEMMA3, r".*(q_proj|v_proj|fc1)")
     batch, _ = with_items([2, 1], (3, 16, 16), "pixel_values")
-    with torch.no_grad(), pytest.raises(ValueError, match=r"vision_tower.* saw a tensor of the shape \(3, 16, 16\)"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"vision_tower.* received a tensor of shape \(3, 16, 16\)"):
         model(**batch, adapter_names=NAMES)
     with pytest.raises(ValueError, match=r"vision_tower.* runs over images or sounds"):
         model.generate(**batch, adapter_names=NAMES, max_new_tokens=2)

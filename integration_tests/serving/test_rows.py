@@ -158,7 +158,7 @@ def test_images_of_uncertain_rows_are_refused() -> None:
     model = made(tf.Gemma3ForConditionalGeneration, GEMMA3, task_type="CAUSAL_LM")
     batch, _ = with_items([2, 1], (3, 16, 16), "pixel_values")
     batch["input_ids"][0, 8] = 5  # seven places for two images, and four for one
-    with torch.no_grad(), pytest.raises(ValueError, match=r"not certain to which of them the input of .*vision_tower"):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"the rows cannot be found in the input of .*vision_tower"):
         model(**batch, adapter_names=["default", "two"])
 
 

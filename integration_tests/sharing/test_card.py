@@ -68,7 +68,7 @@ def test_the_error_without_the_import_is_the_one_that_the_card_names(tmp_path: P
     code = "from peft import PeftConfig"
     for method in ("FanLoRA", "PARA"):
         made(method, saved_base(tmp_path)).save_pretrained(tmp_path / method)
-        assert f"stops with `KeyError: '{method.upper()}'`" in text_of(tmp_path / method)
+        assert f"raises `KeyError: '{method.upper()}'`" in text_of(tmp_path / method)
         code += f"\ntry: PeftConfig.from_pretrained({method!r})\nexcept Exception as error: print(repr(error))"
     assert run(code, tmp_path) == "KeyError('FANLORA')\nKeyError('PARA')\n"
 

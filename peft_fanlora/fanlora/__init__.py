@@ -21,7 +21,7 @@ else:
     _AT_FIRST_USE = {"FanLoraCallback": "callback", "ImportanceScores": "scores", "export_lora": "export"}
 
     def __getattr__(name: str) -> Any:
-        """Loads what `get_peft_model` does not need: transformers' trainer alone brings 500 modules."""
+        """Imports the other names on first use: transformers' Trainer alone imports 500 modules."""
         if name in _AT_FIRST_USE:
             return getattr(import_module(f".{_AT_FIRST_USE[name]}", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -37,5 +37,5 @@ register(
     name="fanlora", config_cls=FanLoraConfig, model_cls=FanLoraModel, card="peft_fanlora.fanlora.card:adapter_part"
 )
 add_card(FanLoraSetting, "peft_fanlora.fanlora.card:setting_part")
-# FanLoRA's adapters are swapped as LoRA's are, and what LoRA compares before it swaps two is what matters here as well.
+# FanLoRA adapters can be hot-swapped like LoRA adapters, with the same checks.
 CONFIG_KEYS_TO_CHECK[PeftType["FANLORA"]] = CONFIG_KEYS_TO_CHECK[PeftType.LORA]

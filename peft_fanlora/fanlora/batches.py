@@ -1,12 +1,12 @@
 """Mixed-batch LoRA: all adapters of a batch in two matrix products per layer.
 
-PEFT runs a mixed batch as a loop over its adapters in every layer. Here the adapters of the batch are stacked, and row b
-of a layer becomes y_b = W x_b + s_t B_t A_t x_b, with t the adapter of row b, by `bmm` and `baddbmm` over all the
-adapters at once. PEFT's own layers compute W x, so quantised and other layers need no code of their own. Where all rows
-have the same adapter, be it the active one of a call without names, the products are `mm` and `addmm` on its own weights.
+PEFT runs a mixed batch as a loop over its adapters in every layer. Here the adapters of the batch are stacked, and row
+b of a layer becomes y_b = W x_b + s_t B_t A_t x_b, with t the adapter of row b, by `bmm` and `baddbmm` over all
+adapters at once. PEFT's own layers compute W x, so quantised layers and others work as they are. If all rows have the
+same adapter, such as the active one of a call without names, the products are `mm` and `addmm` on its own weights.
 
-Which batch runs is known to each thread alone, so two threads can run different ones on one model. What is not plain
-LoRA (variants, biases, embeddings, convolutions, dropout that is switched on) takes PEFT's loop.
+The current batch is stored per thread, so that threads can run different batches on one model. Adapters that are not
+plain LoRA (variants, biases, embeddings, convolutions, active dropout) use PEFT's loop.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from .stacks import AdapterStack, SharedAdapter, Slots, is_plain
 
 
 class Batch:
-    """The adapters of one batch, stacked for every layer that they are on.
+    """The adapters of one batch, stacked for each layer that has them.
 
     Args:
         model: the adapted model.
-        names: the adapter of each row; or the active one alone, which all rows have, however many there are.
-        places: where the layers see the rows.
+        names: the adapter of each row; or the name of the active adapter, for any number of rows.
+        places: the dimensions in which the layers see the rows.
 
     Attributes:
-        stacks: the layers that compute their deltas here. With the active adapter, the others run as PEFT's own.
-        others: the modules that PEFT's loop serves, LoRA that is not plain and modules saved whole, with the adapter
-            of each row.
+        stacks: the layers whose deltas are computed here. With the active adapter, all others run as in PEFT.
+        others: the modules that use PEFT's loop (LoRA that is not plain, and `modules_to_save`) -> the adapter of each
+            row.
         idle: LoRA layers without any of the batch's adapters.
-        caches: those of the generations that it has served.
+        caches: the KV caches of the generations that used these stacks.
     """
 
     def __init__(self, model: nn.Module, names: tuple[str, ...] | str, places: RowPlaces) -> None:
@@ -60,7 +60,7 @@ class Batch:
 
     def _share(self, model: nn.Module, name: str) -> None:
         for module in adapted_modules(model):
-            # PEFT's layers on most quantised bases compute in a `forward` of their own
+            # PEFT's layers for most quantised base layers have their own `forward`
             is_linear = isinstance(module, Linear) and type(module).forward is Linear.forward
             if is_linear and _is_alone(module, name) and is_plain(module, [name]) and can_stand_in(module):
                 self.stacks[module] = SharedAdapter(module, name)
@@ -87,24 +87,24 @@ class Batch:
 
     @property
     def has_graph(self) -> bool:
-        """Whether the stacks lead gradients to the adapters' weights, for one backward pass."""
+        """Whether the stacks have a graph to the adapters' weights, which serves a single backward pass."""
         return any(stack.A.requires_grad or stack.B.requires_grad for stack in self.stacks.values())
 
     def has_served(self, cache: Any) -> bool:
-        """Whether a call with this cache goes on with a generation that these stacks have served."""
+        """Returns whether a call with this cache continues a generation that used these stacks."""
         return hasattr(cache, "get_seq_length") and cache in self.caches and not torch.is_grad_enabled()
 
 
 class Batches:
     """The batches of one adapted model.
 
-    A batch is stacked when something new begins, since weights may have changed in ways that leave no trace. The stacks of
-    the last mixed batch, and of the last call without names, are kept for the further tokens of the generations, known by
-    their caches, that they have served: decoding loops come with the same names at each token.
+    A batch is stacked again for each new generation or call, since changes of weights cannot be detected. The stacks
+    of the last mixed batch, and of the last call without names, are reused for further tokens of the same generations,
+    which are recognized by their KV caches.
 
-    The first batch puts a `LayerForward` in front of the adapted layers' own `forward`, and hooks on the model and on
-    what is not a LoRA layer. They stay, as putting them there again for each token would cost more than all else here, and
-    do nothing unless a batch runs in the same thread.
+    The first batch installs a `LayerForward` in front of the `forward` of the adapted layers, and hooks on the model
+    and on modules that are not LoRA layers. They are permanent, since installing them for each token would cost more
+    than all other overhead, and do nothing unless a batch runs in the same thread.
     """
 
     def __init__(self) -> None:
@@ -113,14 +113,14 @@ class Batches:
         self.current = CurrentRun()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()  # a copy of the model makes stacks of its own
+        return type(self), ()  # a copy of the model builds its own stacks
 
     def forget(self) -> None:
-        """Drops the kept batches; called whenever adapters are added or removed."""
+        """Drops the stored batches. Called whenever adapters are added or removed."""
         self._last.clear()
 
     def leave(self, model: nn.Module) -> None:
-        """Takes the hooks off a model whose adapted layers, and their hooks with them, are gone."""
+        """Removes the hooks from a model whose adapted layers were removed."""
         self.forget()
         for key in self._own_hooks(model._forward_pre_hooks):
             del model._forward_pre_hooks[key]
@@ -132,16 +132,16 @@ class Batches:
     def running(
         self, model: nn.Module, names: tuple[str, ...] | str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[None]:
-        """Gives the rows of the calls inside of the context, and of this thread, each its own adapter.
+        """Applies the adapter of each row to the calls of this thread within the context.
 
         Args:
             model: the adapted model.
-            names: the adapter of each row; or the active one, for all rows of calls that are not in a mixed batch.
-            args: the arguments of the model's forward or of `generate`, as far as they are known.
-            kwargs: the same by name.
+            names: the adapter of each row; or the active one, for calls that are not mixed batches.
+            args: the positional arguments of the model's forward or of `generate`, as far as they are known.
+            kwargs: the keyword arguments.
 
         Raises:
-            ValueError: there is not one name for each row.
+            ValueError: the number of names does not match the number of rows.
         """
         given = Arguments.of(model, args, kwargs)
         if isinstance(names, tuple) and given.given_rows not in (None, len(names)):
@@ -158,12 +158,12 @@ class Batches:
 
     @contextmanager
     def decoding(self, model: nn.Module, names: tuple[str, ...], begins: bool) -> Iterator[None]:
-        """Gives the tokens of the one row of the call inside of the context each its own adapter.
+        """Applies the adapter of each token to the single row of the call within the context.
 
         Args:
             model: the adapted model.
             names: the adapter of each token.
-            begins: whether something new begins.
+            begins: whether a new request begins.
         """
         last = self._last.get(PackedRun)
         continues = last is not None and last.names == names and not begins
@@ -176,11 +176,11 @@ class Batches:
             self.current.run = before
 
     def find_rows(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Finds out where the layers see the rows.
+        """Determines in which dimension each layer sees the rows.
 
         Args:
             model: the adapted model.
-            inputs: the arguments of the call that asks, by name.
+            inputs: the arguments of the current call, by name.
         """
         before, self.current.run = self.current.run, None
         try:
@@ -244,7 +244,7 @@ class Batches:
 
 
 def _is_alone(layer: Any, name: str) -> bool:
-    """Whether an adapter is the only active one of a layer."""
+    """Returns whether an adapter is the only active one of a layer."""
     return list(layer.active_adapters) == [name]
 
 

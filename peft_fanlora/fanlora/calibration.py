@@ -1,4 +1,4 @@
-"""The calibration data of a training run, made into batches as the trainer makes its own."""
+"""Calibration batches for a training run, prepared like the trainer's own data."""
 
 import inspect
 from collections.abc import Iterable
@@ -11,15 +11,15 @@ from transformers import Trainer
 
 
 def calibration_batches(data: Any, trainer: Trainer) -> Iterable[Any]:
-    """Returns the batches that this process has to score; the processes of a distributed run share the data."""
+    """Returns the batches that this process scores. In a distributed run each process gets a part of the data."""
     loader = _loader(data, trainer)
-    if loader is not data or isinstance(data, DataLoaderAdapter):  # accelerate has divided it among the processes
+    if loader is not data or isinstance(data, DataLoaderAdapter):  # already sharded by accelerate
         return loader
     return islice(loader, trainer.args.process_index, None, trainer.args.world_size)
 
 
 def check_calibration_data(data: Any, trainer: Trainer) -> None:
-    """Looks at a first row of the calibration data, so that a run does not fail when it is time to prune.
+    """Checks the first batch of the calibration data, so that errors are found before training starts.
 
     Raises:
         ValueError: there is no data, it is empty, or its batches have no labels.
@@ -33,7 +33,7 @@ def check_calibration_data(data: Any, trainer: Trainer) -> None:
     row = next(iter(loader.dataset), None)
     if row is None:
         raise ValueError(
-            "The calibration data of FanLoraCallback is empty, or was left empty when the trainer prepared it; pass a "
+            "The calibration data of FanLoraCallback is empty, or became empty when the trainer prepared it: pass a "
             "`calibration_dataset` with a few hundred rows."
         )
     batch = loader.collate_fn(row if loader.batch_sampler is None else [row])
@@ -41,17 +41,17 @@ def check_calibration_data(data: Any, trainer: Trainer) -> None:
     if labels is None:
         has = f"only {sorted(batch)}" if hasattr(batch, "keys") else f"but is a {type(batch).__name__}"
         raise ValueError(
-            f"FanLoraCallback scores modules by the loss on labels, but a calibration batch of {type(trainer).__name__} "
-            f"has no `labels`, {has}. Pass a DataLoader whose batches have `labels`, such as "
+            "FanLoraCallback scores modules by the loss on labels, but a calibration batch of "
+            f"{type(trainer).__name__} has no `labels`, {has}. Pass a DataLoader whose batches have `labels`, such as "
             "DataLoader(tokenized_rows, batch_size=8, collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm=False)), "
             'or use method="weight_norm", which needs no data.'
         )
 
 
 def _loader(data: Any, trainer: Trainer) -> DataLoader:
-    """Returns a loader of the calibration data: `data` itself if it is one, else the trainer's for such a dataset.
+    """Returns a loader of the calibration data: `data` itself if it is a loader, else one made by the trainer.
 
-    Rows that a distributed trainer repeats, to give each process as many batches, would count twice in the scores.
+    Rows are not repeated to give each process as many batches, since they would count twice in the scores.
     """
     if isinstance(data, DataLoader):
         return data
@@ -65,7 +65,7 @@ def _loader(data: Any, trainer: Trainer) -> DataLoader:
 
 
 def _prepared(dataset: Any, trainer: Trainer) -> Any:
-    """Tokenises the rows as the trainer does with its own data, if it is one of TRL's that take text."""
+    """Tokenises the dataset like the training data, if the trainer is one of TRL's that accept text."""
     prepare = getattr(trainer, "_prepare_dataset", None)
     if prepare is None or getattr(trainer, "_skip_prepare_dataset", False) or not hasattr(dataset, "column_names"):
         return dataset

@@ -1,4 +1,4 @@
-"""Scoring and pruning inside a training run of transformers or TRL."""
+"""A callback that scores and prunes modules during a training run of transformers or TRL."""
 
 import sys
 import warnings
@@ -18,37 +18,37 @@ from .setting import FanLoraSetting
 
 
 class FanLoraCallback(TrainerCallback, ExportableState):
-    """Steps (a) to (c) of FanLoRA in one run: LoRA on all modules, and from some step on only on the best ones.
+    """Runs steps (a) to (c) of FanLoRA in one training run: trains LoRA on all modules, then prunes to the best ones.
 
-    At the end of step `prune_at` it scores the modules on a calibration set, prunes the adapter, and lets the run go
-    on with what is left: the optimizer keeps its state for exactly the remaining parameters, and the schedule of the
-    learning rate is not touched. The sums of the scores over each role go to the trainer's log, and all scores to
-    `trainer.state.log_history`. A run resumed from a checkpoint goes on pruned if the checkpoint was. The best
-    checkpoint of `load_best_model_at_end` is looked for again after pruning. One object
-    may serve several runs, one after the other, and several objects one run, which then prunes in stages. That training goes on after the choice,
-    in the same run, is ours; the paper fine-tunes fresh adapters on the setting [P].
+    At the end of step `prune_at` it scores the modules on a calibration set and prunes the adapter. Training continues
+    with the remaining parameters, whose optimizer state and learning rate schedule are unchanged. The sum of the
+    scores of each role is logged by the trainer, and all scores are added to `trainer.state.log_history`. A run
+    resumed from a checkpoint is pruned if the checkpoint was. The best checkpoint for `load_best_model_at_end` is only
+    chosen from those after pruning. A callback may be used in several runs, one after the other, and a run may have
+    several callbacks, which prune it in stages. Continuing the same run after pruning is ours; the paper fine-tunes
+    new adapters on the setting [P].
 
-    Under DistributedDataParallel each process scores its share of the calibration set, the scores are added up and all
-    processes make the same choice.
+    With DistributedDataParallel each process scores its part of the calibration set. The scores are summed, and all
+    processes prune the same modules.
 
     Args:
-        calibration_dataset: the data to score on, in the form of the trainer's evaluation data: for an `SFTTrainer`
-            also as text, messages, or prompts and completions. A few hundred rows will do. Trainers whose batches have
-            no labels, such as those for preferences, need a `DataLoader`, unshuffled, whose batches have some. None
-            will do for "weight_norm".
+        calibration_dataset: the data to score on, in the format of the trainer's evaluation data: for an `SFTTrainer`
+            also as text, messages, or prompts and completions. A few hundred rows are enough. Trainers whose batches
+            have no labels, such as preference trainers, need an unshuffled `DataLoader` whose batches have `labels`.
+            May be None for "weight_norm".
         prune_at: when to prune: a fraction of all steps (above 0, up to 1), or a number of steps (from 1).
-        keep: how many modules per layer (or roles, or modules, as `strategy` says) to keep, see
+        keep: how many modules per layer (or roles, or modules, depending on `strategy`) to keep, see
             `ImportanceScores.select`.
-        strategy: what is ranked against what, see `ImportanceScores.select`.
-        packed: whether projections that engines pack into one matrix stay or go together.
+        strategy: which modules are ranked against each other, see `ImportanceScores.select`.
+        packed: whether projections that engines pack into one matrix are kept or pruned together.
         method: the score, see `FanLoraModel.score_modules`.
-        num_points: the number of points that "path" integrates over.
-        trainer: the trainer that runs the callback, as TRL's callbacks take it: make the trainer, then the callback, and
+        num_points: the number of points of the "path" integral.
+        trainer: the trainer that runs the callback, as for TRL's callbacks: create the trainer, then the callback, and
             call `trainer.add_callback(callback)`. Without it, the callback looks for the trainer among its callers.
 
     Attributes:
         scores: the scores, after pruning; None before, and after resuming from a pruned checkpoint.
-        setting: the modules that stayed; None before pruning.
+        setting: the modules that were kept; None before pruning.
 
     Raises:
         ValueError: `prune_at` or `method` is not valid; or, when training begins: the model is not a FanLoRA model or
@@ -77,7 +77,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         is_step = isinstance(prune_at, int) and not isinstance(prune_at, bool) and prune_at >= 1
         if not (is_fraction or is_step):
             raise ValueError(
-                f"prune_at={prune_at!r} says no point of the run; pass a fraction of the steps above 0 and up to 1.0 "
+                f"prune_at={prune_at!r} is not a step of the run: pass a fraction of the steps above 0 and up to 1.0 "
                 "(float), or a step from 1 (int)."
             )
         self.score = find_score(method)
@@ -91,12 +91,12 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         self.setting: FanLoraSetting | None = None
 
     def state(self) -> dict[str, Any]:
-        """What the trainer writes into a checkpoint: the arguments but for the data, and the setting once found."""
+        """Returns the state to store in a checkpoint: the arguments except the data, and the setting if found."""
         return {
             "args": {
                 "calibration_dataset": None,
                 "prune_at": self.prune_at,
-                "method": self.score.name,  # checkpoints are JSON, where a function cannot stand
+                "method": self.score.name,  # checkpoints are JSON, which cannot store a function
                 "num_points": self.num_points,
                 **self.selection,
             },
@@ -106,20 +106,20 @@ class FanLoraCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Checks that the run can be pruned, and takes over the setting of a resumed one."""
+        """Checks that the run can be pruned, and restores the setting of a resumed run."""
         tuner, adapter_name = _fanlora_adapter(kwargs["model"])
         trainer = self._running_trainer(state)
         is_sharded = any(hasattr(parameter, "device_mesh") for parameter in kwargs["model"].parameters())
         if is_sharded or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
-                "FanLoraCallback cannot prune under FSDP, tensor parallelism or DeepSpeed, which hold on to the "
-                "parameters that they were set up with. Train in two runs: save the adapter of the first, load it in a "
-                "single process, call score_modules and prune_modules, save it again, and begin the second run from "
-                "that. DistributedDataParallel needs no such detour."
+                "FanLoraCallback cannot prune under FSDP, tensor parallelism or DeepSpeed, which do not allow "
+                "parameters to be removed. Train in two runs: save the adapter of the first, load it in a single "
+                "process, call score_modules and prune_modules, save it again, and start the second run from it. "
+                "DistributedDataParallel is supported."
             )
         config = tuner.peft_config[adapter_name]
         if config.setting is None or config.setting is not self.setting:
-            self.scores = None  # those of another run
+            self.scores = None  # they belong to another run
         self.setting, saved = None, self._saved_states(trainer, state)
         if config.setting is None:
             if self.score.needs_data:
@@ -128,20 +128,21 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             self.setting = config.setting
         elif not any(_setting_of(each) for each in saved):
             raise ValueError(
-                f"The checkpoint of step {state.global_step} was saved before pruning, but the adapter has been pruned "
-                "since and cannot take the removed modules back. Make the model and the trainer again, and resume then."
+                f"The checkpoint of step {state.global_step} was saved before pruning, but the adapter has been "
+                "pruned since, and removed modules cannot be restored. Create the model and the trainer again, then "
+                "resume."
             )
         else:
             own = [each for each in saved if each["args"] == self.state()["args"]]
             self.setting = _setting_of(own[-1]) if own else None
             if self.setting is not None and self.setting.kept.keys() == config.setting.kept.keys():
-                config.setting = self.setting  # has the scores, which the loaded weights do not tell
+                config.setting = self.setting  # includes the scores, which the loaded adapter does not have
 
     def _saved_states(self, trainer: Trainer, state: TrainerState) -> list[dict[str, Any]]:
-        """Returns the states of such callbacks in the checkpoint that the run goes on from, the latest ones last.
+        """Returns the states of callbacks of this class in the resumed checkpoint, the latest last.
 
-        The trainer has a list of states for several callbacks of a class, which each checkpoint adds to, and fails on a
-        class that the checkpoint does not know: the entry is put into the form that it needs.
+        With several callbacks of a class, the trainer stores a list of states, to which each checkpoint adds, and
+        fails on a class that the checkpoint does not contain: the entry is converted to the format that it needs.
         """
         entries: Any = state.stateful_callbacks
         name, is_alone = (
@@ -151,36 +152,36 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         saved = entries.get(name, []) if state.global_step else []
         saved = saved if isinstance(saved, list) else [saved]
         entries[name] = self.state() if is_alone else saved
-        # Arguments may have changed on the way, which does not matter where there is no other callback.
+        # A single callback may resume with changed arguments.
         return [{**each, "args": self.state()["args"]} for each in saved] if is_alone else saved
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Scores and prunes once the step of `prune_at` is reached."""
+        """Scores and prunes at step `prune_at`."""
         if self.setting is None and state.global_step >= self._prune_step(state):
             self._prune(self._running_trainer(state), kwargs["model"], kwargs["optimizer"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warns if the run ended with all modules."""
+        """Warns if the run ended without pruning."""
         if self.setting is None:
             warnings.warn(
-                f"Training ended at step {state.global_step} without pruning, which prune_at={self.prune_at!r} puts at "
-                f"step {self._prune_step(state)}: the adapter still has all its modules. Lower `prune_at`, or call "
+                f"Training ended at step {state.global_step} without pruning, which prune_at={self.prune_at!r} puts "
+                f"at step {self._prune_step(state)}: the adapter still has all its modules. Lower `prune_at`, or call "
                 "score_modules and prune_modules now.",
                 stacklevel=2,
             )
 
     def _running_trainer(self, state: TrainerState) -> Trainer:
-        """Returns the trainer whose event is being handled: it alone knows how to tokenise, collate and log."""
+        """Returns the trainer whose event is being handled, which is needed to tokenise, collate and log."""
         if self.trainer is None:
             return _calling_trainer(self)
         if self.trainer.state is not state:
             raise ValueError(
-                "FanLoraCallback runs in another trainer than the one it was given: pass trainer= the one that it is added "
-                "to, or set `callback.trainer` before the next run."
+                "FanLoraCallback runs in a different trainer than the one it was given: pass the trainer that it is "
+                "added to as `trainer`, or set `callback.trainer` before the next run."
             )
         return self.trainer
 
@@ -208,13 +209,13 @@ class FanLoraCallback(TrainerCallback, ExportableState):
 
 
 def _setting_of(state: dict[str, Any]) -> FanLoraSetting | None:
-    """Returns the setting that a callback's state in a checkpoint has, None if it was saved before pruning."""
+    """Returns the setting in a callback's saved state; None if it was saved before pruning."""
     saved = state["attributes"]["saved_setting"]
     return None if saved is None else FanLoraSetting.from_dict(saved)
 
 
 def _fanlora_adapter(model: torch.nn.Module) -> tuple[FanLoraModel, str]:
-    """Returns the tuner of a trainer's model and the name of the adapter that is being trained."""
+    """Returns the tuner of a trainer's model and the name of the adapter that is trained."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, FanLoraModel):
         raise ValueError(
@@ -229,7 +230,7 @@ def _fanlora_adapter(model: torch.nn.Module) -> tuple[FanLoraModel, str]:
 
 
 def _calling_trainer(callback: TrainerCallback) -> Trainer:
-    """Returns the trainer whose event a callback is handling where it was not given: the nearest caller that has it.
+    """Returns the trainer whose event a callback is handling: the nearest caller that has the callback.
 
     Events carry the model, the optimizer and more, but not the trainer.
     """
@@ -243,14 +244,14 @@ def _calling_trainer(callback: TrainerCallback) -> Trainer:
 
 
 def _log(trainer: Trainer, scores: ImportanceScores, setting: FanLoraSetting) -> None:
-    """Reports what each role adds up to as metrics, and keeps all scores in the log's history."""
+    """Logs the sum of the scores of each role as metrics, and stores all scores in the log history."""
     by_role: dict[str, float] = {}
     for name, score in scores.items():
         role = ModuleName.parse(name).role
         by_role[role] = by_role.get(role, 0.0) + score
     counts = {"fanlora/modules_scored": float(len(scores)), "fanlora/modules_kept": float(len(setting.kept))}
-    should_log = trainer.control.should_log  # of this step, which logging would take for done
-    # TRL's own `log` would add its running metrics to these and start them again.
+    should_log = trainer.control.should_log  # restored below, since logging resets it
+    # TRL's own `log` would add its running metrics and reset them.
     Trainer.log(trainer, counts | {f"fanlora/{scores.method}/{role}": score for role, score in by_role.items()})
     trainer.control.should_log = should_log
     history: list[Any] = trainer.state.log_history
@@ -258,7 +259,7 @@ def _log(trainer: Trainer, scores: ImportanceScores, setting: FanLoraSetting) ->
 
 
 def _forget_removed_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
-    """Takes parameters that are no longer in the model out of an optimizer, and leaves all else in it as it is."""
+    """Removes parameters that are no longer in the model from an optimizer, and leaves the rest unchanged."""
     remaining = set(model.parameters())
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter in remaining]
@@ -267,10 +268,10 @@ def _forget_removed_parameters(optimizer: torch.optim.Optimizer, model: torch.nn
 
 
 def _wrap_again(trainer: Trainer) -> None:
-    """Sets DistributedDataParallel up again for the parameters that are left.
+    """Initializes DistributedDataParallel again for the remaining parameters.
 
-    It collects gradients into buckets that it laid out for the parameters it began with, and would wait for the removed
-    ones. The training loop holds the wrapper itself, so the wrapper is constructed again in its place.
+    Its gradient buckets include the removed parameters and would wait for them. The training loop holds a reference to
+    the wrapper, so it is initialized again in place.
     """
     wrappers = [module for module in trainer.model_wrapped.modules() if isinstance(module, DistributedDataParallel)]
     for wrapper in wrappers:

@@ -1,4 +1,4 @@
-"""What a model offers: the linear layers that FanLoRA chooses among, and the LoRA layers that an adapter has on them."""
+"""Finds the linear layers of a model that FanLoRA chooses among, and the LoRA layers of an adapter."""
 
 import re
 from collections.abc import Iterable
@@ -15,10 +15,10 @@ from .modules import ModuleName
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer, bare, quantised or with LoRA.
+    """Returns whether `module` is a linear layer: plain, quantised or with LoRA.
 
-    Like PEFT's own "all-linear", this goes by PEFT's convention that the LoRA layer of any linear layer has "Linear"
-    in the name of its class; the quantised layers themselves follow it as well.
+    Like PEFT's "all-linear", this relies on PEFT's convention that the LoRA layer of a linear layer has "Linear" in
+    its class name, which quantised layers follow as well.
     """
     return isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__
 
@@ -26,17 +26,17 @@ def is_linear(module: nn.Module) -> bool:
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the linear layers that FanLoRA chooses among, by name and in the model's order.
 
-    These are the linear layers in the numbered blocks of the language model. Embeddings and heads stand outside the
-    blocks; the towers that read images or sound run once per request and not once per token, so they are left alone. In a
-    model without numbered blocks all linear layers but the output head are candidates.
+    These are the linear layers in the numbered blocks of the language model. Embeddings and heads are outside the
+    blocks, and vision and audio towers are left out, since they run once per request instead of once per token. In a
+    model without numbered blocks all linear layers except the output head are candidates.
 
     Args:
-        model: the base model, with adapters or without.
+        model: the base model, with or without adapters.
     """
     towers = _prefixes_of(model, _towers(model))
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     linear: dict[str, nn.Module] = {}
-    inside = None  # the linear layer that the walk is in: what LoRA keeps below its layer is no candidate
+    inside = None  # the current linear layer, whose LoRA submodules are not candidates
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
@@ -49,7 +49,7 @@ def candidates(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def lora_modules(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """Returns those candidates that carry the adapter, by name and in the model's order."""
+    """Returns the candidates that have the adapter, by name and in the model's order."""
     return {
         name: module
         for name, module in candidates(model).items()
@@ -63,7 +63,7 @@ def lora_factors(layer: Any, adapter_name: str) -> tuple[torch.Tensor, torch.Ten
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """Returns all LoRA layers that carry the adapter, candidates or not, by name and in the model's order."""
+    """Returns all LoRA layers that have the adapter, candidates or not, by name and in the model's order."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -72,16 +72,16 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
 
 def adapted_modules_of(model: nn.Module, adapter_name: str) -> set[str]:
-    """Returns the names of the modules that carry the adapter; its `target_parameters` are not modules."""
+    """Returns the names of the modules that have the adapter; its `target_parameters` are not modules."""
     layers = adapted_layers(model, adapter_name)
     return {name for name, layer in layers.items() if not isinstance(layer, ParamWrapper)}
 
 
 def exact_names(names: Iterable[str], model: nn.Module) -> set[str] | str:
-    """Returns a `target_modules` that adapts the modules of these names and no others.
+    """Returns a `target_modules` that matches the modules with these names and no others.
 
-    That is the names, or a regular expression where another module of the model ends in one of them: PEFT would adapt
-    `draft.layers.0.q_proj` for the name `layers.0.q_proj` as well.
+    This is the set of names, or a regular expression if another module's name ends in one of them: PEFT would also
+    adapt `draft.layers.0.q_proj` for the name `layers.0.q_proj`.
     """
     exact = set(names)
     for name, _ in model.named_modules():
@@ -92,16 +92,16 @@ def exact_names(names: Iterable[str], model: nn.Module) -> set[str] | str:
 
 
 def num_layers(model: nn.Module, modules: Iterable[ModuleName]) -> dict[str, int]:
-    """Returns how many blocks each of the modules' stacks has in `model`, adapted or not."""
+    """Returns the number of blocks of each stack of the modules in `model`, adapted or not."""
     stacks = dict.fromkeys(module.stack for module in modules)
     return {stack: len(list(model.get_submodule(stack).children())) if stack else 1 for stack in stacks}
 
 
 def counterpart(stack: str, available: Iterable[str], model: nn.Module) -> str:
-    """Returns the one stack of a model that stands for `stack`.
+    """Returns the stack of a model that corresponds to `stack`.
 
-    It has the same name, or the same but for what a head or a wrapper puts in front, or that name in a larger model.
-    That a name ends in another is not enough: the layers of `draft.layers` are not those of `layers`.
+    It has the same name, or the same name except for the prefix of a head or wrapper, or that name within a larger
+    model. A matching suffix alone is not enough: the layers of `draft.layers` are not those of `layers`.
     """
     found = (
         [other for other in available if other == stack]
@@ -117,7 +117,7 @@ def counterpart(stack: str, available: Iterable[str], model: nn.Module) -> str:
 
 
 def _unwrapped(stack: str, model: nn.Module) -> str:
-    """Returns the name of a stack as the bare model has it, without a head or a wrapper."""
+    """Returns the name of a stack in the bare model, without a head or a wrapper."""
     outer = {"base_model", "model", "module", "_orig_mod", "pretrained_model", getattr(model, "base_model_prefix", "")}
     parts = stack.split(".")
     while len(parts) > 1 and parts[0] in outer:
@@ -126,19 +126,19 @@ def _unwrapped(stack: str, model: nn.Module) -> str:
 
 
 def num_parameters_per_rank(module: Any) -> int:
-    """Returns what one rank of LoRA costs on a linear layer: its number of input features plus that of its outputs."""
+    """Returns the number of parameters per rank of LoRA on a linear layer: in_features + out_features."""
     if hasattr(module, "in_features"):
         return module.in_features + module.out_features
     return sum(module.weight.shape)  # Conv1D
 
 
 def model_type(model: nn.Module) -> str | None:
-    """Returns the family of a transformers model, such as "llama", and None for any other."""
+    """Returns the model type of a transformers model, such as "llama"; None for other models."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _towers(model: nn.Module) -> list[nn.Module]:
-    """Returns the encoders of other modalities that stand beside a language model."""
+    """Returns the vision and audio encoders of a multimodal model."""
     if not isinstance(model, PreTrainedModel):
         return []
     towers = [model.get_encoder(modality=modality) for modality in ("image", "audio")]
@@ -147,10 +147,10 @@ def _towers(model: nn.Module) -> list[nn.Module]:
 
 
 def _of_language_model(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Returns those names that lie in the language model of a multimodal one, and all names for any other model.
+    """Returns the names that are in the language model of a multimodal model; all names for other models.
 
-    A tower or a connector is a model with a configuration of its own class, or belongs to the whole beside a language
-    model that is one. Where no such language model is found, the whole is the language model.
+    Towers and connectors have a configuration class of their own, or that of the whole model if the language model has
+    its own. If no separate language model is found, the whole model is the language model.
     """
     names = list(names)
     if not isinstance(model, PreTrainedModel) or set(_listed(model.input_modalities)) <= {"text"}:

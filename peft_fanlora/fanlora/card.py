@@ -1,4 +1,4 @@
-"""What a card says of a FanLoRA adapter and of a FanLoRA setting."""
+"""The parts of model cards that describe a FanLoRA adapter or setting."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ _FACTS = {
     "transformers_version": "transformers",
 }
 _PROVENANCE = (
-    "That LoRA goes on all linear layers, is scored module by module and keeps only the most critical modules of each "
-    "layer is FanLoRA's ([Tian et al., EMNLP 2024](https://doi.org/10.18653/v1/2024.emnlp-industry.38)); the formula "
-    "of the score is that of `peft_fanlora`, since the paper's could not be read."
+    "Placing LoRA on all linear layers, scoring each module and keeping only the most critical modules of each layer "
+    "is FanLoRA's method ([Tian et al., EMNLP 2024](https://doi.org/10.18653/v1/2024.emnlp-industry.38)); the formula "
+    "of the score is that of `peft_fanlora`, since the paper's was not available."
 )
 
 
 def adapter_part(saved: SavedAdapter[FanLoraConfig], base: snippets.BaseModel, location: str) -> Part:
-    """Returns what a card says of an adapter, and draws the heat map beside it.
+    """Returns the part of a model card that describes an adapter, and saves the heat map of its scores.
 
     Args:
-        saved: the adapter as it was written.
+        saved: the saved adapter.
         base: its base model.
-        location: its folder or id, as the code names it.
+        location: its folder or Hub id, as used in the card's code.
     """
     config = saved.config
-    setting: Any = config.setting  # read and made a FanLoraSetting by the configuration itself
+    setting: Any = config.setting  # already converted to a FanLoraSetting by the configuration
     modules = modules_of(saved)
     of_all = f" of {len(setting.kept) + len(setting.dropped)}" if setting is not None and setting.dropped else ""
     how = "; it was not pruned" if setting is None else ", chosen by a score [1]" if setting.is_scored else ""
@@ -58,14 +58,14 @@ def adapter_part(saved: SavedAdapter[FanLoraConfig], base: snippets.BaseModel, l
         f"FanLoRA: LoRA with r = {config.r} and α = {config.lora_alpha:g} on {len(modules)}{of_all} linear layers{how}."
         + size,
         _code(snippets.use_adapter("FanLoRA", base, location, saved.subfolder)),
-        "It needs `pip install peft-fanlora`; without the import PEFT stops with `KeyError: 'FANLORA'`.",
+        "It requires `pip install peft-fanlora`; without importing it PEFT raises `KeyError: 'FANLORA'`.",
         "### Modules",
         module_table(modules, len({module.stack for module in modules}) > 1),
         *_of_setting(setting, saved.folder, saved.subfolder),
         "### Without this package",
-        'As an ordinary LoRA adapter, written by `peft_fanlora.export_lora(model, "plain-lora")`, it loads in PEFT '
-        "without `peft_fanlora` and in engines that serve LoRA, such as vLLM, with the same output. What plain LoRA "
-        "can't say, such as DoRA, is refused there.",
+        'Export it as a plain LoRA adapter with `peft_fanlora.export_lora(model, "plain-lora")` to load it in PEFT '
+        "without `peft_fanlora` and in engines that serve LoRA, such as vLLM, with the same output. Features that "
+        "plain LoRA does not have, such as DoRA, are refused.",
     ]
     if setting is not None and setting.is_scored:
         pieces.append("[1] " + _PROVENANCE)
@@ -73,14 +73,14 @@ def adapter_part(saved: SavedAdapter[FanLoraConfig], base: snippets.BaseModel, l
 
 
 def setting_part(setting: FanLoraSetting, folder: Path, location: str) -> Part:
-    """Returns what a card says of a setting that is shared by itself, and draws the heat map beside it."""
+    """Returns the part of a card for a setting that is shared without an adapter, and saves the heat map."""
     base = _base_model_of(setting.calibration.get("base_model_name_or_path"), setting.model_type)
     of_all = f" of {len(setting.kept) + len(setting.dropped)}" if setting.dropped else ""
     pieces = [
-        f"A FanLoRA setting: which {len(setting.kept)}{of_all} linear layers of a model of type "
-        f"`{setting.model_type}` LoRA goes on. It serves new tasks on models of that family, other depths included.",
+        f"A FanLoRA setting: the {len(setting.kept)}{of_all} linear layers of a model of type `{setting.model_type}` "
+        "that get LoRA. It can be used for new tasks on models of the same type, including other depths.",
         _code(_use_setting(base, location)),
-        "It needs `pip install peft-fanlora`.",
+        "It requires `pip install peft-fanlora`.",
         "### Modules",
         module_table(setting.kept, len(setting.num_layers) > 1),
         *_of_setting(setting, folder, None),
@@ -92,20 +92,20 @@ def setting_part(setting: FanLoraSetting, folder: Path, location: str) -> Part:
 
 
 def modules_of(saved: SavedAdapter[FanLoraConfig]) -> list[ModuleName]:
-    """Returns the modules that have LoRA in the file, in the order of their layers."""
+    """Returns the modules with LoRA in the saved file, in the order of their layers."""
     tensors = (name.partition(".lora_") for name in saved.shapes)
     return sorted({ModuleName.parse(name.removeprefix("base_model.model.")) for name, dot, _ in tensors if dot})
 
 
 def module_table(modules: Iterable[ModuleName], with_stack: bool) -> str:
-    """Returns the modules as a Markdown table: role, how many layers have it, which."""
+    """Returns a Markdown table of modules: role, number of layers, layers."""
     roles = layers_by_role(modules, with_stack=with_stack)
     rows = [f"| `{role}` | {len(layers)} | {ranges(layers)} |" for role, layers in roles.items()]
     return "\n".join(["| role | layers | which |", "|---|---:|---|", *rows])
 
 
 def facts_of(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the calibration facts under names for people."""
+    """Returns the calibration facts with readable names."""
     named = {label: calibration[key] for key, label in _FACTS.items() if calibration.get(key) not in (None, False)}
     others = {key: value for key, value in calibration.items() if key not in _FACTS}
     return {**named, **others}
@@ -119,7 +119,7 @@ def _of_setting(setting: FanLoraSetting | None, folder: Path, subfolder: str | N
     else:
         setting.plot(picture)
         link = f"{subfolder}/{HEAT_MAP}" if subfolder else HEAT_MAP
-        image = [f"![Importance of each module; a dot marks those that stay]({link})"]
+        image = [f"![Importance of each module; a dot marks those that are kept]({link})"]
     if setting is None or not setting.calibration:
         return image
     rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts_of(setting.calibration).items()]
@@ -140,8 +140,8 @@ def _base_model_of(name: str | None, model_type: str | None) -> snippets.BaseMod
     """Returns how to load a model that a setting fits.
 
     Args:
-        name: the folder or the id of the model that was scored.
-        model_type: its family.
+        name: the folder or Hub id of the scored model.
+        model_type: its model type.
     """
     generative = (
         ("AutoModelForSeq2SeqLM", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
@@ -154,11 +154,11 @@ def _base_model_of(name: str | None, model_type: str | None) -> snippets.BaseMod
 
 
 def _use_setting(base: snippets.BaseModel, location: str) -> str:
-    """Returns code that makes a fresh adapter on a setting.
+    """Returns code that creates a new adapter with a setting.
 
     Args:
         base: a model that the setting fits.
-        location: the setting's folder or id.
+        location: the setting's folder or Hub id.
     """
     task = next(
         (task for task, loader in snippets.TASKS.items() if loader == base.loader and loader != "AutoModel"), None

@@ -1,4 +1,4 @@
-"""FanLoraConfig: LoRA's configuration, all-linear by default, with a FanLoRA setting."""
+"""FanLoraConfig: LoRA's configuration with a FanLoRA setting and "all-linear" as the default."""
 
 import os
 from copy import deepcopy
@@ -25,19 +25,19 @@ _MUTATING_INITIALISATIONS = ("pissa", "olora", "corda", "lora_ga")
 
 @dataclass
 class FanLoraConfig(StoredConfig, LoraConfig):
-    """The configuration of FanLoRA: every field of `peft.LoraConfig`, and a setting.
+    """Configuration of FanLoRA: all fields of `peft.LoraConfig`, and a setting.
 
-    Without a setting, LoRA goes on all linear layers of the model (step a of the method [P]); `score_modules` and
-    `prune_modules` then find the setting (b, c). With one, a fresh adapter goes on its modules alone (d).
+    Without a setting, LoRA is applied to all linear layers of the model (step a of the method [P]); `score_modules`
+    and `prune_modules` then find the setting (b, c). With a setting, only its modules are adapted (d).
 
     Args:
-        target_modules: as in LoRA; "all-linear" unless given.
-        setting: the modules to adapt, as a `FanLoraSetting`, a folder or the id of a Hub repository. It takes the
-            place of `target_modules` and fits any model of the family that it was found on.
+        target_modules: as in LoRA; "all-linear" by default.
+        setting: the modules to adapt, as a `FanLoraSetting`, a folder or a Hub repository id. It replaces
+            `target_modules` and fits any model of the same model type.
 
     Raises:
-        ValueError: a field has a value of the wrong type, or one that pruning can't honour.
-        FileNotFoundError: `setting` names neither a folder nor a repository with a setting.
+        ValueError: a field has a wrong type, or a value that does not support pruning.
+        FileNotFoundError: `setting` is neither a folder nor a repository with a setting.
 
     Examples:
         >>> config = FanLoraConfig(r=8, task_type="CAUSAL_LM")  # (a): LoRA on every linear layer
@@ -53,7 +53,7 @@ class FanLoraConfig(StoredConfig, LoraConfig):
     setting: FanLoraSetting | str | os.PathLike[str] | None = field(
         default=None,
         metadata={
-            "help": "The FanLoRA setting, in place of target_modules: a FanLoraSetting, a folder, or a Hub repository."
+            "help": "The FanLoRA setting, instead of target_modules: a FanLoraSetting, a folder, or a Hub repository."
         },
     )
 
@@ -70,15 +70,15 @@ class FanLoraConfig(StoredConfig, LoraConfig):
         self.check_types()
         everywhere = self.target_modules is None or str(self.target_modules).lower() == "all-linear"
         if everywhere:
-            self.target_modules = None  # LoraConfig refuses layers_to_transform beside a string
+            self.target_modules = None  # LoraConfig does not allow layers_to_transform with a string
         try:
             super().__post_init__()
         except TypeError as error:
             if "unexpected keyword argument" not in str(error):
                 raise
-            raise ValueError(  # PEFT would look for the keyword among this class's fields, in a recursion without end
-                f"FanLoraConfig: a variant of LoRA has a field that this version of PEFT does not know: {error}. Remove the "
-                "field, or upgrade PEFT."
+            raise ValueError(  # PEFT would recurse endlessly while looking for the keyword in this class's fields
+                f"FanLoraConfig: a variant of LoRA has a field that this version of PEFT does not know: {error}. "
+                "Remove the field, or upgrade PEFT."
             ) from error
         self.peft_type = _FANLORA
         if everywhere:
@@ -88,30 +88,30 @@ class FanLoraConfig(StoredConfig, LoraConfig):
             self.setting = FanLoraSetting.from_dict(self.setting)
         elif isinstance(self.setting, str) and is_from_file:
             raise ValueError(
-                f"setting={self.setting[:60]!r} stands in a saved configuration, and loading one reads nothing from "
-                "elsewhere: put the content of the setting's file there, or null."
+                f"setting={self.setting[:60]!r} is part of a saved configuration, which must not refer to other "
+                "files: replace it by the content of the setting's file, or by null."
             )
         elif isinstance(self.setting, (str, os.PathLike)):
             self.setting = FanLoraSetting.from_pretrained(self.setting)
         elif self.setting is not None and not isinstance(self.setting, FanLoraSetting):
             raise ValueError(
-                f"`setting` is a {type(self.setting).__name__}; pass a FanLoraSetting (`scores.select(...)` makes one), "
-                "the folder of a saved one, or the id of a Hub repository."
+                f"`setting` is a {type(self.setting).__name__}: pass a FanLoraSetting, such as that of "
+                "`scores.select(...)`, the folder of a saved one, or a Hub repository id."
             )
 
     @classmethod
     def from_lora(cls, lora: LoraConfig | str | os.PathLike[str], **download_kwargs: Any) -> "FanLoraConfig":
-        """Returns the configuration with which an existing LoRA adapter is a FanLoRA adapter, with the same output.
+        """Returns the configuration that loads an existing LoRA adapter as a FanLoRA adapter, with the same output.
 
-        Ranks, alphas, patterns, targets and all other fields are kept. `load_tenant` and `load_adapter` use it on their
-        own for LoRA adapters that join a FanLoRA model.
+        Ranks, alphas, patterns, targets and all other fields are kept. `load_tenant` and `load_adapter` use it
+        automatically for LoRA adapters that are added to a FanLoRA model.
 
         Args:
-            lora: the adapter's configuration, its folder, or the id of its Hub repository.
+            lora: the adapter's configuration, its folder, or its Hub repository id.
             download_kwargs: how to read it from the Hub, such as `revision` or `subfolder`.
 
         Raises:
-            ValueError: it is not a LoRA adapter, or has a field that pruning can't honour.
+            ValueError: it is not a LoRA adapter, or has a field that does not support pruning.
 
         Examples:
             >>> model = PeftModel.from_pretrained(base, "my-lora", config=FanLoraConfig.from_lora("my-lora"))
@@ -128,20 +128,20 @@ class FanLoraConfig(StoredConfig, LoraConfig):
 
     @property
     def mutates_base_weights(self) -> bool:
-        """Whether the initialisation moves a part of each base weight into the adapter, as PiSSA's does."""
+        """Whether the initialisation moves a part of each base weight into the adapter, as PiSSA does."""
         return str(self.init_lora_weights).lower().startswith(_MUTATING_INITIALISATIONS)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the configuration as PEFT writes it; the setting becomes plain JSON types."""
+        """Returns the configuration as a dict like PEFT, with the setting as plain JSON types."""
         content = super().to_dict()
         if isinstance(self.setting, FanLoraSetting):
             content["setting"] = self.setting.to_dict()
         return content
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes `adapter_config.json`, and the setting beside it as a file of its own.
+        """Saves `adapter_config.json`, and the setting in a separate file beside it.
 
-        A setting of an earlier save that no longer applies is removed.
+        A previously saved setting that no longer applies is removed.
         """
         with staged(Path(save_directory), own=[SETTING_NAME]) as stage:
             super().save_pretrained(str(stage), **kwargs)
@@ -150,19 +150,19 @@ class FanLoraConfig(StoredConfig, LoraConfig):
 
 
 def _refuse_what_pruning_cannot_honour(config: FanLoraConfig) -> None:
-    """Raises for the fields of LoraConfig that leave something in the model when a module is removed."""
+    """Raises for fields of LoraConfig whose effects on the model would remain after a module is removed."""
     if config.bias != "none":
         raise ValueError(
             f"FanLoRA does not support bias={config.bias!r}: the trained biases belong to the base model's layers and "
-            "would outlive the modules that are pruned. Use bias='none'."
+            "would remain after modules are pruned. Use bias='none'."
         )
     if config.init_lora_weights == "loftq":
         raise ValueError(
-            "FanLoRA does not support init_lora_weights='loftq': it replaces base weights by quantised ones, which a "
-            "pruned module would leave behind. Load the base model quantised and use init_lora_weights=True."
+            "FanLoRA does not support init_lora_weights='loftq': it replaces base weights by quantised ones, which "
+            "would remain after a module is pruned. Load the base model quantised and use init_lora_weights=True."
         )
     for name, reason in {
-        "kasa_config": "it truncates the base weights, and a pruned module would leave them truncated",
+        "kasa_config": "it truncates the base weights, which would remain truncated after a module is pruned",
         "arrow_config": "its adapter routes between other adapters and has no modules of its own to score",
     }.items():
         if getattr(config, name, None) is not None:

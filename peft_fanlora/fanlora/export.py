@@ -1,4 +1,4 @@
-"""A FanLoRA adapter as an ordinary LoRA adapter, which needs nothing of this package to be read."""
+"""Exports a FanLoRA adapter as a plain LoRA adapter, which can be loaded without this package."""
 
 import os
 from collections.abc import Mapping
@@ -20,29 +20,29 @@ from .scoring import usable_adapter
 
 
 _HEADS = {"classifier", "score"}
-"""The modules of `modules_to_save` that other readers of LoRA adapters know: the heads of classification models."""
+"""The names in `modules_to_save` that other LoRA loaders support: the heads of classification models."""
 
 
 def export_lora(model: PeftModel, save_directory: str | os.PathLike[str], *, adapter_name: str | None = None) -> None:
-    """Writes an adapter as a plain LoRA adapter: y = W x + (α/r) B A x, one r and one α for all modules.
+    """Saves an adapter as a plain LoRA adapter: y = W x + (α/r) B A x, with the same r and α for all modules.
 
-    PEFT loads it with the same output, with or without this package; so do engines that read nothing but r, α and the
-    names of the modules, such as vLLM and llama.cpp's converter. rsLoRA is written as the α that gives its factor
-    α/√r. Where `rank_pattern` or `alpha_pattern` made the modules differ, all get the highest rank, by rows and columns
-    of zeros, and the same factor, by scaling B. A trained classification head (`classifier`, `score`) goes along; PEFT
-    and vLLM read it. What plain LoRA can't say is refused instead of written differently. Embeddings do not go along:
-    after the vocabulary grew, serve the adapter on a base model that was saved since.
+    PEFT loads it with the same output, with or without this package; so do engines that only read r, α and the names
+    of the modules, such as vLLM and llama.cpp's converter. rsLoRA is converted to the α that gives its factor α/√r. If
+    `rank_pattern` or `alpha_pattern` made the modules differ, all get the highest rank, by padding with zeros, and the
+    same factor, by scaling B. A trained classification head (`classifier`, `score`) is included; PEFT and vLLM load
+    it. Features that plain LoRA does not have are refused. Embeddings are not included: if the vocabulary was
+    extended, serve the adapter on a base model that was saved afterwards.
 
-    PEFT's LoRA reads the result back before it takes its place in the folder.
+    The result is loaded with PEFT's LoRA and compared before it is moved to the folder.
 
     Args:
         model: a `PeftModel` with a FanLoRA adapter, pruned or not.
-        save_directory: the folder, made if needed.
-        adapter_name: which adapter; None for the active one.
+        save_directory: the folder, created if needed.
+        adapter_name: the adapter; None for the active one.
 
     Raises:
-        ValueError: the model has no FanLoRA adapter of this name, it is merged, or it is more than plain LoRA.
-        RuntimeError: what LoRA reads back is not this adapter; the folder is as it was.
+        ValueError: the model has no FanLoRA adapter of this name, it is merged, or it has features beyond plain LoRA.
+        RuntimeError: the exported adapter differs when loaded as LoRA; the folder is unchanged.
 
     Examples:
         >>> export_lora(model, "plain-lora")
@@ -94,21 +94,21 @@ def _refuse_more_than_plain_lora(config: FanLoraConfig, layers: Mapping[str, Any
     others = sorted(set(config.modules_to_save or ()) - _HEADS)
     if others:
         raise ValueError(
-            f"Of modules_to_save, LoRA's readers know classification heads ({', '.join(sorted(_HEADS))}) alone: this "
+            f"Of modules_to_save, LoRA loaders only support classification heads ({', '.join(sorted(_HEADS))}): this "
             f"adapter would lose {others!r}. Share it with save_pretrained instead."
         )
     if config.mutates_base_weights:
         raise ValueError(
-            f"This adapter was made with init_lora_weights={config.init_lora_weights!r} and belongs to base weights "
-            "that this changed. Save it with save_pretrained(..., path_initial_model_for_weight_conversion=...), which "
-            "gives one for the original weights, load that and export it."
+            f"This adapter was made with init_lora_weights={config.init_lora_weights!r}, which changed the base "
+            "weights. Save it with save_pretrained(..., path_initial_model_for_weight_conversion=...), which converts "
+            "it to the original weights, then load and export that."
         )
     for name, layer in layers.items():
         variant = layer.lora_variant.get(adapter_name)
         if variant is not None and not isinstance(variant, MiCALinearVariant):  # MiCA's is plain LoRA once trained
             raise ValueError(
-                f"Plain LoRA can't say {name}, a {type(variant).__name__}. Share the adapter with save_pretrained "
-                "instead."
+                f"Plain LoRA cannot express {name}, a {type(variant).__name__}. Share the adapter with "
+                "save_pretrained instead."
             )
         if not is_linear(layer):
             raise ValueError(f"Plain LoRA is for linear layers, {name} is a {type(layer.get_base_layer()).__name__}.")

@@ -1,4 +1,4 @@
-"""The loss of a gated model on a batch of calibration data, which scores read."""
+"""The loss of a gated model on a calibration batch, from which scores are computed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ class GatedLoss:
 
     Attributes:
         label_mask: where the batch has label tokens, see `label_mask`.
-        num_tokens: how many these are.
+        num_tokens: the number of label tokens.
     """
 
     def __init__(self, model: nn.Module, gates: Gates, batch: Batch) -> None:
@@ -34,14 +34,14 @@ class GatedLoss:
             values: g, shape (M,).
 
         Raises:
-            ValueError: the loss is infinite or not a number.
+            ValueError: the loss is infinite or NaN.
         """
         self.gates.set(values)
         loss = self.model(**self.batch).loss.float() * self.num_tokens
         if not torch.isfinite(loss):
             raise ValueError(
-                f"The calibration loss is {loss.item()}, so no module can be scored. Check the labels and the dtype of "
-                "the model: float16 overflows where bfloat16 and float32 do not."
+                f"The calibration loss is {loss.item()}, so no module can be scored. Check the labels and the dtype "
+                "of the model: float16 may overflow where bfloat16 and float32 do not."
             )
         return loss
 
@@ -54,17 +54,17 @@ class GatedLoss:
 
 
 def label_mask(model: Any, batch: Batch) -> torch.Tensor:
-    """Returns where in the batch the model's loss counts, as a bool tensor in the shape of the labels.
+    """Returns which entries count in the model's loss, as a bool tensor in the shape of the labels.
 
-    A causal model predicts label t+1 at token t, so the mask is shifted to the tokens that predict.
+    A causal model predicts label t+1 at token t, so the mask is shifted to the predicting tokens.
 
     Raises:
         ValueError: the batch has no labels.
     """
     if batch.get("labels") is None:
         raise ValueError(
-            f"The calibration batch has no `labels`, only {sorted(map(str, batch))}; scores are differences of the loss. "
-            "Use the data collator of your trainer, or DataCollatorForLanguageModeling(tokenizer, mlm=False)."
+            f"The calibration batch has no `labels`, only {sorted(map(str, batch))}, but scores are computed from the "
+            "loss. Use the data collator of your trainer, or DataCollatorForLanguageModeling(tokenizer, mlm=False)."
         )
     counted = batch["labels"] != -100
     if hasattr(model, "can_generate") and model.can_generate() and not model.config.is_encoder_decoder:
@@ -72,8 +72,8 @@ def label_mask(model: Any, batch: Batch) -> torch.Tensor:
         if counted.ndim < 2 or (tokens is not None and counted.shape[:2] != tokens.shape[:2]):
             shape = "" if tokens is None else f", but `input_ids` {tuple(tokens.shape)}"
             raise ValueError(
-                f"`labels` of a calibration batch has the shape {tuple(counted.shape)}{shape}: a causal model needs one label "
-                "for each token, -100 where none counts."
+                f"`labels` of a calibration batch has the shape {tuple(counted.shape)}{shape}: a causal model needs "
+                "one label per token, -100 for tokens without a loss."
             )
         counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], dim=1)
     return counted

@@ -1,4 +1,4 @@
-"""Gates: every module's LoRA times a number that a score can move, set to 0, or differentiate."""
+"""Gates: factors on the LoRA output of each module, which scores set and differentiate."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,25 +13,25 @@ from .candidates import lora_factors
 
 
 InitialFactors = tuple[torch.Tensor, torch.Tensor]
-"""The (A, B) that an initialisation such as PiSSA's took out of the base weight, (r, in) and (out, r)."""
+"""The (A, B) that an initialisation such as PiSSA's subtracted from the base weight, (r, in) and (out, r)."""
 
 DeltaObserver = Callable[[str, torch.Tensor], None]
-"""Is shown a module's name and its LoRA output ΔW_m x, of shape (..., out)."""
+"""A function of a module's name and its LoRA output ΔW_m x, of shape (..., out)."""
 
 
 class Gates:
     """The gates g ∈ R^M of one adapter's modules: module m computes y = W_m x + g_m · ΔW_m x.
 
-    At g = 1 the model is the trained one; at g_m = 0 module m is as if it had been pruned. Where nothing but the
-    factor α/r stands between a layer and its LoRA, the gate multiplies that factor, which PEFT keeps in
-    `layer.scaling`; so the gates reach every kind of LoRA layer, quantised ones included. Where there is more (DoRA and
-    the other variants, initialisations that change the base weight), the gate stands in for the layer's variant.
+    At g = 1 the model is the trained one; at g_m = 0 module m is as if pruned. For plain LoRA the gate multiplies the
+    factor α/r, which PEFT stores in `layer.scaling`, and therefore works for all kinds of LoRA layers, including
+    quantised ones. Otherwise (DoRA and other variants, initialisations that change the base weight) the gate replaces
+    the layer's variant.
 
     Attributes:
         layers: the LoRA layers by module name.
         names: these names, in the order of the gates.
-        adapter_name: whose LoRA the gates multiply.
-        initial: for modules whose initialisation changed the base weight, the factors that were taken out of it.
+        adapter_name: the adapter whose LoRA is gated.
+        initial: for modules whose initialisation changed the base weight, the factors that were subtracted from it.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Gates:
         """Sets all gates.
 
         Args:
-            values: shape (M,), in the order of `names`. If they require a gradient, the loss has one to them.
+            values: shape (M,), in the order of `names`. If they require gradients, the loss is differentiable in them.
         """
         for index, (layer, scaling, value) in enumerate(
             zip(self._layers, self._scalings, values.unbind(), strict=True)
@@ -69,7 +69,7 @@ class Gates:
 
     @contextmanager
     def observed(self, observe: DeltaObserver) -> Iterator[None]:
-        """Shows every module's ΔW_m x to `observe` in each forward pass, at g = 1."""
+        """Passes every module's ΔW_m x to `observe` in each forward pass within the context, at g = 1."""
         hooks = []
         try:
             for index, (name, layer, scaling) in enumerate(zip(self.names, self._layers, self._scalings, strict=True)):
@@ -103,12 +103,12 @@ class Gates:
 def module_gates(
     layers: Mapping[str, LoraLayer], adapter_name: str, initial: Mapping[str, InitialFactors]
 ) -> Iterator[Gates]:
-    """Puts a gate on every module for the length of the context; the layers are as before afterwards, whatever happens.
+    """Gates every module within the context. The layers are always restored afterwards.
 
     Args:
         layers: the LoRA layers by module name.
-        adapter_name: whose LoRA the gates multiply.
-        initial: for modules whose initialisation changed the base weight, the factors that were taken out of it.
+        adapter_name: the adapter whose LoRA is gated.
+        initial: for modules whose initialisation changed the base weight, the factors that were subtracted from it.
     """
     gates = Gates(layers, adapter_name, initial)
     try:
@@ -119,10 +119,10 @@ def module_gates(
 
 
 class _GatedVariant:
-    """Takes the place of a layer's LoRA variant and computes y + g · ΔW x from what the variant computes.
+    """Replaces a layer's LoRA variant and computes y + g · ΔW x from the variant's output.
 
-    For a module whose base weight was changed to W - s B₀A₀ when the adapter was made, the change that training has
-    made is ΔW = s (BA - B₀A₀), and s B₀A₀ x is given back as the gate closes.
+    If the initialisation changed a base weight to W - s B₀A₀, the change by training is ΔW = s (BA - B₀A₀), and
+    s B₀A₀ x is added back.
     """
 
     def __init__(self, inner: Any | None, initial: InitialFactors | None) -> None:

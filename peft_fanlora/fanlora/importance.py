@@ -1,9 +1,8 @@
-"""How much each LoRA module matters: scores over a gated model and batches of calibration data.
+"""Importance scores of LoRA modules, from a gated model and calibration batches.
 
 g_m is the gate of module m and L(g) the calibration loss, the mean cross-entropy over the label tokens of all batches.
-Every score weights each label token equally, so that neither padding nor the batch size changes it. That FanLoRA scores
-each module and that its score is new is the paper's statement [P]; the paper's formula is not known to us. The scores
-here are ours unless marked.
+All scores weight each label token equally, so that padding and batch size have no effect. FanLoRA scores each module
+with a new score [P], but the paper's formula is not known to us. The scores here are ours unless marked.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from .gates import Gates
 
 
 ScoreFunction = Callable[[Any, int], torch.Tensor]
-"""Takes a `GatedLoss` (the `Gates` alone where the score needs no data) and K, and returns a number for each module."""
+"""A function of a `GatedLoss` (of `Gates` if the score needs no data) and K that returns a number per module."""
 
 Method = str | ScoreFunction
 """A score by its name or as a function."""
@@ -30,13 +29,13 @@ class Score:
     """A score of modules.
 
     Attributes:
-        function: gets the loss of one batch as a function of the gates, and K, the number of points of an integral;
-            returns one number for each module, shape (M,), summed over the batch's label tokens. One without data gets
-            the gates, and returns the scores themselves.
+        function: a function of the loss of one batch, as a function of the gates, and K, the number of points of an
+            integral. Returns one number per module, shape (M,), summed over the batch's label tokens. A score without
+            data gets the gates instead, and returns the final scores.
         equation: the score of module m.
-        passes: the number of forward passes per batch, from the number of modules and K.
+        passes: the number of forward passes per batch, as a function of the number of modules and K.
         needs_data: whether it is computed from calibration batches.
-        is_share: whether the scores are divided by their sum rather than by the number of label tokens.
+        is_share: whether the scores are divided by their sum instead of by the number of label tokens.
     """
 
     function: ScoreFunction
@@ -47,12 +46,12 @@ class Score:
 
     @property
     def name(self) -> str:
-        """What `score_modules(method=...)` calls it."""
+        """The name for `score_modules(method=...)`."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     @property
     def uses_points(self) -> bool:
-        """Whether it depends on K, as its number of passes tells."""
+        """Whether it depends on K, according to its number of passes."""
         return self.passes(1, 1) != self.passes(1, 2)
 
 
@@ -67,16 +66,16 @@ def importance_score(
     needs_data: bool = True,
     is_share: bool = False,
 ) -> Callable[[ScoreFunction], ScoreFunction]:
-    """Makes a function a score that `score_modules`, the callback and the command line know by its name.
+    """Decorator that registers a score under its function's name, for `score_modules`, the callback and the CLI.
 
     Args:
         equation: the score of module m.
-        passes: the number of forward passes per batch, from the number of modules M and K; one unless given.
+        passes: the number of forward passes per batch, as a function of the number of modules M and K; one by default.
         needs_data: whether it is computed from calibration batches.
-        is_share: whether the scores are divided by their sum rather than by the number of label tokens.
+        is_share: whether the scores are divided by their sum instead of by the number of label tokens.
 
     Raises:
-        ValueError: another function has registered that name.
+        ValueError: another function is registered under that name.
 
     Examples:
         >>> @importance_score("L(0) - L(only m)", passes=lambda num_modules, num_points: num_modules + 1)
@@ -89,7 +88,7 @@ def importance_score(
         before = SCORES.get(score.name)
         if before is not None and before.function.__module__ != function.__module__:
             raise ValueError(
-                f"There is a score {score.name!r} already, of {before.function.__module__}; choose another name."
+                f"There is already a score {score.name!r}, in {before.function.__module__}: choose another name."
             )
         SCORES[score.name] = score
         return function
@@ -98,7 +97,7 @@ def importance_score(
 
 
 def find_score(method: Method) -> Score:
-    """Returns a score by its name or function; a function without the decorator makes one pass per batch.
+    """Returns a score by its name or function. A function without the decorator makes one pass per batch.
 
     Raises:
         ValueError: there is no score of that name.
@@ -107,7 +106,7 @@ def find_score(method: Method) -> Score:
         return next((score for score in SCORES.values() if score.function is method), Score(method))
     if method not in SCORES:
         raise ValueError(
-            f"method={method!r} is unknown; use one of {', '.join(SCORES)}, or pass a function (see `importance_score`)."
+            f"method={method!r} is unknown; use one of {', '.join(SCORES)}, or pass a function, see `importance_score`."
         )
     return SCORES[method]
 
@@ -117,10 +116,10 @@ def find_score(method: Method) -> Score:
     passes=lambda num_modules, num_points: num_points,
 )
 def path(loss: GatedLoss, num_points: int) -> torch.Tensor:
-    """The integrated gradient of -L along g = α·1 for α from 0 to 1, by the midpoint rule with K points.
+    """Returns the integrated gradient of -L along g = α·1 for α from 0 to 1, by the midpoint rule with K points.
 
-    S_m = -1/K Σ_k ∂L/∂g_m at g = (k - 1/2)/K · 1. This is the Aumann-Shapley value of module m, and up to the error of
-    the rule the scores add up to what the adapter gains: Σ_m S_m = L(0) - L(1).
+    S_m = -1/K Σ_k ∂L/∂g_m at g = (k - 1/2)/K · 1. This is the Aumann-Shapley value of module m. Up to the error of the
+    rule, the scores add up to the gain by the adapter: Σ_m S_m = L(0) - L(1).
     """
     points = [(k + 0.5) / num_points for k in range(num_points)]
     return -torch.stack([loss.gradient(point) for point in points]).mean(dim=0)
@@ -130,7 +129,7 @@ def path(loss: GatedLoss, num_points: int) -> torch.Tensor:
     "S(all) - S(all but m) + S(only m), S = -L", passes=lambda num_modules, num_points: 2 * num_modules + 1
 )
 def ablation(loss: GatedLoss, num_points: int) -> torch.Tensor:
-    """AB-LoRA, lifted from ranks to modules: S_m = S(all) - S(all but m) + S(only m) with S = -L [sister: ALoRA eq. 6]."""
+    """AB-LoRA, for modules instead of ranks: S_m = S(all) - S(all but m) + S(only m), S = -L [sister: ALoRA eq. 6]."""
     alone = torch.eye(len(loss.gates))
     with torch.no_grad():
         everything = loss(torch.ones(len(loss.gates))).double()
@@ -140,17 +139,17 @@ def ablation(loss: GatedLoss, num_points: int) -> torch.Tensor:
 
 @importance_score("-∂L/∂g_m at g = 1")
 def sensitivity(loss: GatedLoss, num_points: int) -> torch.Tensor:
-    """The first order of what closing the gate costs: S_m = -∂L/∂g_m at g = 1."""
+    """Returns the first-order effect of closing a gate on the loss: S_m = -∂L/∂g_m at g = 1."""
     return -loss.gradient(1.0)
 
 
 @importance_score("E‖ΔW_m x‖², divided by the sum over all modules", is_share=True)
 def output_norm(loss: GatedLoss, num_points: int) -> torch.Tensor:
-    """LoRA-drop: S_m = E‖ΔW_m x‖², normalised to the sum 1 [S].
+    """Returns LoRA-drop's score: S_m = E‖ΔW_m x‖², normalised to sum 1 [S].
 
-    The mean is over the tokens whose loss counts. A module that does not see one vector for each of these (in an
-    encoder) is averaged over the attended tokens of each row, and rows by their number of label tokens; a routed
-    expert over the tokens that it sees.
+    The mean is over the tokens with a loss. A module that does not see one vector for each of them (in an encoder) is
+    averaged over the attended tokens of each row, with rows weighted by their number of label tokens; a routed expert
+    is averaged over the tokens that it sees.
     """
     masks = [mask for mask in (loss.label_mask, loss.batch.get("attention_mask")) if mask is not None]
     tokens_in_row = loss.label_mask.reshape(len(loss.label_mask), -1).sum(dim=1)
@@ -173,7 +172,7 @@ def output_norm(loss: GatedLoss, num_points: int) -> torch.Tensor:
 
 @importance_score("‖ΔW_m‖ in the Frobenius norm", passes=lambda num_modules, num_points: 0, needs_data=False)
 def weight_norm(gates: Gates, num_points: int) -> torch.Tensor:
-    """S_m = ‖ΔW_m‖ in the Frobenius norm, from the factors alone: ‖BA‖² = Σ (BᵀB ∘ AAᵀ), r × r each."""
+    """Returns S_m = ‖ΔW_m‖ in the Frobenius norm, from the factors alone: ‖BA‖² = Σ (BᵀB ∘ AAᵀ), r × r each."""
     norms = []
     for name, layer in gates.layers.items():
         A, B = (factor.detach().double().cpu() for factor in lora_factors(layer, gates.adapter_name))
@@ -190,14 +189,14 @@ def score_batches(
     """Returns the score of every module, shape (M,), in float64, and the number of label tokens it is averaged over.
 
     Args:
-        model: the base model with its LoRA layers, in eval mode, no parameter requiring a gradient.
-        gates: the gates of the modules to score; their adapter has to be the active one.
-        score: which score.
-        batches: keyword arguments of the model's forward, labels included.
+        model: the base model with its LoRA layers, in eval mode, without parameters that require gradients.
+        gates: the gates of the modules to score, whose adapter must be the active one.
+        score: the score.
+        batches: dicts of the arguments of the model's forward, including labels.
         num_points: K of `path`.
 
     Raises:
-        ValueError: there is no label token, a loss is not finite, or the score has another shape.
+        ValueError: there is no label token, a loss is not finite, or the score has a wrong shape.
     """
     if not score.needs_data:
         return _checked(score.function(gates, num_points), score, len(gates)), 0
@@ -210,9 +209,9 @@ def score_batches(
     total, num_tokens = _sum_over_processes(total, num_tokens)
     if not num_tokens:
         raise ValueError(
-            "The calibration data has no label tokens: the dataloader is empty, as a generator is after its first use, or "
-            "all labels are -100. Pass batches "
-            "with `labels`, for instance from DataCollatorForLanguageModeling(tokenizer, mlm=False)."
+            "The calibration data has no label tokens: the dataloader is empty, as a generator is after its first "
+            "use, or all labels are -100. Pass batches with `labels`, for instance from "
+            "DataCollatorForLanguageModeling(tokenizer, mlm=False)."
         )
     return total / (total.sum() if score.is_share else num_tokens), num_tokens
 
@@ -220,16 +219,16 @@ def score_batches(
 def _checked(scores: torch.Tensor, score: Score, num_modules: int) -> torch.Tensor:
     if scores.shape != (num_modules,):
         raise ValueError(
-            f"The score {score.name!r} returned the shape {tuple(scores.shape)} for {num_modules} modules; return one number "
-            "for each module."
+            f"The score {score.name!r} returned the shape {tuple(scores.shape)} for {num_modules} modules: return one "
+            "number per module."
         )
     return scores.detach().to("cpu", torch.float64)
 
 
 def _sum_over_processes(total: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, int]:
-    """Adds up what the processes of a distributed run have scored, each on its share of the batches.
+    """Sums the scores of all processes of a distributed run, each computed on its part of the batches.
 
-    All processes get the first one's sums, so that no last bit makes them choose differently.
+    All processes get the sums of the first one, so that rounding cannot make them select different modules.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return total, num_tokens

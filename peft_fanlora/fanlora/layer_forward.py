@@ -1,4 +1,4 @@
-"""The forward of a LoRA layer in a batch whose adapters are stacked."""
+"""The forward of a LoRA layer in a batch with stacked adapters."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .stacks import AdapterStack, SharedAdapter
 
 
 class LayerForward:
-    """Runs a LoRA layer: with the deltas of its adapters' stack where the batch has one for it, else as PEFT does.
+    """Runs a LoRA layer with the stacked adapters of the current batch, or as in PEFT if there are none for it.
 
-    It stands where PyTorch looks for `forward` first. A pair of hooks could do the same, but the hooks and PEFT's own path
-    for mixed batches between them cost about as much as the products of a single token.
+    It is set as the instance attribute `forward`, which PyTorch finds first. A pair of hooks and PEFT's path for mixed
+    batches together would cost about as much as the products of a single token.
     """
 
     def __init__(self, layer: Any, current: CurrentRun) -> None:
@@ -50,14 +50,14 @@ class LayerForward:
         return output if stack is None or layer.disable_adapters else stack.add_to(output, x, run)
 
     def replicate_without_it(self) -> nn.Module:
-        """Makes a replica for `DataParallel`, which has the layer's attributes: with this one it would run the original."""
+        """Returns a replica for `DataParallel` without this object, which would run the original layer."""
         replica = type(self.layer)._replicate_for_data_parallel(self.layer)
         del replica.forward, replica._replicate_for_data_parallel
         return replica
 
 
 def can_stand_in(layer: Any) -> bool:
-    """Whether a layer's `forward` may be replaced: nobody else has done so, and PEFT lets the layer mix adapters."""
+    """Returns whether a layer's `forward` can be replaced: it is not replaced yet, and PEFT can mix its adapters."""
     own = vars(layer).get("forward")
     is_free = own is None or isinstance(own, LayerForward)
     return is_free and type(layer)._check_forward_args is LoraLayer._check_forward_args

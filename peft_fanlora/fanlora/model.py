@@ -1,6 +1,6 @@
-"""FanLoraModel: LoRA that can score its modules and drop the less important ones.
+"""The FanLoRA tuner: LoRA whose modules can be scored and pruned.
 
-What scores, prunes and mixes adapters is imported where it is used: `import peft_fanlora` stays as quick as `import peft`.
+Modules for scoring, pruning and mixed batches are imported in the functions that use them, to keep the import fast.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _LORA_PARTS = {*LoraLayer.adapter_layer_names, "lora_dropout", "lora_magnitude_v
 
 
 class FanLoraModel(TenantMixin, LoraModel):
-    """FanLoRA: LoRA on all linear layers, scored module by module, of which only the most critical ones stay.
+    """FanLoRA: applies LoRA to all linear layers, scores each module, and keeps only the most critical ones.
 
-    Every module computes y = W_m x + (α/r) B_m A_m x with LoRA's own layers; what is added here is the choice of the
-    modules. `get_peft_model` makes it for a `FanLoraConfig`, and a `PeftModel` passes the methods below on.
+    Every module computes y = W_m x + (α/r) B_m A_m x with LoRA's own layers; this class adds the choice of modules.
+    `get_peft_model` creates it for a `FanLoraConfig`, and the methods below can be called on the `PeftModel`.
 
     Examples:
         >>> model = get_peft_model(base, FanLoraConfig(r=8, task_type="CAUSAL_LM"))
@@ -49,11 +49,11 @@ class FanLoraModel(TenantMixin, LoraModel):
     peft_config: dict[str, Any]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Adds the adapter's layers, on the modules of the configuration's setting where there is one.
+        """Adds the adapter's layers, to the modules of the configuration's setting if there is one.
 
         Raises:
-            ValueError: the setting does not fit the model, or disagrees with `target_modules`; the name is one of a part
-                of the model.
+            ValueError: the setting does not fit the model or contradicts `target_modules`, or the adapter has the name
+                of a part of the model.
         """
         is_known = any(adapter_name in layer._all_available_adapter_names() for layer in _lora_layers(model))
         with (
@@ -70,7 +70,7 @@ class FanLoraModel(TenantMixin, LoraModel):
         config: Any = self.peft_config[adapter_name]
         targets = find_targets(self, config, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config.target_modules = targets or config.target_modules  # PEFT shortens many names to what they end in
+        config.target_modules = targets or config.target_modules  # PEFT shortens many names to their common suffixes
         self.continuous_batching.install()
         if config.mutates_base_weights:
             layers = lora_modules(model, adapter_name)
@@ -80,12 +80,12 @@ class FanLoraModel(TenantMixin, LoraModel):
             }
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        """Raises where LoRA has no effect, as on Mamba's fused layers; PEFT tells by the type LORA whom this concerns."""
+        """Raises if LoRA has no effect, as on Mamba's fused layers, which PEFT only checks for the type LORA."""
         super()._check_target_module_compatiblity(_as_lora(peft_config), model, target_name)
 
     @cached_property
     def _initial_factors(self) -> dict[str, dict[str, InitialFactors]]:
-        """For each adapter whose initialisation changed base weights, what it took out of each of them."""
+        """Adapter name -> module name -> the factors that the initialisation subtracted from the base weight."""
         return {}
 
     @cached_property
@@ -99,10 +99,10 @@ class FanLoraModel(TenantMixin, LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Gives each row of the calls inside of the context the adapter that `adapter_names` names, or the active one.
+        """Applies to each row of the calls in this context the adapter given by `adapter_names`, or the active one.
 
         Raises:
-            ValueError: the model is training, there is no adapter of some name, or the names are not one for each row.
+            ValueError: the model is in training mode, an adapter does not exist, or there is not one name per row.
         """
         names = kwargs.pop("adapter_names", None)
         with self.calling(kwargs), super()._enable_peft_forward_hooks(*args, **kwargs):
@@ -115,23 +115,23 @@ class FanLoraModel(TenantMixin, LoraModel):
                 yield
 
     def _computes_with_one_adapter(self) -> bool:
-        """Whether a call without names is an inference with one adapter, which can run as a batch of its own."""
+        """Whether a call without names is inference with a single adapter, which can run as a batch."""
         in_inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        is_replica = hasattr(self, "_is_replica")  # of `DataParallel`, gone after the call
+        is_replica = hasattr(self, "_is_replica")  # a replica of `DataParallel` is discarded after the call
         return in_inference and not is_replica and len(self.active_adapters) == 1 and self._batches.current.run is None
 
     def names_of_thread(self) -> tuple[str, ...] | None:
-        """Returns the adapter of each row of this thread's mixed batch; None outside of one."""
+        """Returns the adapter of each row of the current thread's mixed batch; None outside of one."""
         run = self._batches.current.run
         return run.batch.names if run is not None and isinstance(run.batch.names, tuple) else None
 
     def decoding(self, requests: Sequence[Request], kept: dict[str, Any]) -> AbstractContextManager[None]:
-        """Gives each token of a packed row, inside of the context, its request's adapter."""
+        """Applies the adapter of each request to its tokens in a packed row within the context."""
         names = tuple(str(request.adapter) for request in requests for _ in range(request.num_tokens))
         return self._batches.decoding(self.model, names, begins=any(request.begins for request in requests))
 
     def find_rows(self) -> None:
-        """Finds out where the layers see the rows, while the model runs as usual."""
+        """Determines in which dimension the layers see the rows, before the attention is replaced."""
         self._batches.find_rows(self.model, {})
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
@@ -148,7 +148,7 @@ class FanLoraModel(TenantMixin, LoraModel):
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Combines adapters into a new one, see `peft.LoraModel.add_weighted_adapter`.
 
-        The new adapter has the modules of all of them, and so the setting of none.
+        The new adapter has the modules of all of them, and therefore no setting.
         """
         configs = [self.peft_config[name] for name in adapters if name in self.peft_config]
         before = [(config, config.setting, config.target_modules) for config in configs]
@@ -171,30 +171,30 @@ class FanLoraModel(TenantMixin, LoraModel):
         adapter_name: str | None = None,
         progress: bool = True,
     ) -> ImportanceScores:
-        """Returns how much each module of an adapter matters, step (b) of the method.
+        """Computes the importance of each module of an adapter, step (b) of the method.
 
-        That each module is assessed with a score is the paper's [P]; the scores and the default are ours, see
-        `peft_fanlora.fanlora.importance` for their equations. The model runs in eval mode with this adapter alone, and
+        Scoring each module is from the paper [P]; the scores and the default are ours, see
+        `peft_fanlora.fanlora.importance` for their equations. The model runs in eval mode with only this adapter, and
         is bit-identical afterwards: weights, `requires_grad`, gradients, training flags and random state.
 
         Args:
-            dataloader: the calibration data, dicts of the forward's arguments with `labels`, as a trainer's data
-                collator makes them. Tensors are moved to the model's device. None will do for "weight_norm".
+            dataloader: the calibration data: batches as made by a trainer's data collator, dicts of the forward's
+                arguments with `labels`. Tensors are moved to the model's device. May be None for "weight_norm".
             method: "path" (K forward and backward passes per batch), "ablation" (2M+1 forward passes), "sensitivity"
-                (one pass), "output_norm" (one forward pass) or "weight_norm" (no data); or a function of your own, see
+                (one pass), "output_norm" (one forward pass) or "weight_norm" (no data); or a custom function, see
                 `peft_fanlora.fanlora.importance.importance_score`.
             num_batches: how many batches to use; None for all.
-            num_points: K, the number of points that "path" integrates over.
-            adapter_name: which adapter; None for the active one.
+            num_points: K, the number of points of the "path" integral.
+            adapter_name: the adapter; None for the active one.
             progress: whether to show a progress bar.
 
         Returns:
-            A dict-like of scores by module name, higher is more important.
+            A mapping from module names to scores; higher is more important.
 
         Raises:
             RuntimeError: the model is in the middle of a call.
-            ValueError: an argument is out of range; there is no such adapter, it is merged or switched off, or several
-                are active and none is named; its weights are sharded by FSDP; the data has no labels; the loss is not
+            ValueError: an argument is out of range; the adapter does not exist, is merged or disabled, or several are
+                active and none is named; its weights are sharded by FSDP; the data has no labels; the loss is not
                 finite.
 
         Examples:
@@ -216,31 +216,31 @@ class FanLoraModel(TenantMixin, LoraModel):
             )
 
     def prune_modules(self, setting: FanLoraSetting, *, adapter_name: str | None = None) -> FanLoraSetting:
-        """Removes an adapter from every module that a setting does not keep, in place; step (c) of the method [P].
+        """Removes an adapter in place from every module that a setting does not keep, step (c) of the method [P].
 
-        The LoRA layers go physically: a layer without any adapter left becomes the plain layer again. Other adapters,
-        and LoRA on embeddings, heads and vision towers, which are no candidates, stay as they are. The configuration's
-        `target_modules` then names what is left, and the setting is saved along with the adapter. The model's output
-        is the one that it had with the removed modules' gates at 0. An optimizer that was built before still holds the
-        removed parameters; `FanLoraCallback` takes care of that within a training run.
+        LoRA layers without any remaining adapter are replaced by their base layers. Other adapters, and LoRA on
+        embeddings, heads and vision towers, which are not candidates, are unchanged. The configuration's
+        `target_modules` becomes the remaining modules, and the setting is saved with the adapter. The output of the
+        model is the same as with the gates of the removed modules at 0. An existing optimizer still holds the removed
+        parameters; `FanLoraCallback` removes them within a training run.
 
         Args:
-            setting: from `ImportanceScores.select` or a file; one of another depth is transferred.
-            adapter_name: which adapter; None for the active one.
+            setting: from `ImportanceScores.select` or a file; a setting for another depth is transferred.
+            adapter_name: the adapter; None for the active one.
 
         Returns:
-            The setting in the terms of this model.
+            The setting with the module names of this model.
 
         Raises:
-            ValueError: there is no such adapter, it is merged or several are active and none is named; the setting
-                keeps a module that the adapter does not have; the setting does not fit the model; the adapter's
-                weights are sharded by FSDP.
+            ValueError: the adapter does not exist, is merged, or several are active and none is named; the setting
+                keeps a module that the adapter does not have, or does not fit the model; the adapter's weights are
+                sharded by FSDP.
             RuntimeError: the model is in the middle of a call.
         """
         if not isinstance(setting, FanLoraSetting):
             raise ValueError(
-                f"`setting` is a {type(setting).__name__}; pass what `scores.select(...)` or "
-                "`FanLoraSetting.from_pretrained(...)` returns."
+                f"`setting` is a {type(setting).__name__}: pass the result of `scores.select(...)` or "
+                "`FanLoraSetting.from_pretrained(...)`."
             )
         with self.call_gate.closed():
             from .pruning import prune
@@ -248,7 +248,7 @@ class FanLoraModel(TenantMixin, LoraModel):
             return prune(self, setting, adapter_name, self._initial_factors)
 
     def prepare_for_weights(self, adapter_name: str, model_id: Any, download_kwargs: dict[str, Any]) -> None:
-        """Prunes an adapter to the setting of the saved one whose weights are about to be loaded over it."""
+        """Prunes an adapter to the setting of the saved adapter whose weights will be loaded into it."""
         from .pruning import prune_as_saved
 
         prune_as_saved(self, adapter_name, model_id, download_kwargs)
@@ -280,7 +280,7 @@ class FanLoraModel(TenantMixin, LoraModel):
     ) -> dict[str, torch.Tensor]:
         """Converts a PiSSA-like adapter to one for the original base weights, as in LoRA.
 
-        PEFT marks the initial adapter as plainly initialised only where the type is LORA, so that is done here.
+        PEFT marks the initial adapter as plainly initialised only for the type LORA, so this is done here.
         """
         peft_config.init_lora_weights = True
         peft_config.save_pretrained(path_initial_model_for_weight_conversion)
@@ -294,7 +294,7 @@ def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
 
 
 def _as_lora(config: Any) -> Any:
-    """Returns a copy of a configuration of type LORA, for what PEFT does for that type alone."""
+    """Returns a copy of a configuration with the type LORA, for features that PEFT restricts to that type."""
     as_lora = copy(config)
     as_lora.peft_type = PeftType.LORA
     return as_lora

@@ -15,7 +15,7 @@ _PACKED_GROUPS = (
     {"wi_0", "wi_1"},
     {"w1", "w3"},
 )
-"""Projections of the same input, by the last part of their names, that serving engines fuse into one matrix."""
+"""Projections of the same input that serving engines fuse into one matrix, by the last part of their names."""
 
 
 class ModuleName(NamedTuple):
@@ -31,7 +31,7 @@ class ModuleName(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> "ModuleName":
-        """Reads a qualified module name; the first number in it is the layer."""
+        """Parses a qualified module name; the first number in it is the layer."""
         match = _BLOCK.match(name)
         return cls(match["stack"], int(match["layer"]), match["role"]) if match else cls("", 0, name)
 
@@ -42,12 +42,12 @@ class ModuleName(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The qualified name that the model knows the module by."""
+        """The qualified name of the module in the model."""
         return f"{self.block}.{self.role}" if self.stack else self.role
 
     @property
     def packed_group(self) -> tuple[str, str]:
-        """What the modules of a packed group have in common within their block: the parent and the members' names."""
+        """The key of a packed group within a block: the parent and the names of the members."""
         parent, _, leaf = self.role.rpartition(".")
         members = next((group for group in _PACKED_GROUPS if leaf in group), {leaf})
         return parent, "+".join(sorted(members))
@@ -58,7 +58,7 @@ def layers_by_role(modules: Iterable[ModuleName], *, with_stack: bool) -> dict[s
 
     Args:
         modules: the modules to group.
-        with_stack: whether to tell the stacks of a model apart, as in `encoder.block.*.layer.0.SelfAttention.q`.
+        with_stack: whether to list the stacks of a model separately, as in `encoder.block.*.layer.0.SelfAttention.q`.
     """
     layers: dict[str, list[int]] = {}
     for module in modules:
@@ -68,7 +68,7 @@ def layers_by_role(modules: Iterable[ModuleName], *, with_stack: bool) -> dict[s
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Writes 0, 1, 2, 5 as "0-2, 5"."""
+    """Formats 0, 1, 2, 5 as "0-2, 5"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][-1] == number - 1:

@@ -1,4 +1,4 @@
-"""The heat map layer x role. Needs matplotlib."""
+"""The heat map of scores by layer and role. Needs matplotlib."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -12,21 +12,21 @@ from .modules import ModuleName
 
 
 _LARGEST_SIDE = 80
-"""In inches: 360 layers; the picture of any setting then fits into memory."""
+"""In inches, enough for 360 layers. Limits the memory of the image for any setting."""
 
 
 def plot_modules(
     scores: Mapping[ModuleName, float], *, path: str | os.PathLike[str], title: str, kept: Collection[ModuleName] = ()
 ) -> None:
-    """Draws one panel a stack: layers along the x axis, roles along the y axis, the score as colour.
+    """Draws a heat map with one panel per stack: layers on the x axis, roles on the y axis, the score as colour.
 
-    A few modules tend to score far above the rest, so the colour scale is symmetric-logarithmic: linear up to a
-    tenth of the largest score, logarithmic above.
+    A few modules often score far above the rest, so the colour scale is symmetric-logarithmic: linear up to a tenth of
+    the largest score, logarithmic above.
 
     Args:
         scores: the modules' scores.
         path: the image file.
-        title: stands above the panels.
+        title: the title above the panels.
         kept: modules to mark with a dot, those of a setting.
     """
     stacks = list(dict.fromkeys(module.stack for module in scores))

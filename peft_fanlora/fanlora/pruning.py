@@ -1,4 +1,4 @@
-"""Taking LoRA out of a model, module by module, so that nothing of it is left behind."""
+"""Removes LoRA from the modules of a model."""
 
 import copy
 import re
@@ -28,10 +28,10 @@ def prune(
 
     Args:
         tuner: the model with its LoRA layers.
-        setting: which modules stay.
-        adapter_name: which adapter; None for the active one.
-        initial_factors: for each adapter, the factors that its initialisation took out of base weights; those of the
-            removed modules go.
+        setting: the modules to keep.
+        adapter_name: the adapter; None for the active one.
+        initial_factors: for each adapter, the factors that its initialisation subtracted from base weights. Those of
+            removed modules are deleted.
     """
     adapter_name = usable_adapter(tuner, adapter_name)
     layers = scorable_modules(tuner.model, adapter_name)
@@ -49,7 +49,7 @@ def prune(
         if name in initial and not base_layer.weight.is_floating_point():
             raise ValueError(
                 f"The initialisation of adapter {adapter_name!r} changed the quantised weight of {name!r}, which "
-                "can't be undone exactly. Use init_lora_weights=True on quantised models that will be pruned."
+                "cannot be undone exactly. Use init_lora_weights=True on quantised models that will be pruned."
             )
     for name in dropped:
         if name in initial:
@@ -60,8 +60,8 @@ def prune(
 
 
 def remove_adapter(tuner: LoraModel, name: str, layer: LoraLayer, adapter_name: str) -> None:
-    """Deletes one adapter from a layer, and the layer's LoRA with it if that was the last."""
-    # PEFT would activate another adapter on this one layer in place of a deleted active one.
+    """Deletes an adapter from a layer, and replaces the layer by its base layer if no adapter remains."""
+    # If the deleted adapter is active, PEFT would activate another one on this layer only.
     active = layer._active_adapter
     layer._active_adapter = []
     layer.delete_adapter(adapter_name)
@@ -72,7 +72,7 @@ def remove_adapter(tuner: LoraModel, name: str, layer: LoraLayer, adapter_name: 
 
 
 def restore_base_weight(layer: Any, adapter_name: str, initial: InitialFactors) -> None:
-    """Adds to a base weight what an initialisation such as PiSSA's took out of it."""
+    """Adds to a base weight the factors that an initialisation such as PiSSA's subtracted from it."""
     weight = layer.get_base_weight()
     A, B = (factor.to(weight.device, torch.float32) for factor in initial)
     delta = layer.scaling[adapter_name] * (B @ A)
@@ -80,10 +80,9 @@ def restore_base_weight(layer: Any, adapter_name: str, initial: InitialFactors) 
 
 
 def rewrite_targets(tuner: LoraModel, adapter_name: str, setting: FanLoraSetting) -> None:
-    """Lets the configuration name exactly the modules that are left, so that saving and loading round-trips.
+    """Sets `target_modules` to exactly the remaining modules, so that the adapter can be saved and loaded.
 
-    The adapter gets a configuration of its own: others may share the old one, as the frozen copy does that TRL compares
-    a policy with.
+    The adapter gets its own copy of the configuration, since others may share it, such as TRL's reference policy.
     """
     names = adapted_modules_of(tuner.model, adapter_name)
     config: Any = copy.deepcopy(tuner.peft_config[adapter_name])
@@ -99,10 +98,10 @@ def rewrite_targets(tuner: LoraModel, adapter_name: str, setting: FanLoraSetting
 
 
 def prune_as_saved(tuner: Any, adapter_name: str, model_id: Any, download_kwargs: dict[str, Any]) -> None:
-    """Prunes an adapter to the setting of the saved one that is about to be loaded over it.
+    """Prunes an adapter to the setting of the saved adapter that will be loaded into it.
 
-    A trainer resumes by loading a checkpoint over the adapter that the script has just made, on all modules. If the
-    checkpoint was saved after pruning, its modules are fewer, and the others would stay in the model untrained.
+    A trainer resumes by loading a checkpoint into the new adapter of the script, which has all modules. If the
+    checkpoint was saved after pruning, the other modules would remain in the model untrained.
     """
     folder = Path(model_id, download_kwargs.get("subfolder") or "")
     if folder.is_dir() and not (folder / CONFIG_NAME).is_file():

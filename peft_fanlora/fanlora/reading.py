@@ -1,4 +1,4 @@
-"""Reading an exported adapter back as anyone would: by PEFT's LoRA, which knows nothing of this package."""
+"""Verifies an exported adapter by loading it with PEFT's LoRA, without this package's classes."""
 
 import copy
 import warnings
@@ -15,20 +15,20 @@ from .candidates import adapted_layers, is_linear, lora_factors
 
 
 def read_back(folder: str, model: nn.Module, adapter_name: str) -> None:
-    """Loads an exported adapter with PEFT's LoRA, and compares it with the adapter that it was made from.
+    """Loads an exported adapter with PEFT's LoRA, and compares it with the original adapter.
 
     It is loaded into modules of the same names, whose weights take no memory.
 
     Args:
-        folder: where the export is.
+        folder: the folder of the export.
         model: the base model with the adapter.
         adapter_name: the adapter's name.
 
     Raises:
-        RuntimeError: the two are not the same.
+        RuntimeError: the two differ.
     """
     with warnings.catch_warnings(), torch.random.fork_rng(devices=()):
-        warnings.simplefilter("ignore")  # PEFT's, about a model that is not one of transformers
+        warnings.simplefilter("ignore")  # PEFT warns about a model that is not from transformers
         plain = PeftModel(_hollow(model, adapter_name, {}), LoraConfig.from_pretrained(folder))
         loaded: Any = set_peft_model_state_dict(plain, load_peft_weights(folder, device="cpu"))
     base: Any = plain.get_base_model()
@@ -43,13 +43,13 @@ def read_back(folder: str, model: nn.Module, adapter_name: str) -> None:
         ]
     if strange:
         raise RuntimeError(
-            f"PEFT's LoRA reads another adapter from the export than {adapter_name!r}: they differ in {strange[0]!r}, so "
+            f"PEFT's LoRA loads an adapter from the export that differs from {adapter_name!r} in {strange[0]!r}, so "
             "nothing was exported. Save the adapter with save_pretrained, and report this with its configuration."
         )
 
 
 def _trained_whole(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
-    """Returns the copies of modules that an adapter trains in full, by the modules' names."""
+    """Returns the copies of modules that an adapter trains in full, by module name."""
     return {
         name: module.modules_to_save[adapter_name]
         for name, module in model.named_modules()
@@ -58,12 +58,12 @@ def _trained_whole(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
 
 
 def _hollow(module: Any, adapter_name: str, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Returns modules of the same names, with linear layers of the same shapes whose weights are one number each.
+    """Returns modules of the same names, with linear layers of the same shapes whose weights are a single number.
 
     Args:
         module: the module to imitate.
-        adapter_name: the adapter whose copies of modules count.
-        made: what was returned for other modules; the same module at two places stays one.
+        adapter_name: the adapter whose copies of modules are used.
+        made: the results for other modules, so that a shared module stays shared.
     """
     if module in made:
         return made[module]
@@ -89,7 +89,7 @@ def _hollow(module: Any, adapter_name: str, made: dict[nn.Module, nn.Module]) ->
 
 
 def _is_same(layer: Any, adapter_name: str, other: Any) -> bool:
-    """Whether two LoRA layers add the same, up to the rounding of the adapter's dtype: ‖ΔW - ΔW'‖ beside ‖ΔW‖."""
+    """Returns whether two LoRA layers have the same ΔW, up to the rounding of the adapter's dtype."""
     A, B = (factor.detach().double().cpu() for factor in lora_factors(layer, adapter_name))
     A2, B2 = (factor.detach().double().cpu() for factor in lora_factors(other, "default"))
     B, B2 = B * layer.scaling[adapter_name], B2 * other.scaling["default"]

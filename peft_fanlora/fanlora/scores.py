@@ -1,4 +1,4 @@
-"""The result of scoring, and the choice of modules from it."""
+"""The result of scoring, and the selection of modules from it."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -16,16 +16,16 @@ Strategy = Literal["layer", "role", "global"]
 
 
 class ImportanceScores(Mapping[str, float]):
-    """The score of every module, by its qualified name and in the model's order; higher is more important.
+    """The score of each module, by its qualified name and in the model's order; higher is more important.
 
-    Reads like a dict: `scores["model.layers.7.mlp.up_proj"]`.
+    It is used like a dict: `scores["model.layers.7.mlp.up_proj"]`.
 
     Attributes:
         method: the score's name.
         num_tokens: the number of label tokens that it was averaged over; 0 for `weight_norm`, which needs no data.
-        num_layers: for each stack of blocks its number of layers.
-        model_type: the family of the model, such as "llama".
-        calibration: the facts that a setting made from these scores keeps.
+        num_layers: the number of layers of each stack of blocks.
+        model_type: the model type, such as "llama".
+        calibration: facts about the scoring, which are stored in settings made from these scores.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class ImportanceScores(Mapping[str, float]):
         return pandas.DataFrame(rows, columns=["module", *ModuleName._fields, "score"])
 
     def plot(self, path: str | os.PathLike[str], setting: FanLoraSetting | None = None) -> None:
-        """Draws the scores as a heat map, layers by roles, into an image file. Needs matplotlib.
+        """Saves a heat map of the scores, layers by roles, as an image file. Needs matplotlib.
 
         Args:
-            path: the file; its suffix says the format, as for `matplotlib.figure.Figure.savefig`.
-            setting: marks the modules that this setting keeps.
+            path: the file; its suffix sets the format, as for `matplotlib.figure.Figure.savefig`.
+            setting: a setting whose modules are marked.
         """
         from .plots import plot_modules
 
@@ -84,49 +84,49 @@ class ImportanceScores(Mapping[str, float]):
         strategy: Strategy = "layer",
         packed: bool = False,
     ) -> FanLoraSetting:
-        """Returns the setting of the most important modules.
+        """Selects the most important modules and returns them as a setting.
 
-        - "layer": the best `keep` modules of every layer. That only the most critical modules of each layer stay is the
+        - "layer": the best `keep` modules of each layer. Keeping only the most critical modules of each layer is the
           paper's rule [P]; how many is not known to us.
-        - "role": the `keep` roles with the highest sum of scores over the layers, in all layers. Engines that wrap a
-          linear layer by its role then wrap only these [ours].
+        - "role": the `keep` roles with the highest sum of scores over the layers, in all layers. Engines that wrap
+          linear layers by role then wrap only these [ours].
         - "global": the best `keep` modules of the whole model [ours].
 
-        Equal scores are decided by the order of the roles in the model, then by the layer.
+        Ties are resolved by the order of the roles in the model, then by the layer.
 
         Args:
             keep: how many to keep: modules per layer ("layer"), roles ("role") or modules ("global").
-            strategy: what is ranked against what.
-            packed: keep projections that engines pack into one matrix (Q, K and V; gate and up) together or not at all.
-                A packed layer then counts as one module, and its score is the sum of its members'.
+            strategy: which modules are ranked against each other.
+            packed: keep projections that engines pack into one matrix (Q, K and V; gate and up) together or not at
+                all. A packed layer then counts as one module, and its score is the sum over its members.
 
         Returns:
             The setting, with the scores of the modules kept and dropped.
 
         Raises:
-            ValueError: `keep` is no whole number, is below 1 or would keep everything; the strategy is unknown.
+            ValueError: `keep` is not an integer, is below 1 or would keep everything; the strategy is unknown.
         """
         if strategy not in get_args(Strategy):
             raise ValueError(f"strategy={strategy!r} is unknown; use one of {', '.join(get_args(Strategy))}.")
         if not isinstance(keep, int) or isinstance(keep, bool):
-            raise ValueError(f"keep={keep!r} is not a whole number; pass how many to keep.")
+            raise ValueError(f"keep={keep!r} is not a whole number: pass how many to keep.")
         modules = [ModuleName.parse(name) for name in self]
         role_order = {place: position for position, place in enumerate(dict.fromkeys(map(_place, modules)))}
 
-        units: dict[tuple[Any, ...], list[ModuleName]] = {}  # what stays or goes together
+        units: dict[tuple[Any, ...], list[ModuleName]] = {}  # modules that are kept or dropped together
         for module in modules:
             layer = None if strategy == "role" else module.layer
             part = module.packed_group if packed else module.role
             units.setdefault((module.stack, layer, part), []).append(module)
-        contests: dict[str, list[list[ModuleName]]] = {}  # what is ranked against each other
+        contests: dict[str, list[list[ModuleName]]] = {}  # units that are ranked against each other
         for unit in units.values():
             contests.setdefault(unit[0].block if strategy == "layer" else "", []).append(unit)
 
         largest = max(map(len, contests.values()))
         if not 1 <= keep < largest:
             raise ValueError(
-                f"keep={keep} keeps nothing or drops nothing: with strategy={strategy!r} and packed={packed} there are "
-                f"{largest} to choose from, so it has to be at least 1 and less than {largest}."
+                f"keep={keep} keeps nothing or drops nothing: with strategy={strategy!r} and packed={packed} there "
+                f"are {largest} to choose from, so it must be at least 1 and less than {largest}."
             )
 
         def rank(unit: list[ModuleName]) -> tuple[float, int, int]:

@@ -1,4 +1,4 @@
-"""What a model is scored on, and the state that it is in meanwhile."""
+"""Runs the scoring of a model on calibration batches, in inference mode, and restores its state."""
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,11 +39,11 @@ def score_adapter(
     Args:
         tuner: the model with its LoRA layers.
         dataloader: the calibration batches; None for a score that needs none.
-        method: which score.
+        method: the score.
         num_batches: how many batches to use; None for all.
         num_points: K of `path`.
         adapter_name: the adapter; None for the active one.
-        initial_factors: for each adapter, what `gates.module_gates` calls `initial`.
+        initial_factors: for each adapter, the argument `initial` of `gates.module_gates`.
         progress: whether to show a progress bar, which counts forward passes.
     """
     score = find_score(method)
@@ -51,7 +51,7 @@ def score_adapter(
     adapter_name = usable_adapter(tuner, adapter_name)
     layers = scorable_modules(tuner.model, adapter_name)
     model: Any = tuner.model
-    loaded = () if dataloader is None else dataloader  # a streamed one has no length, and so no truth value
+    loaded = () if dataloader is None else dataloader  # not `or`: a streaming dataloader has no length
     length = length_hint(loaded, 0) or None
     total = length if num_batches is None else min(num_batches, length or num_batches)
     passes = None if total is None else total * score.passes(len(layers), num_points)
@@ -83,14 +83,14 @@ def score_adapter(
 def _check_arguments(
     score: Score, dataloader: Iterable[Batch] | None, num_batches: int | None, num_points: int
 ) -> None:
-    """Checks the arguments of `FanLoraModel.score_modules` that say nothing about the model.
+    """Checks the arguments of `FanLoraModel.score_modules` that do not depend on the model.
 
     Raises:
         ValueError: one is out of range, or there is no calibration data.
     """
     for argument, value in (("num_batches", num_batches), ("num_points", num_points)):
         if value is not None and value < 1:
-            raise ValueError(f"`{argument}` is {value}; it has to be at least 1.")
+            raise ValueError(f"`{argument}` is {value}; it must be at least 1.")
     if dataloader is None and score.needs_data:
         raise ValueError(f"method={score.name!r} needs calibration data; pass a dataloader.")
     if isinstance(dataloader, str) or not (
@@ -107,7 +107,7 @@ def _passes_shown(model: nn.Module, total: int | None, title: str, is_shown: boo
         return
     with tqdm(total=total, desc=title) as bar:
 
-        def count(*call: Any) -> None:  # what a hook returns would replace the model's output
+        def count(*call: Any) -> None:  # must return None, since a hook's return value replaces the output
             bar.update()
 
         hook = model.register_forward_hook(count)
@@ -118,16 +118,16 @@ def _passes_shown(model: nn.Module, total: int | None, title: str, is_shown: boo
 
 
 def usable_adapter(tuner: LoraModel, adapter_name: str | None) -> str:
-    """Returns the name of the adapter to work on, after checking that it is there and computes.
+    """Returns the name of the adapter to work on, after checking that it exists and is in use.
 
     Raises:
-        ValueError: there is no such adapter, it is merged or switched off, or several are active and none is named.
+        ValueError: the adapter does not exist, is merged or disabled, or several are active and none is named.
     """
     if adapter_name is None:
         if len(tuner.active_adapters) != 1:
             raise ValueError(
-                f"{len(tuner.active_adapters)} adapters are active ({tuner.active_adapters}); say which one is meant "
-                "with `adapter_name`."
+                f"{len(tuner.active_adapters)} adapters are active ({tuner.active_adapters}): choose one with "
+                "`adapter_name`."
             )
         (adapter_name,) = tuner.active_adapters
     if adapter_name not in tuner.peft_config:
@@ -136,7 +136,7 @@ def usable_adapter(tuner: LoraModel, adapter_name: str | None) -> str:
     if any(layer.merged for layer in lora_layers):
         raise ValueError("The adapter is merged into the base weights; call `unmerge_adapter()` first.")
     if any(layer.disable_adapters for layer in lora_layers):
-        raise ValueError("The adapters are switched off; call `enable_adapter_layers()` first.")
+        raise ValueError("The adapters are disabled; call `enable_adapter_layers()` first.")
     return adapter_name
 
 
@@ -155,16 +155,16 @@ def scorable_modules(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer
     factors = (factor for layer in layers.values() for factor in lora_factors(layer, adapter_name))
     if any(hasattr(factor, "device_mesh") for factor in factors):
         raise ValueError(
-            f"The weights of adapter {adapter_name!r} are sharded over processes, as by FSDP, which neither lets its "
-            "parts run alone nor parameters go. Save the adapter, load it in a single process, score and prune it "
-            "there, and begin the next run from what that saves."
+            f"The weights of adapter {adapter_name!r} are sharded over processes, as by FSDP, so that its modules "
+            "cannot run alone or be removed. Save the adapter, load it in a single process, score and prune it there, "
+            "and start the next run from the saved result."
         )
     return layers
 
 
 @contextmanager
 def inference_state(tuner: LoraModel, adapter_name: str) -> Iterator[None]:
-    """The model in eval mode with one adapter active and no parameter to train, and everything as before afterwards."""
+    """Context with eval mode, only one adapter active and no parameter to train. Everything is restored afterwards."""
     training = [(module, module.training) for module in tuner.modules()]
     requires_grad = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
     active = tuner.active_adapter
@@ -187,21 +187,21 @@ def inference_state(tuner: LoraModel, adapter_name: str) -> Iterator[None]:
 
 
 _LOADER = (
-    "pass DataLoader(rows, batch_size=8, collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm=False)), or what your "
-    "trainer's get_eval_dataloader() returns."
+    "pass DataLoader(rows, batch_size=8, collate_fn=DataCollatorForLanguageModeling(tokenizer, mlm=False)), or the "
+    "result of your trainer's get_eval_dataloader()."
 )
 
 
 def prepared(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Moves a batch to the model's device, and switches the KV cache off where the model has one.
+    """Moves a batch to the model's device, and disables the KV cache if the model has one.
 
     Raises:
         ValueError: the batch is not a dict of tensors with labels for its rows.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"The dataloader gave a {type(batch).__name__} instead of a dict of the forward's arguments; use the data "
-            "collator of your trainer. A single batch goes into a list: score_modules([batch])."
+            f"The dataloader returned a {type(batch).__name__} instead of a dict of the forward's arguments; use the "
+            "data collator of your trainer. Pass a single batch as a list: score_modules([batch])."
         )
     _check_tensors(batch)
     device = next(model.parameters()).device
@@ -216,19 +216,19 @@ def _check_tensors(batch: Mapping[str, Any]) -> None:
         value = batch.get(name)
         if value is not None and not isinstance(value, torch.Tensor):
             raise ValueError(
-                f"`{name}` of a calibration batch is a {type(value).__name__} instead of a tensor, as in a row of a dataset "
-                f"or a batch that was not collated: {_LOADER}"
+                f"`{name}` of a calibration batch is a {type(value).__name__} instead of a tensor, as in a row of a "
+                f"dataset or a batch that was not collated: {_LOADER}"
             )
     tokens, labels = batch.get("input_ids"), batch.get("labels")
     if tokens is None or labels is None:
         return
     if tokens.ndim < 2:
         raise ValueError(
-            f"`input_ids` of a calibration batch has the shape {tuple(tokens.shape)}, that of a single row; batches have "
-            f"rows and tokens: {_LOADER}"
+            f"`input_ids` of a calibration batch has the shape {tuple(tokens.shape)}, that of a single row, but "
+            f"batches need rows and tokens: {_LOADER}"
         )
     if labels.ndim == 0 or len(labels) != len(tokens):
         raise ValueError(
-            f"`labels` of a calibration batch has the shape {tuple(labels.shape)}, but `input_ids` has {len(tokens)} rows: "
-            "each row needs its own labels."
+            f"`labels` of a calibration batch has the shape {tuple(labels.shape)}, but `input_ids` has {len(tokens)} "
+            "rows: each row needs its own labels."
         )

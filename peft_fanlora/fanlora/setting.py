@@ -1,4 +1,4 @@
-"""The FanLoRA setting: which modules of a model stay, found once and used for every downstream task."""
+"""The FanLoRA setting: the modules of a model to adapt, found once and used for all downstream tasks."""
 
 import json
 import os
@@ -20,18 +20,18 @@ from .setting_file import HEAT_MAP, SETTING_NAME
 
 @dataclass(frozen=True)
 class FanLoraSetting:
-    """Which modules of a model keep their LoRA.
+    """The modules of a model that keep their LoRA.
 
-    That a setting found once, on instruction data, serves all later tasks is the paper's idea [P]; what is stored, the
-    transfer to another depth and the arithmetic of ranks are ours.
+    Using a setting found once, on instruction data, for all later tasks is the paper's idea [P]; the stored fields,
+    the transfer to another depth and the computation of ranks are ours.
 
     Attributes:
-        kept: the modules that stay, each with its score (None where no score is known, as in a hand-written setting;
-            never NaN or infinite).
-        dropped: the modules that were scored and do not stay.
-        num_layers: for each stack of blocks its number of layers in the model that was scored.
-        model_type: the family of that model, such as "llama"; None for one that is not of transformers.
-        calibration: how the scores came about: method, number of label tokens, base model, versions.
+        kept: the modules to keep, each with its score (None if there is no score, as in a hand-written setting; never
+            NaN or infinite).
+        dropped: the modules that were scored and not kept.
+        num_layers: the number of layers of each stack of blocks in the scored model.
+        model_type: the model type of that model, such as "llama"; None if it is not from transformers.
+        calibration: how the scores were computed: method, number of label tokens, base model, versions.
     """
 
     kept: Mapping[ModuleName, float | None]
@@ -43,34 +43,32 @@ class FanLoraSetting:
 
     def __post_init__(self) -> None:
         if not self.kept:
-            raise ValueError("A FanLoRA setting has to keep at least one module, this one keeps none.")
+            raise ValueError("A FanLoRA setting must keep at least one module, but this one keeps none.")
         scored = [*self.kept, *self.dropped]
         for module in scored:
             if not isinstance(module, ModuleName):
                 raise ValueError(
-                    f"The setting has {module!r} for a module, which is no ModuleName: `FanLoraSetting.from_modules` "
-                    "makes a setting from names."
+                    f"The setting contains {module!r}, which is not a ModuleName: use `FanLoraSetting.from_modules` "
+                    "to make a setting from names."
                 )
         setting_file.check(self.to_dict(), "This FanLoRA setting")
         both = sorted(self.kept.keys() & self.dropped.keys())
         if both:
-            raise ValueError(
-                f"{both[0].name} stands among the kept and among the dropped modules; remove one of them."
-            )
+            raise ValueError(f"{both[0].name} is among the kept and among the dropped modules; remove one of the two.")
         for stack in {module.stack for module in scored} - self.num_layers.keys():
             raise ValueError(
-                f"The setting has modules in {stack!r} but `num_layers` does not say how many layers that stack has."
+                f"The setting has modules in {stack!r}, but `num_layers` has no number of layers for that stack."
             )
         for module in scored:
             if not 0 <= module.layer < self.num_layers[module.stack]:
                 raise ValueError(
-                    f"{module.name} lies outside its stack, which has {self.num_layers[module.stack]} layers "
+                    f"{module.name} is outside of its stack, which has {self.num_layers[module.stack]} layers "
                     "according to `num_layers`."
                 )
 
     @classmethod
     def from_modules(cls, model: nn.Module, names: Iterable[str]) -> "FanLoraSetting":
-        """Makes a setting from names of modules of `model`, without scores.
+        """Returns a setting with the named modules of `model`, without scores.
 
         Raises:
             ValueError: a name is given twice, or is not a linear layer of the model.
@@ -85,26 +83,26 @@ class FanLoraSetting:
 
     @property
     def names(self) -> list[str]:
-        """The qualified names of the kept modules in the model that was scored."""
+        """The qualified names of the kept modules in the scored model."""
         return [module.name for module in self.kept]
 
     @property
     def roles(self) -> list[str]:
-        """The roles that stay in at least one layer: what a serving engine that goes by role has to wrap."""
+        """The roles that are kept in at least one layer, which an engine that wraps layers by role must wrap."""
         return list(dict.fromkeys(module.role for module in self.kept))
 
     def resolve(self, model: nn.Module) -> "FanLoraSetting":
-        """Returns the setting in the terms of `model`, which may be another size of the same family.
+        """Returns the setting with the module names of `model`, which may be another size of the same model type.
 
-        Layer j of D' takes over the choice of layer round(j (D-1) / (D'-1)) of the D layers that were scored, so that
-        the first and the last layers correspond; with D' = D that is the setting itself. Stacks may have another
-        prefix, as `layers` of a bare model has beside `model.layers`.
+        Layer j of D' layers gets the selection of layer round(j (D-1) / (D'-1)) of the D scored layers, so that the
+        first and the last layers correspond; with D' = D the setting is unchanged. Stacks may have another prefix,
+        such as `layers` of a bare model for `model.layers`.
 
         Args:
-            model: the base model, with adapters or without.
+            model: the base model, with or without adapters.
 
         Raises:
-            ValueError: the model is of another family, or lacks a module of the setting.
+            ValueError: the model has another model type, or lacks a module of the setting.
         """
         if self.model_type and model_type(model) and self.model_type != model_type(model):
             raise ValueError(
@@ -116,8 +114,8 @@ class FanLoraSetting:
         stacks = {stack: counterpart(stack, depths, model) for stack in self.num_layers}
         if len(set(stacks.values())) < len(stacks):
             raise ValueError(
-                f"The setting has modules in {sorted(stacks)}, which are one stack in the model, {sorted(depths)}: the "
-                "setting belongs to another architecture."
+                f"The setting has modules in {sorted(stacks)}, which are one stack in the model, {sorted(depths)}: "
+                "the setting belongs to another architecture."
             )
 
         def transfer(modules: Mapping[ModuleName, float | None]) -> dict[ModuleName, float | None]:
@@ -140,42 +138,42 @@ class FanLoraSetting:
         return replace(self, kept=kept, dropped=dropped, num_layers=depths, model_type=model_type(model))
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws the scores that the setting was chosen by, with a dot on each module that stays. Needs matplotlib.
+        """Saves a heat map of the scores, with a dot on each kept module. Needs matplotlib.
 
         Args:
-            path: the image file; its suffix says the format, as for `matplotlib.figure.Figure.savefig`.
+            path: the image file; its suffix sets the format, as for `matplotlib.figure.Figure.savefig`.
 
         Raises:
-            ValueError: the setting has no scores, as one that was written by hand.
+            ValueError: the setting has no scores, such as a hand-written one.
         """
         if not self.is_scored:
             raise ValueError(
-                "This FanLoRA setting has no scores to draw: it was made by hand or from a pruned adapter's weights. "
-                "What `scores.select(...)` returns has them."
+                "This FanLoRA setting has no scores to draw, since it was made by hand or from a pruned adapter's "
+                "weights. Use the result of `scores.select(...)`."
             )
         from .plots import plot_modules
 
         scores = {module: score for module, score in {**self.kept, **self.dropped}.items() if score is not None}
         in_order = dict(sorted(scores.items(), key=lambda item: item[0].role))
         how = f" by {self.calibration['method']}" if "method" in self.calibration else ""
-        plot_modules(in_order, path=path, title=f"Importance{how}; dots: the modules that stay", kept=self.kept)
+        plot_modules(in_order, path=path, title=f"Importance{how}; dots: the modules that are kept", kept=self.kept)
 
     @property
     def is_scored(self) -> bool:
-        """Whether the setting knows scores."""
+        """Whether the setting has scores."""
         return any(score is not None for score in (*self.kept.values(), *self.dropped.values()))
 
     def rank_for_budget(self, base: nn.Module, num_parameters: int) -> int:
-        """Returns the rank at which LoRA on this setting's modules comes closest to a number of parameters.
+        """Returns the rank at which LoRA on this setting's modules is closest to a number of parameters.
 
         LoRA of rank r has r · Σ_m (in_m + out_m) parameters, m over the kept modules.
 
         Args:
-            base: the model to adapt; it may lie on the meta device.
+            base: the model to adapt; it may be on the meta device.
             num_parameters: the budget, in trainable parameters.
 
         Raises:
-            ValueError: the budget does not reach for rank 1.
+            ValueError: the budget is too small for rank 1.
         """
         modules = candidates(base)
         per_rank = sum(num_parameters_per_rank(modules[name]) for name in self.resolve(base).names)
@@ -199,27 +197,27 @@ class FanLoraSetting:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "FanLoraSetting":
-        """Reads what `to_dict` returns.
+        """Creates a setting from the result of `to_dict`.
 
         Raises:
-            ValueError: the content has another format version or another shape; the error names the place and the value.
+            ValueError: the format version or the structure is wrong; the error names the place and the value.
         """
         return cls(**setting_file.arguments_from(content, "This FanLoRA setting"))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, shared_as: str | None = None) -> None:
-        """Writes `fanlora_setting.json`, which people can read and edit, into a folder that is made if needed.
+        """Saves the human-readable `fanlora_setting.json` to a folder, which is created if needed.
 
-        A card goes beside it, except in the folder of an adapter: the adapter's card shows the setting.
+        A model card is added, except in the folder of an adapter, whose card already shows the setting.
 
         Args:
             save_directory: the folder.
-            shared_as: what the code in the card calls it; the folder's name unless given.
+            shared_as: the setting's name in the card's code; by default the folder's name.
         """
         folder = Path(save_directory)
         save_with_card(self, folder, shared_as or folder.resolve().name)
 
     def write(self, folder: Path) -> None:
-        """Writes `fanlora_setting.json` alone."""
+        """Writes only `fanlora_setting.json`."""
         with staged(folder) as stage:
             (stage / SETTING_NAME).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
@@ -231,16 +229,16 @@ class FanLoraSetting:
         subfolder: str | None = None,
         **download_kwargs: Any,
     ) -> "FanLoraSetting":
-        """Reads a setting from a folder or from a Hub repository, which may also be that of a pruned adapter.
+        """Loads a setting from a folder or a Hub repository, which may also be that of a pruned adapter.
 
         Args:
             pretrained_model_name_or_path: the folder or the repository's id.
-            subfolder: a folder below it.
+            subfolder: a subfolder of it.
             download_kwargs: for `huggingface_hub.hf_hub_download`, such as `revision`, `token` and `cache_dir`.
 
         Raises:
             FileNotFoundError: neither the folder nor the repository has a setting.
-            ValueError: the file is no setting that this version can read.
+            ValueError: the file is not a setting that this version can read.
         """
         from ..sharing.reading import read_json
 
@@ -252,14 +250,14 @@ class FanLoraSetting:
             raise ValueError(f"{path}: {error}") from error
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Uploads the setting to a model repository of the Hub, made where it does not exist.
+        """Uploads the setting to a model repository of the Hub, which is created if needed.
 
         Args:
-            repo_id: such as `me/my-setting`; an adapter's repository can hold its setting as well.
-            kwargs: `token`, `private`, `revision`; all others go to `huggingface_hub.HfApi.upload_folder`.
+            repo_id: such as `me/my-setting`; an adapter's repository can also hold its setting.
+            kwargs: `token`, `private`, `revision`; all others are passed to `huggingface_hub.HfApi.upload_folder`.
 
         Returns:
-            What `huggingface_hub` says of the commit.
+            The commit info of `huggingface_hub`.
         """
         from ..sharing.hub import push
 
@@ -270,7 +268,7 @@ class FanLoraSetting:
         return f"FanLoraSetting({len(self.kept)} modules kept, model_type={self.model_type!r})"
 
     def __str__(self) -> str:
-        """A small table: for each role the layers that keep it, the most frequent role first."""
+        """Returns a small table: the layers that keep each role, the most frequent role first."""
         of_all = f" of {len(self.kept) + len(self.dropped)}" if self.dropped else ""
         how = f", by {self.calibration['method']}" if "method" in self.calibration else ""
         layers = layers_by_role(self.kept, with_stack=len(self.num_layers) > 1)
@@ -281,7 +279,7 @@ class FanLoraSetting:
 
 
 def _relative_layer(layer: int, depth: int, source_depth: int) -> int:
-    """Returns the layer of `source_depth` layers that lies at the relative depth of `layer` among `depth` layers."""
+    """Returns the layer of `source_depth` layers at the same relative depth as `layer` of `depth` layers."""
     return round(layer * (source_depth - 1) / (depth - 1)) if depth > 1 else 0
 
 
@@ -290,6 +288,6 @@ def _require(names: Iterable[str], available: Mapping[str, nn.Module]) -> None:
     if missing:
         raise ValueError(
             f"The model has no linear layer {missing[0]!r}"
-            + (f" (nor {len(missing) - 1} others that are asked for)" if len(missing) > 1 else "")
+            + (f" (nor {len(missing) - 1} others that the setting has)" if len(missing) > 1 else "")
             + "; a FanLoRA setting fits models of the architecture that it was found on."
         )

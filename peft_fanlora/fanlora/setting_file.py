@@ -1,4 +1,4 @@
-"""The content of `fanlora_setting.json`."""
+"""The format of `fanlora_setting.json`."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def content_of(
 
 
 def check(content: Any, where: str) -> None:
-    """Raises for content that is no setting, and warns of fields that a later version has added.
+    """Raises for content that is not a setting, and warns of fields that a later version has added.
 
     Args:
         content: plain JSON types.
-        where: what an error calls it, such as the file.
+        where: the name of the content in errors, such as the file.
 
     Raises:
-        ValueError: the content has another format version or another shape.
+        ValueError: the format version or the structure is wrong.
     """
     from ..sharing.reading import checked, short
     from .shapes import SettingFile
 
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where} is {short(content)}, and a FanLoRA setting is a JSON object.")
+        raise ValueError(f"{where} is {short(content)}, but a FanLoRA setting is a JSON object.")
     found = content.get("format_version")
     if type(found) is not int or found != FORMAT_VERSION:
         raise ValueError(
@@ -68,8 +68,8 @@ def check(content: Any, where: str) -> None:
     given = {key: value for key, value in content.items() if value is not None}
     if unknown := checked(SettingFile, given, where).unknown_fields():
         warnings.warn(
-            f"{where} has fields that this version of peft_fanlora does not know and ignores: {short(unknown)}. It was "
-            "written by a later version; upgrade with `pip install -U peft-fanlora`.",
+            f"{where} has fields that this version of peft_fanlora does not know and ignores: {short(unknown)}. It "
+            "was written by a later version; upgrade with `pip install -U peft-fanlora`.",
             stacklevel=4,
         )
     for block, choice, role in _modules(content):
@@ -84,7 +84,7 @@ def check(content: Any, where: str) -> None:
 def _remedy(content: Mapping[Any, Any]) -> str:
     found, writer = content.get("format_version"), content.get("peft_fanlora_version")
     if type(found) is not int or found < FORMAT_VERSION:
-        return f"it has to be {FORMAT_VERSION}."
+        return f"it must be {FORMAT_VERSION}."
     if isinstance(writer, str) and writer.isprintable() and len(writer) < 40:
         return f"upgrade it with `pip install -U 'peft-fanlora>={writer}'`, the version that wrote the setting."
     return "upgrade it with `pip install -U peft-fanlora`."
@@ -97,7 +97,7 @@ def _modules(content: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def arguments_from(content: Any, where: str) -> dict[str, Any]:
-    """Returns the arguments of `FanLoraSetting` that a file's content says.
+    """Returns the arguments of `FanLoraSetting` for a file's content.
 
     Raises:
         ValueError: see `check`.
@@ -115,7 +115,7 @@ def arguments_from(content: Any, where: str) -> dict[str, Any]:
 
 
 def find(location: str, subfolder: str | None, download_kwargs: dict[str, Any]) -> Path:
-    """Returns where the file is, in a folder or in the cache of the Hub, after a download if needed.
+    """Returns the path of the file, in a folder or in the cache of the Hub, after a download if needed.
 
     Raises:
         FileNotFoundError: there is none.
@@ -127,7 +127,7 @@ def find(location: str, subfolder: str | None, download_kwargs: dict[str, Any]) 
         return Path(hf_hub_download(location, SETTING_NAME, subfolder=subfolder, **download_kwargs))
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"There is no {SETTING_NAME} in {location!r}: it is neither a folder with a saved setting nor a Hub "
-            f"repository that could be read ({type(error).__name__}). An adapter that was never pruned has no setting; a "
-            "private repository needs a `token`."
+            f"There is no {SETTING_NAME} in {location!r}: it is neither a folder with a saved setting nor a readable "
+            f"Hub repository ({type(error).__name__}). An adapter that was never pruned has no setting; a private "
+            "repository needs a `token`."
         ) from error

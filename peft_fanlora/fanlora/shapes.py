@@ -1,4 +1,4 @@
-"""What a FanLoRA setting and the fields of a FanLoRA configuration have to look like."""
+"""The types of the fields of a FanLoRA setting and of a FanLoRA configuration."""
 
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ from ..sharing.reading import AdapterFields, Names, Shape, Text
 MAX_LAYERS = 10_000
 
 _IN_NO_NAME = set('`|<>"\\')
-"""What would end a name early in a card's table, code or comment."""
+"""Characters that would break a card's table, code or comments."""
 
 
 def _module_name(name: str) -> str:
@@ -35,7 +35,7 @@ class Block(Shape):
 
 
 class Calibration(Shape):
-    """How the scores came about; facts that have no use but to be shown may be anything."""
+    """How the scores were computed. Fields that are only displayed may have any value."""
 
     __pydantic_extra__: dict[str, JsonValue]
     method: Text | None = None
@@ -43,7 +43,7 @@ class Calibration(Shape):
 
 
 class SettingFile(Shape):
-    """The content of `fanlora_setting.json`, of the format version that this package writes."""
+    """The content of `fanlora_setting.json` in the current format version."""
 
     format_version: int
     peft_fanlora_version: Text | None = None
@@ -63,7 +63,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class FanLoraFields(AdapterFields):
-    """The fields of a `FanLoraConfig` that the file has as simple types; the others are PEFT's variants of LoRA."""
+    """The fields of a `FanLoraConfig` that are simple types in the file; PEFT checks those of its LoRA variants."""
 
     r: PositiveInt
     lora_alpha: float

@@ -1,4 +1,4 @@
-"""LoRA factors of several adapters in one tensor, and how rows and adapters come together in it."""
+"""LoRA factors of several adapters in one tensor, and the assignment of rows to adapters in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .candidates import lora_factors
 
 
 class RowFinder(Protocol):
-    """Knows where a layer's input has the rows of the batch."""
+    """Finds the rows of the batch in a layer's input."""
 
     def rows_of(self, layer: Any, x: torch.Tensor) -> int | list[int]:
         """Returns the dimension of the rows, or the row of each entry of the first dimension."""
@@ -22,16 +22,16 @@ class RowFinder(Protocol):
 
 @dataclass(frozen=True)
 class Slots:
-    """How the rows of a batch are put into slots of equal size, so that each slot has one adapter.
+    """An arrangement of the rows of a batch in slots of equal size, so that each slot has one adapter.
 
-    T adapters on n rows get slots of ⌈n/T⌉ rows: that makes fewer than 2T slots, and at most half of the places in them
-    are padding, however unevenly the rows are spread over the adapters.
+    T adapters on n rows get slots of ⌈n/T⌉ rows. This makes fewer than 2T slots, and at most half of their places are
+    padding, however the rows are distributed over the adapters.
 
     Attributes:
         adapters: the adapter of each slot.
-        rows: the row in each place, slot after slot; None where these are all rows in their order.
-        places: the places that are no padding.
-        padded: the row in each place, with a row of the same slot in the padding.
+        rows: the row in each place, slot by slot; None if these are all rows in order.
+        places: the places that are not padding.
+        padded: the row in each place, with a row of the same slot as padding.
     """
 
     adapters: tuple[str, ...]
@@ -41,7 +41,7 @@ class Slots:
 
     @classmethod
     def of(cls, names: Sequence[str], adapters: Sequence[str], device: torch.device) -> Slots:
-        """Arranges the rows of `names` that belong to one of `adapters`, of which there is at least one."""
+        """Arranges the rows of `names` that have one of `adapters`, of which there is at least one."""
         rows_of = {name: [row for row, own in enumerate(names) if own == name] for name in adapters}
         size = -(-sum(map(len, rows_of.values())) // len(rows_of))
         slots = [
@@ -57,17 +57,17 @@ class Slots:
 
 
 class AdapterStack:
-    """The LoRA factors of a layer's adapters, one slot each; smaller ranks are filled up with zeros.
+    """The LoRA factors of a layer's adapters, one per slot; smaller ranks are padded with zeros.
 
     Args:
         layer: the layer.
-        slots: how the rows of the batch are put into slots.
+        slots: the arrangement of the rows in slots.
         names: the adapter of each row.
         rows_first: whether the layer is known to see (rows, …).
 
     Attributes:
         A: (slots, r, in), r the highest rank, times the adapter's α/r.
-        B: (slots, r, out). This layout is the faster one for a single token.
+        B: (slots, r, out). This layout is faster for a single token.
     """
 
     def __init__(self, layer: Any, slots: Slots, names: Sequence[str], rows_first: bool) -> None:
@@ -86,16 +86,16 @@ class AdapterStack:
         self.is_aligned = rows_first and slots.rows is None and len(self.adapters) == self.num_rows
 
     def add_to(self, result: torch.Tensor, x: torch.Tensor, run: RowFinder) -> torch.Tensor:
-        """Returns y_b + s_t B_t A_t x_b for each row b with an adapter t, in place where no gradient is asked for.
+        """Returns y_b + s_t B_t A_t x_b for each row b with adapter t, computed in place if no gradient is needed.
 
         Args:
             result: y, (rows, …, out).
-            x: (rows, …, in). Either has the batch's rows, each as often as the call repeats it, in the dimension that
+            x: (rows, …, in). The rows of the batch, each repeated as often as in the call, are in the dimension that
                 `run` finds.
             run: the call.
 
         Raises:
-            ValueError: it is not certain where x has the rows.
+            ValueError: the dimension of the rows cannot be determined.
         """
         if self.is_aligned and x.dim() == 3 and x.shape[0] == self.num_rows and _fit_in_place(result, x, self.A):
             return result.baddbmm_(torch.bmm(x, self.A_transposed), self.B)
@@ -107,7 +107,7 @@ class AdapterStack:
         return self._add_to_rows(result, x)
 
     def _add_to_rows(self, result: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Does it where the rows are the first dimension."""
+        """Computes `add_to` if the rows are the first dimension."""
         slots = self.slots
         per_row = x.to(self.A.device, self.A.dtype).reshape(self.num_rows, -1, x.shape[-1])
         per_place = per_row if slots.padded is None else per_row[slots.padded]
@@ -126,7 +126,7 @@ class AdapterStack:
         return target.index_add(0, rows, delta).view_as(result)
 
     def _add_to_items(self, result: torch.Tensor, x: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Does it where the first dimension is images or sounds, of which each belongs to a row."""
+        """Computes `add_to` if the first dimension is images or sounds, each of which belongs to a row."""
         slots = [self.slot_of_row[row] for row in rows]
         items = torch.tensor([item for item, slot in enumerate(slots) if slot is not None], device=self.A.device)
         chosen = torch.tensor([slot for slot in slots if slot is not None], device=self.A.device)
@@ -137,10 +137,10 @@ class AdapterStack:
 
 
 class SharedAdapter:
-    """The LoRA factors of the one adapter that all rows of a layer have, as views on its own weights.
+    """The LoRA factors of a layer's single adapter for all rows, as views of its weights.
 
-    Next to the weights of a base model, which fill the processor's caches at each token, every Python object that a layer
-    looks at is slow to come by: so this keeps at hand what a call needs.
+    The base model's weights evict everything else from the processor's caches at each token, so that every access to a
+    Python object is slow. This object holds all that a call needs.
     """
 
     def __init__(self, layer: Any, name: str) -> None:
@@ -152,12 +152,12 @@ class SharedAdapter:
         self.scaling = layer.scaling[name]
 
     def add_to(self, result: torch.Tensor, x: torch.Tensor, run: RowFinder) -> torch.Tensor:
-        """Returns y + s B A x, in place where no gradient is asked for.
+        """Returns y + s B A x, computed in place if no gradient is needed.
 
         Args:
             result: y, (…, out).
             x: (…, in).
-            run: the call, whose rows make no difference here.
+            run: the call, which is not used here.
         """
         if _fit_in_place(result, x, self.A) and result.is_contiguous():
             hidden = x.reshape(-1, self.num_in) @ self.A
@@ -169,7 +169,7 @@ class SharedAdapter:
 
 
 def _fit_in_place(result: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> bool:
-    """Whether an operation in place can add a product of x and a factor to the result as they are."""
+    """Returns whether the product of x and a factor can be added to the result in place."""
     dtype, device = factor.dtype, factor.device
     return (
         x.dtype is dtype
@@ -187,7 +187,7 @@ def _padded(factor: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def is_plain(layer: Any, names: Sequence[str]) -> bool:
-    """Whether y = W x + s B A x is all that a layer computes for these adapters, with weights that can be copied."""
+    """Returns whether a layer only computes y = W x + s B A x for these adapters, with weights that can be copied."""
     for name in names:
         if name not in layer.lora_A or name in layer.lora_variant:
             return False

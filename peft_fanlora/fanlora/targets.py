@@ -1,4 +1,4 @@
-"""Which modules of a model a configuration names: what "all-linear" means for FanLoRA, and what a setting asks for."""
+"""Determines the modules that a configuration adapts, for "all-linear" and for a setting."""
 
 import re
 from copy import copy
@@ -15,19 +15,19 @@ from .setting import FanLoraSetting
 
 
 def find_targets(tuner: LoraModel, config: Any, model: nn.Module) -> set[str] | str | None:
-    """Writes into a configuration which modules it adapts.
+    """Sets the modules that a configuration adapts.
 
     Args:
-        tuner: the tuner that is going to adapt them.
-        config: the configuration, whose `setting` is resolved where there is one.
+        tuner: the tuner that will adapt them.
+        config: the configuration; its `setting`, if there is one, is resolved.
         model: the model.
 
     Returns:
-        The `target_modules` of an adapter on a setting; None where the configuration names them in another way.
+        The `target_modules` of an adapter with a setting; None for other configurations.
 
     Raises:
-        ValueError: the setting does not fit the model, or disagrees with `target_modules`; the model has no linear layer
-            in the blocks of `layers_to_transform`.
+        ValueError: the setting does not fit the model or contradicts `target_modules`, or the model has no linear
+            layer in the blocks of `layers_to_transform`.
     """
     if isinstance(config.setting, FanLoraSetting):
         setting = config.setting.resolve(model)
@@ -44,7 +44,7 @@ def find_targets(tuner: LoraModel, config: Any, model: nn.Module) -> set[str] | 
 
 
 def _name_linear_layers(config: Any, model: nn.Module) -> None:
-    """Names the linear layers of some blocks: what "all-linear" is to mean beside `layers_to_transform`.
+    """Sets the linear layers of the blocks in `layers_to_transform` as the targets for "all-linear".
 
     Raises:
         ValueError: the model has no linear layer in these blocks.
@@ -64,15 +64,15 @@ def _name_linear_layers(config: Any, model: nn.Module) -> None:
             "indices of its blocks, counted from 0."
         )
     config.target_modules = exact_names(names, model)
-    if isinstance(config.target_modules, str):  # an expression, which says the layers itself
+    if isinstance(config.target_modules, str):  # a regular expression, which already includes the layers
         config.layers_to_transform = config.layers_pattern = None
 
 
 def _exclude_unsupported(config: Any, model: nn.Module) -> None:
-    """Takes out of "all-linear" what LoRA cannot adapt.
+    """Excludes from "all-linear" what LoRA cannot adapt.
 
-    That is a head which PEFT is going to train in full (PEFT itself thinks of sequence classification alone), and the
-    routers of experts that are linear layers by their class, but return several tensors.
+    This is a head that PEFT will train in full (PEFT itself only handles sequence classification), and routers of
+    experts that are linear layers by class but return several tensors.
     """
     heads = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
     unfit = [name for name in heads.get(config.task_type, ()) if hasattr(model, name)]
@@ -91,31 +91,31 @@ def _exclude_unsupported(config: Any, model: nn.Module) -> None:
 
 
 def _exact_targets(tuner: LoraModel, config: Any, model: nn.Module, setting: FanLoraSetting) -> set[str] | str:
-    """Returns the `target_modules` of an adapter on a setting: its modules, and what was adapted beside the candidates.
+    """Returns the `target_modules` for a setting: its modules, and those adapted in addition to the candidates.
 
     Raises:
-        ValueError: the setting disagrees with the `target_modules` that the configuration has.
+        ValueError: the setting contradicts the configuration's `target_modules`.
     """
     targets = config.target_modules
     if str(targets).lower() == "all-linear":
         return exact_names(setting.names, model)
     if not isinstance(targets, str) and set(targets) <= {name for name, _ in model.named_modules()}:
-        targets = exact_names(targets, model)  # as they are saved: full names
+        targets = exact_names(targets, model)  # saved configurations have full names
     exact = copy(config)
     exact.target_modules = targets
     targeted = {name for name in candidates(model) if tuner._check_target_module_exists(exact, name)}
     if chosen := sorted(targeted ^ set(setting.names)):
         raise ValueError(
-            f"`target_modules` and `setting` disagree, for instance about {chosen[0]!r}: a setting already says which "
-            "modules are adapted. Pass one of the two."
+            f"`target_modules` and `setting` disagree, for instance about {chosen[0]!r}, but a setting already "
+            "defines which modules are adapted. Pass only one of the two."
         )
     return targets
 
 
 def _follow_renamed_targets(config: Any, model: nn.Module) -> None:
-    """Lets targets that an older version of the architecture had name what has become of them, as PEFT does for LORA.
+    """Converts targets of an older version of the architecture to the current names, as PEFT does for LORA.
 
-    Where every target is there, nothing is converted: names of today would be taken for those of an older version.
+    Nothing is converted if every target exists: current names could be mistaken for older ones.
     """
     names = [name for name, _ in model.named_modules()]
     targets = config.target_modules or ()

@@ -1,4 +1,4 @@
-"""PARA: vectors that a prompt makes once, and that scale Q, V and U for every token after it."""
+"""PARA: vectors that are computed from the prompt once and scale Q, V and U for all tokens that follow."""
 
 from ..registration import register
 from .chat_template import get_prompt_end_token_ids

@@ -1,4 +1,4 @@
-"""The generator's activations by the names that `ParaConfig` takes."""
+"""The activations of the vector generator, by the names that `ParaConfig` takes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ RATIONAL = "rational"
 
 
 def is_activation(name: str) -> bool:
-    """Whether there is an activation of this name: `RATIONAL` or one of transformers' ACT2FN."""
+    """Returns whether the name is `RATIONAL` or a key of transformers' ACT2FN."""
     return name == RATIONAL or name in ACT2FN
 
 
 def make_activation(name: str) -> nn.Module:
-    """Returns a new activation of this name."""
+    """Returns a new activation module by its name."""
     return RationalActivation() if name == RATIONAL else ACT2FN[name]

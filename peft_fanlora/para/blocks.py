@@ -1,4 +1,4 @@
-"""What the target layers of a Transformer block share, and what the blocks of a model share."""
+"""State shared by the target layers of a Transformer block, and by all blocks of a model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Target(Protocol):
-    """A target layer as its block sees it, which is a `layer.Target`.
+    """The interface of a target layer that its block uses, see `layer.ParaLayer`.
 
     Attributes:
         name: its full name in the model.
         slices: which of its outputs are scaled.
-        is_expert: whether it may be an expert of a mixture, which sees some of the tokens, in an order of its own.
+        is_expert: whether it may be a mixture-of-experts expert, which sees a subset of the tokens in its own order.
         para_generator: adapter name -> the generator, on the layer that holds it for its block.
         para_target: adapter name -> the layer's name in the adapter's generator.
     """
@@ -39,7 +39,7 @@ class Target(Protocol):
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether the adapters are switched off."""
+        """Whether the adapters are disabled."""
 
     @property
     def active_adapters(self) -> Any:
@@ -47,16 +47,16 @@ class Target(Protocol):
 
 
 class ParaBlock:
-    """What the target layers of one Transformer block share; not a module, so that nothing is saved twice.
+    """The state shared by the target layers of one Transformer block. It is not a module, so nothing is saved twice.
 
-    Whichever of an adapter's layers a call reaches first makes the vectors of all of them, from its own input: the
-    hidden states with which the block begins. That happens inside of the layer's `forward`, so that gradient checkpointing, which
-    runs the block again, makes them again.
+    The first target layer of an adapter that runs in a call makes the vectors for all target layers of that adapter in
+    the block, from its own input: the hidden states that enter the block. This happens inside the layer's `forward`,
+    so that gradient checkpointing, which runs the block again, recomputes the vectors.
 
     Attributes:
         name: the block's name in the model.
         blocks: all blocks of the model.
-        state: what is current in a thread.
+        state: the state of the current thread.
         reads_memory: whether the block belongs to the decoder of an encoder-decoder model, whose prompt is the
             encoder's output.
         layers: the target layers of the block.
@@ -76,20 +76,21 @@ class ParaBlock:
         return self.owners[adapter].para_generator[adapter]  # type: ignore[return-value]
 
     def vector_for(self, layer: Target, call: Call, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Returns a layer's vector, and keeps it in the call.
+        """Returns a layer's vector and stores it in the call.
 
-        Several active adapters multiply; in a mixed batch each row takes the vector of its own adapter.
+        The vectors of several active adapters are multiplied. In a mixed batch each row gets the vector of its
+        adapter.
 
         Args:
             layer: a layer of the block.
             call: the current call.
-            hidden: the layer's input, which is pooled if the layer is the first of an adapter's that the call reaches.
+            hidden: the layer's input, which is pooled if the layer is the adapter's first target layer in the call.
         """
         adapters = [name for name in dict.fromkeys(call.rows or call.adapters) if name in layer.para_target]
         if call.has_no_rows and adapters:
             raise ValueError(
-                f"{layer.name} runs over images or sounds, of which PARA cannot tell whose row each belongs to in a mixed "
-                "batch: run the rows of each adapter in a call of their own, or leave the tower out of target_modules."
+                f"{layer.name} runs over images or sounds, which PARA cannot assign to the rows of a mixed batch: run "
+                "the rows of each adapter in a separate call, or leave this layer out of target_modules."
             )
         groups: dict[Any, list[str]] = {}
         for adapter in adapters:
@@ -112,21 +113,21 @@ class ParaBlock:
     def _make_vectors(
         self, layer: Target, adapters: list[str], call: Call, hidden: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Returns the vectors for the targets in the block: of one adapter, or of some of a mixed batch.
+        """Returns the vectors of the block's targets, for one adapter or for several adapters of a mixed batch.
 
-        In a mixed batch these are adapters whose generators have the same `stack_key`, and the rows of all others have 1.
+        In a mixed batch these are adapters whose generators have the same `stack_key`; all other rows get 1.
 
         Raises:
-            ValueError: the hidden states do not have the tokens that the prompt mask speaks of.
+            ValueError: the hidden states and the prompt mask have different shapes.
         """
         generator = self.generator(adapters[0])
         hidden = self._prompt_states(layer, call, hidden)
         mask = call.prompts[generator.prompt_end].mask_for(hidden.shape[0], hidden.shape[1], hidden.device)
         if mask.shape[0] != hidden.shape[0] or mask.shape[2] != hidden.shape[1]:
             raise ValueError(
-                f"The block {self.name} sees {hidden.shape[0]} x {hidden.shape[1]} tokens, but the prompt is known for "
-                f"{mask.shape[0]} x {mask.shape[2]}: take blocks that do not run over the text, such as a vision tower, "
-                "out of the targets with exclude_modules or a pattern in target_modules."
+                f"The block {self.name} sees {hidden.shape[0]} x {hidden.shape[1]} tokens, but the prompt is known "
+                f"for {mask.shape[0]} x {mask.shape[2]}: exclude blocks that do not process the text, such as a "
+                "vision tower, with exclude_modules or a pattern in target_modules."
             )
         if call.rows is None:
             return generator(hidden, mask)
@@ -160,7 +161,7 @@ class ParaBlock:
         """Returns the dimension of a layer's input or output that holds the rows of a call.
 
         Raises:
-            ValueError: that is not certain.
+            ValueError: the dimension cannot be determined.
         """
         places, module, shape = self.blocks.places, cast(nn.Module, layer), x.shape
         is_plain = len(shape) > 2 and shape[0] == rows and (rows == 1 or shape[1] != rows)
@@ -171,9 +172,9 @@ class ParaBlock:
         dimension = None if is_some else places.dimension(module, shape, rows, call.tokens)
         if dimension is None:
             raise ValueError(
-                f"{layer.name} saw a tensor of the shape {tuple(shape)} in a call of {rows} rows, so that PARA cannot tell "
-                "which row's vector each entry takes: leave the experts of a mixture, vision towers and what all rows "
-                "share out of target_modules, with exclude_modules or a pattern."
+                f"{layer.name} received a tensor of shape {tuple(shape)} in a call of {rows} rows, and PARA cannot "
+                "tell which entries belong to which row: leave mixture-of-experts layers, vision towers and layers "
+                "whose input is shared by all rows out of target_modules, with exclude_modules or a pattern."
             )
         return dimension
 
@@ -182,9 +183,9 @@ class ParaBlocks:
     """The adapted blocks of one model.
 
     Attributes:
-        identifier: tells the model from others whose vectors a cache may hold.
-        state: what is current in a thread.
-        places: where the layers see the rows of a call.
+        identifier: a unique id of the model. A cache stores it with the vectors.
+        state: the state of the current thread.
+        places: the dimensions in which the layers see the rows of a call.
     """
 
     def __init__(self) -> None:
@@ -196,7 +197,7 @@ class ParaBlocks:
         self._by_name: dict[str, ParaBlock] = {}
 
     def block_of(self, module_name: str, model: Any) -> ParaBlock:
-        """Returns the block that a module belongs to; a module outside of any block is one by itself.
+        """Returns the block that a module belongs to. A module outside of all blocks is its own block.
 
         Args:
             module_name: the module's full name.
@@ -212,20 +213,20 @@ class ParaBlocks:
         return self._by_name[name]
 
     def active_adapters(self) -> tuple[str, ...]:
-        """Returns the adapters that take part in a forward pass: none while they are disabled."""
+        """Returns the adapters that are used in a forward pass: none while they are disabled."""
         layers = (layer for block in self._by_name.values() for layer in block.layers if not layer.disable_adapters)
         return tuple(dict.fromkeys(name for layer in layers for name in layer.active_adapters))
 
     def prompt_ends(self, adapters: tuple[str, ...]) -> set[PromptEnd]:
-        """Returns the different ways in which the prompts of these adapters end."""
+        """Returns the distinct `prompt_end` values of these adapters."""
         blocks = self._by_name.values()
         return {block.generator(name).prompt_end for block in blocks for name in adapters if name in block.owners}
 
     def names_for(self, module: Any, x: Any) -> Sequence[str] | None:
-        """Returns the adapter of each entry of the input of a module that is saved whole; None outside of a mixed batch.
+        """Returns the adapter of each input entry of a `modules_to_save` module; None outside of a mixed batch.
 
         Raises:
-            ValueError: it is not certain where the input has the rows.
+            ValueError: the dimension of the rows cannot be determined.
         """
         call = self.state.call
         if call is None or call.rows is None or not isinstance(x, torch.Tensor):
@@ -233,19 +234,19 @@ class ParaBlocks:
         rows = len(call.rows)
         if self.places.dimension(module, x.shape, rows, call.tokens) != 0:
             raise ValueError(
-                f"{type(module).__name__} saw a tensor of the shape {tuple(x.shape)} in a mixed batch of {rows} rows, so that "
-                "PARA cannot tell which adapter's copy each entry takes: run the rows of each adapter in a call of their "
-                "own."
+                f"{type(module).__name__} received a tensor of shape {tuple(x.shape)} in a mixed batch of {rows} "
+                "rows, and PARA cannot tell which entries belong to which adapter: run the rows of each adapter in a "
+                "separate call."
             )
         names = (name if name in module._adapters else BASE_ROWS for name in call.rows)
         return [name for name in names for _ in range(len(x) // rows)]
 
 
 def _is_in_decoder(block: nn.Module, model: Any) -> bool:
-    """Whether a block belongs to the decoder of an encoder-decoder model."""
+    """Returns whether a block belongs to the decoder of an encoder-decoder model."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
     encoder, decoder = model.get_encoder(), model.get_decoder()
-    # A model with the encoder alone, such as an audio classifier, calls itself its decoder.
+    # `get_decoder` of an encoder-only model, such as an audio classifier, returns the model itself.
     in_encoder = encoder is not model and any(module is block for module in encoder.modules())
     return not in_encoder and any(module is block for module in decoder.modules())

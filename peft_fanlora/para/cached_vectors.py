@@ -1,8 +1,7 @@
-"""The vectors of a prompt live with the cache that its call filled.
+"""The PARA vectors of a prompt, stored on the KV cache that the prompt filled.
 
-They are copied with the cache, pickled with it and die with it; what the cache does to its rows, it does to the vectors.
-They also notice when something other than a call of the adapted model writes into the cache: then they do not belong to
-what it holds.
+They are copied, pickled and deleted with the cache, and follow its row operations. Writes to the cache by anything
+other than the adapted model are detected, because the vectors then no longer match its content.
 """
 
 from __future__ import annotations
@@ -18,23 +17,23 @@ from .state import Vectors
 
 @dataclass
 class CachedVectors:
-    """What lives with a cache.
+    """The vectors of a prompt and the data needed to check that a later call may use them.
 
     Attributes:
         model: the identifier of the model that filled the cache.
         adapters: the adapters that were active then.
         rows: the adapter of each row, in a mixed batch.
-        vectors: the vectors that they made.
-        batch: the rows of the cache; None where that is unknown.
-        prompt_length: the token slots that the prompt took.
-        prompt_ids: the ids in these slots, (batch, prompt_length); None where they are unknown.
-        tokens: the tokens of each row of the call that filled the cache.
-        generation: the identifier of the `generate` that the call belonged to; None outside of one.
-        answer: the first token that `generate` gave to each row, (batch, 1); None where it is not known.
-        anchor: which layer of the cache carries the vectors; None where the cache has no layers.
-        continued: whether tokens came after the prompt, for a cache that does not count them.
-        written: whether something wrote into the cache since the last call of the model.
-        lost: whether the cache dropped what the vectors belong to.
+        vectors: the vectors of each layer.
+        batch: the number of rows in the cache; None if unknown.
+        prompt_length: the number of token slots of the prompt.
+        prompt_ids: the ids in these slots, (batch, prompt_length); None if unknown.
+        tokens: the number of tokens per row in the call that filled the cache.
+        generation: the identifier of the `generate` that the call belonged to; None outside of `generate`.
+        answer: the first token that `generate` returned for each row, (batch, 1); None if unknown.
+        anchor: the index of the cache layer that carries the vectors; None if the cache has no layers.
+        continued: whether tokens followed the prompt, for a cache that does not count them.
+        written: whether the cache was written to since the last call of the model.
+        lost: whether the cache dropped the tokens that the vectors belong to.
     """
 
     model: str
@@ -54,22 +53,22 @@ class CachedVectors:
 
     @staticmethod
     def of(cache: Any) -> CachedVectors | None:
-        """Returns what an earlier call left on a cache; None also where its layers were exchanged since."""
+        """Returns what an earlier call stored on a cache; None if there is nothing or its layers were replaced."""
         kept = getattr(holder(cache), ON_CACHE, None)
         return kept if kept is not None and getattr(kept.carrier(cache), ON_CACHE, None) is kept else None
 
     def keep_on(self, cache: Any, of_encoder: bool = False) -> None:
-        """Stores the vectors on the cache, where they replace those of an earlier prompt.
+        """Stores the vectors on the cache, replacing those of an earlier prompt.
 
         Args:
             cache: the cache that the prompt's call filled.
-            of_encoder: whether the prompt is the encoder's, so that they belong to the keys of the cross-attention.
+            of_encoder: whether the prompt is the encoder's input, so that the vectors belong to the cross-attention.
         """
         layers = layers_of(cache)
         holding = [index for index, layer in enumerate(layers) if holds(layer)]
         if of_encoder:
             holding.reverse()
-        # A layer that counts its tokens can say how far it was cropped.
+        # Prefer a layer that counts its tokens, since its length shows how far it was cropped.
         counting = [index for index in holding if hasattr(layers[index], "get_seq_length")]
         self.anchor = next(iter(counting + holding), None)
         carrier = self.carrier(cache)
@@ -86,24 +85,24 @@ class CachedVectors:
         return layers[self.anchor] if self.anchor < len(layers) else None
 
     def length(self, cache: Any) -> Any:
-        """Returns how many tokens the cache holds, as an int or a tensor; None where it does not count them."""
+        """Returns how many tokens the cache holds, as an int or a tensor; None if it does not count them."""
         return None if self.anchor is None else length_of(self.carrier(cache))
 
     def go_on(self, cache: Any) -> None:
-        """Notes that what was written into the cache came from a call under these vectors."""
+        """Records that the cache was written to by a call that used these vectors."""
         self.written = False
         if not self.continued and self.length(cache) is None:
             self.continued = True
 
     def prompt_tokens_again(self, cached: int, ids: torch.Tensor | None) -> int:
-        """Returns how many tokens of a call put back what was cropped off the prompt.
+        """Returns how many tokens of a call restore the cropped end of the prompt.
 
         Args:
             cached: how many tokens the cache holds.
             ids: the ids of the call.
 
         Raises:
-            ValueError: the call brings other tokens than the prompt's.
+            ValueError: the tokens differ from those of the prompt.
         """
         if cached >= self.prompt_length:
             return 0
@@ -111,21 +110,21 @@ class CachedVectors:
         own = None if self.prompt_ids is None else self.prompt_ids[:, cached : cached + again]
         if ids is None or own is None or not torch.equal(own.to(ids.device), ids[:, :again]):
             raise ValueError(
-                f"The cache was cropped to {cached} tokens, which is within the prompt of {self.prompt_length} that its "
-                "PARA vectors were made from, and this call does not go on with that prompt: vectors of another prompt "
-                "have to be made from all of it. Start from an empty cache."
+                f"The cache was cropped to {cached} tokens, which is within the prompt of {self.prompt_length} tokens "
+                "that its PARA vectors were made from, and this call does not continue that prompt. The vectors of a "
+                "different prompt must be made from all of its tokens: start from an empty cache."
             )
         return again
 
     def goes_on_with(self, input_ids: torch.Tensor | None) -> bool:
-        """Whether tokens begin with the one that `generate` gave, as a further turn does and more prompt does not."""
+        """Returns whether tokens begin with the one that `generate` returned, so that they are a further turn."""
         answer = self.answer
         return (
             answer is not None and input_ids is not None and torch.equal(input_ids[:, :1], answer.to(input_ids.device))
         )
 
     def select(self, index: Any, times: int = 1) -> None:
-        """Takes the rows that an index names, each of them so many times, as the cache does."""
+        """Selects rows by an index and repeats each of them `times` times, as the cache does."""
         rows = torch.arange(
             next((len(vector) for vector in self.vectors.values() if vector is not None), self.batch or 0)
         )
@@ -140,38 +139,38 @@ class CachedVectors:
         self.batch = None if self.batch is None else len(index)
 
     def check_call(self, batch: int | None, rows: tuple[str, ...] | None, adapters: tuple[str, ...]) -> None:
-        """Checks that a call has the rows of the cache, and their adapters.
+        """Checks that a call has the same rows and adapters as the cache.
 
         Raises:
-            ValueError: it has others.
+            ValueError: they differ.
         """
         if batch is not None and self.batch is not None and batch != self.batch:
             raise ValueError(
                 f"The cache holds the prompts of {self.batch} rows, but this call has {batch}: PARA cannot tell which "
-                "prompt each row goes on with. Fill a new cache with the prompts of these rows."
+                "prompt each row continues. Fill a new cache with the prompts of these rows."
             )
         if self.rows != rows or (rows is None and set(self.adapters) != set(adapters)):
             raise ValueError(
                 f"The cache was filled with the adapters {list(self.rows or self.adapters)}, but "
-                f"{list(rows or adapters)} are active now: a prompt's vectors serve the adapter that made them. "
-                "Start from an empty cache after switching adapters."
+                f"{list(rows or adapters)} are active now: a prompt's vectors are only valid for the adapter that "
+                "made them. Start from an empty cache after switching adapters."
             )
 
 
 def usable(kept: CachedVectors | None, model: str) -> CachedVectors:
-    """Returns what a call of a model goes on with.
+    """Returns the vectors that a call with this cache uses.
 
     Args:
-        kept: what earlier calls left on the cache.
+        kept: what earlier calls stored on the cache.
         model: the identifier of the model.
 
     Raises:
-        ValueError: the cache holds something else than calls of the model left there.
+        ValueError: the cache was not filled by this model, or was changed since.
     """
     if kept is None or kept.model != model or kept.lost or kept.written:
         raise ValueError(
-            "The cache was not filled by a call of this model with its PARA adapter active, or something else changed it "
-            "since, so that it holds no vectors of its prompt: what another model, the base model or a call that failed "
-            "computed cannot be reused. Start from an empty cache, with the adapter active."
+            "The cache holds no PARA vectors of its prompt: it was not filled by this model with its PARA adapter "
+            "active, or it was changed since. Results of another model, of the base model or of a failed call cannot "
+            "be reused. Start from an empty cache, with the adapter active."
         )
     return kept

@@ -1,7 +1,7 @@
-"""What transformers' caches hold, and how to follow what happens to it.
+"""What transformers' caches contain, and how changes to a cache are observed.
 
-Whatever a cache does to its rows, it does to each of its layers. One of them, or a cache without layers, gets a subclass
-of its own class, which tells a follower of the same, and of whatever is written into it.
+A cache applies each row operation to all of its layers. One of the layers, or a cache without layers, gets a subclass
+of its own class that reports row operations and writes to a `Follower`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from transformers import Cache
 
 
 ON_CACHE = "para_vectors"
-"""The attribute in which a cache, and the layer of it that is followed, have the follower."""
+"""The attribute that holds the follower, on a cache and on its observed layer."""
 
 
 class Follower(Protocol):
-    """What follows a cache.
+    """Receives what happens to a cache.
 
     Attributes:
-        written: whether something wrote into the cache.
-        lost: whether the cache dropped something.
+        written: whether the cache was written to.
+        lost: whether the cache dropped tokens.
     """
 
     written: bool
     lost: bool
 
     def select(self, index: Any, times: int = 1) -> None:
-        """Takes the rows that an index names, each of them so many times, as the cache does."""
+        """Selects rows by an index and repeats each of them `times` times, as the cache does."""
 
 
 def follow(carrier: Any) -> None:
-    """Lets a cache, or a layer of one, tell the follower that it has in `ON_CACHE` what happens to it."""
+    """Makes a cache, or one of its layers, report changes to the follower in its attribute `ON_CACHE`."""
     kind: Any = type(carrier)
     if not isinstance(carrier, (torch.Tensor, list, tuple)) and not hasattr(kind, "followed"):
         carrier.__class__ = _following(kind)
@@ -42,11 +42,11 @@ def follow(carrier: Any) -> None:
 
 @functools.cache
 def _following(kind: type) -> type:
-    """Returns the subclass of a class of caches, or of their layers, that tells the vectors what happens to them."""
+    """Returns a subclass of a class of caches, or of cache layers, that reports changes to the follower."""
     told = {name: note for name, note in _NOTES.items() if hasattr(kind, name)}
     told.update({name: _write for name in dir(kind) if name.startswith(("update", "set_"))})  # `set_` is MiniMax's
     methods = {name: _with_note(getattr(kind, name), note) for name, note in told.items()}
-    # transformers enters each class of layers that has a `_layer_type` of its own in its tables.
+    # transformers registers every cache layer class that defines `_layer_type` itself.
     body = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "followed": kind, "_layer_type": None}
     following = type(kind.__name__, (kind,), {**body, "__reduce_ex__": _reduced, **methods})
     del following._layer_type  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ def _reset(kept: Follower, carrier: Any, method: Callable[..., Any]) -> None:
 def _crop(kept: Follower, carrier: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     before, amount = length_of(carrier), next(iter((*args, *kwargs.values())), 0)
     method(carrier, *args, **kwargs)
-    # What was cropped is read off the length, which some layers do not count, or do not correct.
+    # Cropped tokens show in the length, but some layers do not count their tokens or do not update the count.
     kept.lost = kept.lost or (amount < 0 and before == length_of(carrier))
 
 
@@ -110,7 +110,7 @@ _NOTES: dict[str, Callable[..., Any]] = {
 
 
 def holds_tokens(cache: Any) -> bool:
-    """Whether a cache holds the keys, values or states of some tokens, also those that another model computed."""
+    """Returns whether a cache holds keys, values or states of any tokens, including those of another model."""
     if isinstance(cache, Cache):
         linear = getattr(cache, "linear_cache", ())  # MiniMax
         return any(holds(layer) for layer in layers_of(cache)) or any(len(state) for state in linear)
@@ -119,19 +119,19 @@ def holds_tokens(cache: Any) -> bool:
 
 
 def holder(cache: Any) -> Any:
-    """Returns what carries the attributes of a cache: of a list of states, its first tensor."""
+    """Returns the object that carries the attributes of a cache: for a list of states its first tensor."""
     return cache[0] if isinstance(cache, (list, tuple)) and cache else cache
 
 
 def layers_of(cache: Any) -> list[Any]:
-    """Returns the layers of a cache, those of the cross-attention last."""
+    """Returns the layers of a cache, cross-attention layers last."""
     if hasattr(cache, "cross_attention_cache"):
         return [*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers]
     return getattr(cache, "layers", [])
 
 
 def holds(layer: Any) -> bool:
-    """Whether a layer of a cache holds anything."""
+    """Returns whether a layer of a cache holds any tokens."""
     states = getattr(layer, "has_previous_state", None)
     return bool(states and any(states.values())) or (length_of(layer) or 0) > 0
 

@@ -1,4 +1,4 @@
-"""Opens each call of the model: finds its prompt, or the vectors of its prompt on the cache."""
+"""Prepares each call of the model: finds its prompt, or the vectors stored on its cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .state import Call, PromptEnd
 
 
 class Calls:
-    """Opens the calls of one adapted model.
+    """Creates the `Call` for each call of an adapted model.
 
     Args:
         model: the adapted model.
@@ -34,17 +34,17 @@ class Calls:
         self.is_causal = not self.has_encoder_and_decoder and can_generate(model)
 
     def open(self, arguments: Arguments) -> Call:
-        """Returns the call of the model, or of a part of it, that has these arguments.
+        """Returns the `Call` for these arguments of the model or of one of its parts.
 
         Raises:
-            ValueError: its prompt is not known, or the cache does not hold the vectors of it.
+            ValueError: the end of the prompt is unknown, or the cache does not hold the prompt's vectors.
         """
         rows, cache = self.state.rows, arguments.cache
         adapters = self.blocks.active_adapters()
         kept = None if cache is None else CachedVectors.of(cache)
         if not adapters or self.state.measuring:
             if kept is not None:
-                kept.lost = True  # tokens of the base model follow
+                kept.lost = True  # the base model will write its own tokens
             return Call(arguments)
         if rows is not None:
             adapters = tuple(dict.fromkeys(rows))
@@ -59,13 +59,13 @@ class Calls:
     def _open_step(self, arguments: Arguments, adapters: tuple[str, ...]) -> Call:
         if self.state.step is None:
             raise ValueError(
-                "This continuous batching does not tell PARA which request each token belongs to: take the manager that "
-                f"the adapted model's own init_continuous_batching returns, or {FIX}."
+                "This continuous batching does not tell PARA which request each token belongs to: use the manager "
+                f"returned by the adapted model's own init_continuous_batching, or {FIX}."
             )
         return self.state.step.open(arguments, adapters, self.blocks.prompt_ends, self.state.step_before)
 
     def _is_filled(self, cache: Any, kept: CachedVectors | None, tokens: int | None) -> bool:
-        """Whether a call of so many tokens a row goes on from what a cache holds."""
+        """Returns whether a call with this many tokens per row continues the content of a cache."""
         if kept is None:
             return holds_tokens(cache)
         length: Any = None if self.has_encoder_and_decoder else kept.length(cache)
@@ -86,7 +86,7 @@ class Calls:
         adapters: tuple[str, ...],
         rows: tuple[str, ...] | None,
     ) -> Call:
-        """Opens a call that goes on from a filled cache.
+        """Returns the `Call` that continues a filled cache.
 
         Raises:
             ValueError: the cache does not hold the vectors that this call needs.
@@ -102,11 +102,11 @@ class Calls:
         return Call(arguments, adapters, expected, batch=batch, tokens=tokens, vectors=kept.vectors, from_cache=True)
 
     def _refuse_longer_prompt(self, arguments: Arguments, kept: CachedVectors, length: int | None) -> None:
-        """Raises where a call brings more of a prompt whose vectors are already made.
+        """Raises if a call adds tokens to a prompt whose vectors are already made.
 
-        A single token after a prompt is in doubt where it is the last of the prompt of another `generate`. What begins
-        with the token that `generate` gave is a further turn. Within the `generate` of the prompt, or of a model that
-        drafts for another, several accepted tokens come back at once.
+        A single token after the prompt is ambiguous only if it is the last prompt token of another `generate`. Tokens
+        that begin with the one that `generate` returned are a further turn. Within the `generate` of the prompt, or of
+        an assistant model, several accepted tokens may arrive at once.
         """
         ids, prompt_mask, tokens = arguments.ids, arguments.named.get("prompt_mask"), arguments.text_shape[1]
         cached = kept.prompt_length + kept.continued if length is None else int(length)
@@ -135,15 +135,14 @@ class Calls:
         if longer:
             raise ValueError(
                 f"The cache holds {cached} tokens and the vectors of a prompt of {kept.prompt_length}, and this call "
-                f"brings {tokens} more tokens: were they prompt too, the vectors would have to be made from all of "
-                "it. Pass the whole prompt in one call (no prefill_chunk_size, no prefix from another prompt). If the "
-                "tokens go on from the prompt, say so with prompt_mask=torch.zeros_like(input_ids, dtype=torch.bool), "
-                "which the model and `generate` take."
+                f"adds {tokens} tokens. If they belong to the prompt, its vectors must be made from all of it: pass "
+                "the whole prompt in one call (no prefill_chunk_size, no prefix from another prompt). If they follow "
+                "it, pass prompt_mask=torch.zeros_like(input_ids, dtype=torch.bool) to the model or to `generate`."
             )
 
-    @torch.compiler.disable  # where a prompt ends depends on the data, which no graph can follow
+    @torch.compiler.disable  # the end of the prompt depends on the data, so it cannot be part of a graph
     def _fill(self, arguments: Arguments, adapters: tuple[str, ...], rows: tuple[str, ...] | None) -> Call:
-        """Opens a call that makes the vectors of its prompt."""
+        """Returns the `Call` that makes the vectors of its prompt."""
         module, memory = arguments.model, arguments.memory
         shape = arguments.text_shape
         if memory is not None and self.has_encoder_and_decoder:
@@ -163,8 +162,8 @@ class Calls:
         segments = next((prompt.segments for prompt in prompts.values()), None)
         if segments is not None and self.has_encoder_and_decoder:
             raise ValueError(
-                "The call packs several sequences into a row, but PARA cannot tell which tokens of the decoder belong to "
-                "which of them: give each sequence a row of its own, or leave out what says where each begins."
+                "The call packs several sequences into a row, and PARA cannot tell which decoder tokens belong to "
+                "which: pass each sequence as a row of its own, or drop the arguments that mark packed sequences."
             )
         if rows is not None:
             if batch is None and module is not self.model and self.model.main_input_name not in arguments.named:
@@ -175,8 +174,8 @@ class Calls:
     def _find_rows(
         self, arguments: Arguments, rows: tuple[str, ...] | None, batch: int | None, tokens: int | None
     ) -> None:
-        """Finds out where the layers see the rows, where the shapes of a call may leave that open."""
-        # How many tokens images and sounds become is not known before.
+        """Determines the dimension of the rows in each layer's input if the shapes of a call are ambiguous."""
+        # The number of tokens that an image or a sound becomes is not known in advance.
         is_open = rows or batch in (None, tokens, arguments.tokens)
         if not is_open or (arguments.rows if batch is None else batch) in (None, 0, 1):
             return
@@ -187,10 +186,10 @@ class Calls:
             self.state.measuring = False
 
     def _rows_for(self, rows: tuple[str, ...], batch: int | None) -> tuple[str, ...]:
-        """Returns the adapter of each row of a call; within `generate` each row may have been repeated.
+        """Returns the adapter of each row of a call. Within `generate` each row may have been repeated.
 
         Raises:
-            ValueError: the names are not one for each row.
+            ValueError: the number of names does not match the number of rows.
         """
         if batch is None or batch == len(rows):
             return rows
@@ -201,15 +200,15 @@ class Calls:
 
 
 def can_generate(model: Any) -> bool:
-    """Whether a model has a `generate`, as transformers sees it."""
+    """Returns whether transformers considers a model able to `generate`."""
     asks = getattr(model, "can_generate", None)
     return bool(asks is not None and asks())
 
 
 def _is_compiled_step(length: Any, tokens: int | None) -> bool:
-    """Whether torch.compile traces a call of one token a row, with a static cache.
+    """Returns whether torch.compile is tracing a call of one token per row with a static cache.
 
-    Such a cache keeps its length in a tensor. To read it would break the graph at each step, and there is nothing to
-    find out: one token after a prompt is never in doubt.
+    Such a cache keeps its length in a tensor. Reading it would break the graph at each step, and is not needed: a
+    single token after a prompt is never ambiguous.
     """
     return torch.compiler.is_compiling() and tokens == 1 and isinstance(length, torch.Tensor)

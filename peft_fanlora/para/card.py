@@ -1,4 +1,4 @@
-"""What a card says of a PARA adapter."""
+"""The part of a model card that describes a PARA adapter."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 def adapter_part(saved: SavedAdapter[ParaConfig], base: snippets.BaseModel, location: str) -> Part:
-    """Returns what a card says of an adapter.
+    """Returns the part of a model card that describes an adapter.
 
     Args:
-        saved: the adapter as it was written.
+        saved: the saved adapter.
         base: its base model.
-        location: its folder or id, as the code names it.
+        location: its folder or Hub id, as used in the card's code.
     """
     config = saved.config
     size = f" It has {saved.num_parameters:,} parameters." if saved.num_parameters else ""
     targets = config.target_modules
     named = f"`{targets}`" if isinstance(targets, str) else ", ".join(f"`{name}`" for name in sorted(targets or ()))
     pieces = [
-        "PARA: one small generator in each Transformer block reads the prompt once and makes vectors that scale the "
-        f"outputs of {named or 'the target modules'}, in every token that follows.{size}",
+        "PARA: one small generator in each Transformer block reads the prompt once and computes vectors that scale "
+        f"the outputs of {named or 'the target modules'} for every following token.{size}",
         f"```python\n{snippets.use_adapter('PARA', base, location, saved.subfolder)}\n```",
-        "It needs `pip install peft-fanlora`; without the import PEFT stops with `KeyError: 'PARA'`. Since the vectors "
-        "depend on the prompt, it cannot be merged into the weights.",
+        "It requires `pip install peft-fanlora`; without importing it PEFT raises `KeyError: 'PARA'`. Since the "
+        "vectors depend on the prompt, the adapter cannot be merged into the weights.",
         "### Generator",
         "\n".join(
             [
@@ -54,12 +54,12 @@ def _prompt_end(config: ParaConfig) -> str:
         return "The prompt is the encoder's whole input."
     if config.task_type not in (None, "CAUSAL_LM"):
         return "The prompt is the whole input."
-    rules = ["where the call passes a `prompt_mask`, what that marks;"]
+    rules = ["if the call passes a `prompt_mask`, the tokens that it marks;"]
     if config.prompt_end_token_ids:
         rules.append(
-            f"else everything up to and including the first match of the token ids `{list(config.prompt_end_token_ids)}`"
-            " (`prompt_end_token_ids`);"
+            "else everything up to and including the first match of the token ids "
+            f"`{list(config.prompt_end_token_ids)}` (`prompt_end_token_ids`);"
         )
     rules.append("else, with labels, the leading run of tokens whose label is -100;")
-    rules.append("else, in inference, what is passed to `generate`, or to the call that fills the KV cache.")
+    rules.append("else, in inference, the input of `generate`, or of the call that fills the KV cache.")
     return "\n".join(f"{number}. {rule}" for number, rule in enumerate(rules, 1))

@@ -1,4 +1,4 @@
-"""Reads from a tokenizer's chat template with which tokens a prompt ends."""
+"""Derives the tokens that end a prompt from a tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 def get_prompt_end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the token ids with which the tokenizer's chat template ends a prompt, for `ParaConfig`.
+    """Returns the token ids that end a prompt in the tokenizer's chat template, for `ParaConfig`.
 
-    What two prompts of different text have in common at their end is what the template puts there, such as
-    "<|im_end|>\\n<|im_start|>assistant\\n". Only so much of it is kept as also precedes a finished answer: some
-    templates open a thought that training data does not have.
+    These are the last tokens that two prompts with different text have in common, such as
+    "<|im_end|>\\n<|im_start|>assistant\\n". Tokens that do not also precede a finished answer are dropped: some
+    templates open a thinking section that training data does not contain.
 
     Args:
         tokenizer: a tokenizer with a chat template.
 
     Raises:
-        ValueError: it has no chat template, or the template marks the end of prompts by no tokens of its own.
+        ValueError: there is no chat template, or it adds no tokens between a prompt and its answer.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(
@@ -42,15 +42,15 @@ def get_prompt_end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     text, other = render(("user", "How far is the sun?")), render(("user", "Name three rivers"))
     prompt = encode(text)
     conversation = encode(render(("user", "How far is the sun?"), ("assistant", "Eight minutes of light.")))
-    # The template's own text is found as text, because words that the tokenizer does not know are all one token.
+    # The common suffix is computed on text, since all words unknown to the tokenizer become the same token.
     own_text = text[len(text) - _common_prefix(text[::-1], other[::-1]) :]
     shared = _common_prefix(prompt[::-1], encode(own_text)[::-1])
     end = _common_prefix(prompt, conversation)
     marker = prompt[len(prompt) - shared : end]
     if not marker or _first_match(conversation, marker) + len(marker) != end:
         raise ValueError(
-            f"The chat template of {tokenizer.name_or_path!r} puts no tokens of its own between a prompt and its answer "
-            f"(it gave {marker}): pass prompt_mask to the model, or train on prompt-completion data."
+            f"The chat template of {tokenizer.name_or_path!r} adds no tokens between a prompt and its answer (found: "
+            f"{marker}): pass prompt_mask to the model, or train on prompt-completion data."
         )
     return marker
 

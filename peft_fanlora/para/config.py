@@ -18,35 +18,35 @@ if TYPE_CHECKING:
 
 @dataclass
 class ParaConfig(StoredConfig):
-    """Configures prompt-aware representation adjustment (PARA, arXiv 2502.01033).
+    """Configuration of prompt-aware representation adjustment (PARA, arXiv 2502.01033).
 
-    In each Transformer block one small generator reads the hidden states of the prompt and makes the vectors
+    In each Transformer block one small generator reads the hidden states of the prompt and computes the vectors
     l = 1 + up(act(down(pool(h)))), which scale the outputs of the target modules for the whole sequence [P, S].
 
     Args:
-        r: the width of the generator's bottleneck, at least 1. Twelve gives about 8.9M parameters on LLaMA-2-7B,
-            the size that a secondary page reports [S]; the width itself is our arithmetic [ours].
+        r: the width of the generator's bottleneck, at least 1. The default 12 gives about 8.9M parameters on
+            LLaMA-2-7B, the size that a secondary source reports [S]; the width itself is derived from it [ours].
         target_modules: the modules whose output is scaled: a list of names, a regular expression, or "all-linear".
             By default the query, value and up projections [S] of the architecture.
-        exclude_modules: names, or a regular expression, of modules to leave alone.
-        layers_to_transform: the index, or the indices, of the blocks to adapt. Every block by default.
-        layers_pattern: the name of the list of blocks, such as "layers", where it has an unusual one.
-        pooling: how the hidden states of the prompt become one vector: "attention" (a learned query, the best of a
-            sister paper's comparison [sister]), "mean", "max" or "last".
+        exclude_modules: names, or a regular expression, of modules not to adapt.
+        layers_to_transform: the index, or the indices, of the blocks to adapt. By default all blocks.
+        layers_pattern: the name of the list of blocks, such as "layers", if it has an unusual one.
+        pooling: how the hidden states of the prompt are pooled into one vector: "attention" (a learned query, the best
+            in a sister paper's comparison [sister]), "mean", "max" or "last".
         activation: the name of an activation of transformers, or "rational" for the learned rational function of
             the sister papers [sister].
-        prompt_end_token_ids: the token ids with which every prompt ends, such as those of "<|im_start|>assistant\\n".
-            Training needs them wherever the labels do not show the prompt; `get_prompt_end_token_ids` reads them from
-            a tokenizer's chat template.
+        prompt_end_token_ids: the token ids that end every prompt, such as those of "<|im_start|>assistant\\n".
+            Required for training if the labels do not mark the prompt; `get_prompt_end_token_ids` derives them from a
+            tokenizer's chat template.
         para_dropout: the dropout probability of the pooled vector, 0 <= p < 1.
-        init_para_weights: whether the adapter starts as the identity, with `up` at zero. With False `up` is random,
-            which is useful in tests.
+        init_para_weights: whether to initialize the adapter as the identity, with `up` at zero. With False `up` is
+            random, which is useful in tests.
         modules_to_save: names of modules that are trained and saved in full, such as a new classification head.
-        trainable_token_indices: the ids of tokens whose embeddings are trained and saved as well, such as those of new
-            tokens; or a dict of them by the name of the embedding layer.
+        trainable_token_indices: the ids of tokens whose embeddings are also trained and saved, such as those of new
+            tokens; or a dict from the name of an embedding layer to such ids.
 
     Raises:
-        ValueError: a field has a value of the wrong type, or one that PARA cannot use.
+        ValueError: a field has a wrong type or an invalid value.
     """
 
     r: int = field(default=12, metadata={"help": "Width of the generator's bottleneck, at least 1; typically 8-64."})
@@ -58,7 +58,7 @@ class ParaConfig(StoredConfig):
         },
     )
     exclude_modules: set[str] | list[str] | str | None = field(
-        default=None, metadata={"help": "Names, or a regular expression, of modules to leave alone."}
+        default=None, metadata={"help": "Names, or a regular expression, of modules not to adapt."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Index or indices of the blocks to adapt; needs target_modules as a list."}
@@ -68,7 +68,7 @@ class ParaConfig(StoredConfig):
     )
     pooling: str = field(
         default="attention",
-        metadata={"help": f"How the prompt's hidden states become one vector: one of {', '.join(POOLINGS)}."},
+        metadata={"help": f"How the prompt's hidden states are pooled: one of {', '.join(POOLINGS)}."},
     )
     activation: str = field(
         default="gelu",
@@ -76,7 +76,7 @@ class ParaConfig(StoredConfig):
     )
     prompt_end_token_ids: list[int] | None = field(
         default=None,
-        metadata={"help": "Token ids with which every prompt ends, such as those of '<|im_start|>assistant\\n'."},
+        metadata={"help": "Token ids that end every prompt, such as those of '<|im_start|>assistant\\n'."},
     )
     para_dropout: float = field(
         default=0.0, metadata={"help": "Dropout probability of the pooled vector, 0 <= p < 1; typically 0-0.1."}
@@ -90,7 +90,7 @@ class ParaConfig(StoredConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None,
         metadata={
-            "help": "Ids of tokens whose embeddings are trained too, such as new ones; or a dict by layer name."
+            "help": "Ids of tokens whose embeddings are also trained, such as new ones; or a dict by layer name."
         },
     )
 
@@ -130,14 +130,14 @@ class ParaConfig(StoredConfig):
             if isinstance(self.target_modules, str) and (value := getattr(self, name)) is not None:
                 raise ValueError(
                     f"`{name}` cannot be used when `target_modules` is a str. {name}={value!r} selects among named "
-                    f"modules, but target_modules={self.target_modules!r} is a pattern: name the modules in a list, or "
-                    "put the layers into the pattern."
+                    f"modules, but target_modules={self.target_modules!r} is a pattern: pass the names as a list, or "
+                    "include the layers in the pattern."
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
-                f"layers_pattern={self.layers_pattern!r} has no effect without it: pass layers_to_transform=[…] too, or "
-                "leave layers_pattern out."
+                f"layers_pattern={self.layers_pattern!r} has no effect without it: also pass layers_to_transform=[…], "
+                "or remove layers_pattern."
             )
 
     def _check_prompt_end(self) -> None:

@@ -1,7 +1,7 @@
-"""Forward hooks on the adapted model that open each of its calls for the layers, and close it.
+"""Forward hooks on the adapted model that set up the state of each call for the layers, and clear it afterwards.
 
-They sit on the model rather than on the tuner, because PEFT calls the model directly where a config has no task type, and
-because an injected model has no tuner. Two methods of the model are wrapped as well, see `wrappers`.
+They are on the model rather than the tuner, because PEFT calls the model directly if a config has no task type, and
+because an injected model has no tuner. Two methods of the model are also wrapped, see `wrappers`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .wrappers import CHECKPOINT_FUNCTION, PromptKeepingCheckpoint, PromptKeepin
 class CallHooks:
     """The forward hooks of one adapted model.
 
-    Only the outermost call counts: the backbone inside of a language model runs under the language model's call.
+    Only the outermost call is tracked: the backbone of a language model runs within the language model's call.
 
     Args:
         model: the adapted model.
@@ -39,12 +39,12 @@ class CallHooks:
 
     @classmethod
     def of(cls, model: nn.Module, blocks: ParaBlocks) -> CallHooks:
-        """Returns the hooks that a model has, or new ones that are not installed yet."""
+        """Returns the hooks of a model, or new ones that are not installed yet."""
         installed = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
         return next((hooks for hooks in installed if isinstance(hooks, cls)), None) or cls(model, blocks)
 
     def install(self) -> None:
-        """Puts the hooks on the model and on each pretrained model inside of it that has none yet."""
+        """Adds the hooks to the model and to each pretrained model inside it that does not have them yet."""
         parts = [self.model, *(part for part in self.model.modules() if isinstance(part, PreTrainedModel))]
         for part in parts:
             if any(getattr(hook, "__self__", None) is self for hook in part._forward_pre_hooks.values()):
@@ -55,7 +55,7 @@ class CallHooks:
             self.model.generate = PromptKeepingGenerate(self.model, self.model.__dict__.get("generate"), self.blocks)
 
     def remove(self) -> None:
-        """Leaves the model as it was before `install`."""
+        """Removes the hooks, so that the model is as before `install`."""
         for handle in self.handles:
             handle.remove()
         for module in self.model.modules():
@@ -70,15 +70,15 @@ class CallHooks:
         self.handles = []
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        """Opens a call: finds its prompt, or its vectors on the cache.
+        """Starts a call: finds its prompt, or the vectors on its cache.
 
         Raises:
-            RuntimeError: the call is one of `torch.nn.DataParallel`'s.
+            RuntimeError: the call comes from `torch.nn.DataParallel`.
         """
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
-                "PARA does not run under torch.nn.DataParallel, whose replicas share what belongs to one call. Start one "
-                "process for each device, with accelerate launch or torchrun, or show the program a single device with "
+                "PARA does not support torch.nn.DataParallel, whose replicas share the state of a call. Start one "
+                "process per device with accelerate launch or torchrun, or make a single device visible with "
                 "CUDA_VISIBLE_DEVICES."
             )
         state = self.blocks.state
@@ -95,7 +95,7 @@ class CallHooks:
         return args, {name: value for name, value in kwargs.items() if name != "prompt_mask"}
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Closes a call, also one that failed, and stores its vectors on the cache that it filled."""
+        """Ends a call, including a failed one, and stores its vectors on the cache that it filled."""
         state = self.blocks.state
         call = state.call
         if call is None:

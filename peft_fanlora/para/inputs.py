@@ -1,4 +1,4 @@
-"""Reads what a call says about its tokens from its arguments."""
+"""Reads the information about the tokens of a call from its arguments."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _ENCODER_INPUTS = ("input_ids", "inputs_embeds", "input_features", "input_values
 
 
 def inputs_of(arguments: Arguments, shape: tuple[int, int], generation: Generation | None, is_causal: bool) -> Inputs:
-    """Returns what a call that makes vectors says about its tokens.
+    """Returns the information about the tokens of a call that makes vectors.
 
     Args:
-        arguments: what the call brings.
-        shape: the rows and tokens in which its prompt is.
+        arguments: the arguments of the call.
+        shape: (rows, tokens) of the prompt.
         generation: the running `generate`.
         is_causal: whether the model generates text from left to right.
 
     Raises:
-        ValueError: the prompt_mask has another shape.
+        ValueError: the prompt_mask has a different shape.
     """
     named, ids, memory, prompt_mask = (
         arguments.named,
@@ -34,7 +34,7 @@ def inputs_of(arguments: Arguments, shape: tuple[int, int], generation: Generati
     device = first_not_none(memory, *(named.get(name) for name in _ENCODER_INPUTS)).device
     mask = first_not_none(named.get("encoder_attention_mask"), named.get("attention_mask"))
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] != shape[1] and not is_causal:
-        # A mask over samples of sound or pixels says nothing about the encoder's tokens.
+        # A mask over audio samples or pixels says nothing about the encoder's tokens.
         mask = None
     generated_from = None
     if generation is not None:
@@ -43,8 +43,8 @@ def inputs_of(arguments: Arguments, shape: tuple[int, int], generation: Generati
             prompt_mask = _fit(generation.prompt_mask, *shape)
     if prompt_mask is not None and tuple(prompt_mask.shape) != shape:
         raise ValueError(
-            f"prompt_mask has the shape {tuple(prompt_mask.shape)}, but the call has {shape[0]} rows of {shape[1]} "
-            "tokens: pass one bool for each token, True where it belongs to the prompt."
+            f"prompt_mask has shape {tuple(prompt_mask.shape)}, but the call has {shape[0]} rows of {shape[1]} "
+            "tokens: pass one bool per token, True if it belongs to the prompt."
         )
     attended = attended_tokens(mask, *shape, device)
     return Inputs(
@@ -60,7 +60,7 @@ def inputs_of(arguments: Arguments, shape: tuple[int, int], generation: Generati
 
 
 def _fit(prompt_mask: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
-    """Returns the prompt mask of a generation for a call whose rows are repeated and whose tokens go on."""
+    """Returns the prompt mask of `generate` for a call with repeated rows and generated tokens."""
     if batch % prompt_mask.shape[0] or tokens < prompt_mask.shape[1]:
         return prompt_mask
     mask = prompt_mask.repeat_interleave(batch // prompt_mask.shape[0], 0)

@@ -1,4 +1,4 @@
-"""The layers whose outputs PARA scales."""
+"""The layers that scale outputs by PARA's vectors."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from .targets import linear_shape
 
 
 MERGE_REFUSAL = (
-    "PARA cannot be merged: its vectors depend on the prompt, so that no single weight matrix holds them. Serve the "
-    "adapter as it is, where a generated token costs one multiplication a target module more than the base model, or "
-    "take the adapter off with unload()."
+    "PARA cannot be merged: its vectors depend on the prompt, so no single weight matrix can hold them. Serve the "
+    "adapter unmerged, at the cost of one multiplication per target module and generated token, or remove it with "
+    "unload()."
 )
 
 
 class ParaLayer(nn.Module, BaseTunerLayer):
-    """A linear layer whose output the prompt's vector scales: y' = l ⊙ (W x + b).
+    """A linear layer whose output is scaled by a vector of the prompt: y' = l ⊙ (W x + b).
 
     The first target of each block holds the block's generator, and the others read its vectors.
 
     Args:
         base_layer: the layer to scale.
         name: its full name in the model.
-        block: what it shares with the other targets of its block.
+        block: the state that it shares with the other targets of its block.
         slices: which of its outputs are scaled.
-        is_expert: whether it may be an expert of a mixture, which sees some of the tokens, in an order of its own.
+        is_expert: whether it may be a mixture-of-experts expert, which sees a subset of the tokens in its own order.
     """
 
     adapter_layer_names = ("para_generator",)
@@ -59,9 +59,9 @@ class ParaLayer(nn.Module, BaseTunerLayer):
         block.layers.append(self)
 
     def update_layer(self, adapter_name: str, config: ParaConfig) -> None:
-        """Makes the layer a target of one more adapter.
+        """Adds an adapter to the layer.
 
-        The first target of the block makes the generator, and each adds its own up-projection to it.
+        The first target of the block creates the generator, and each target adds its up-projection to it.
 
         Args:
             adapter_name: the name of the adapter.
@@ -97,8 +97,8 @@ class ParaLayer(nn.Module, BaseTunerLayer):
         """Returns the base layer's output, scaled by the vector of the current call's prompt.
 
         Raises:
-            RuntimeError: no call of the model is running, so that no prompt is known.
-            ValueError: the layer sees some of the tokens, or the cache holds no vector for it.
+            RuntimeError: no call of the model is running, so that there is no prompt.
+            ValueError: the layer sees only some of the tokens, or the cache holds no vector for it.
         """
         base_layer = self.base_layer
         result = base_layer(x, *args, **kwargs)
@@ -107,16 +107,16 @@ class ParaLayer(nn.Module, BaseTunerLayer):
         call = self.block.state.call
         if call is None:
             raise RuntimeError(
-                f"{self.name} ran outside of a call of its model, where PARA knows no prompt. Call the model rather "
-                "than its blocks, and for activation checkpointing use model.gradient_checkpointing_enable() rather "
-                "than a wrapper around the blocks."
+                f"{self.name} ran outside of a call of its model, where PARA has no prompt. Call the model instead of "
+                "its blocks, and for activation checkpointing use model.gradient_checkpointing_enable() instead of "
+                "wrapping the blocks."
             )
         if self.name in call.vectors:
             vector = call.vectors[self.name]
         elif call.from_cache:
             raise ValueError(
-                f"The cache holds no vector for {self.name}: it was filled by a call that left this layer out. "
-                "Fill a new cache with the prompt."
+                f"The cache holds no vector for {self.name}, because the call that filled it skipped this layer. Fill "
+                "a new cache with the prompt."
             )
         else:
             vector = self.block.vector_for(self, call, x)
@@ -128,7 +128,7 @@ class ParaLayer(nn.Module, BaseTunerLayer):
         return scale(result, vector, call.segments, in_place)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuses: the vectors depend on the prompt.
+        """Not supported, since the vectors depend on the prompt.
 
         Raises:
             NotImplementedError: always.
@@ -136,11 +136,11 @@ class ParaLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError(MERGE_REFUSAL)
 
     def unmerge(self) -> None:
-        """Does nothing, as nothing can have been merged."""
+        """Does nothing, since PARA is never merged."""
 
     def __repr__(self) -> str:
         return "para." + super().__repr__()
 
 
 class ParaLinear(ParaLayer):
-    """The layer by the name that PEFT knows adapted linear layers by, where "all-linear" looks for a further adapter's."""
+    """A `ParaLayer` with the class name by which PEFT recognizes adapted linear layers for "all-linear"."""

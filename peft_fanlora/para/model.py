@@ -1,6 +1,6 @@
-"""PARA's tuner: puts the layers and hooks into a model, and takes them out again.
+"""The PARA tuner, which adds the layers and hooks to a model and removes them.
 
-What runs along with the model is imported where it is used: `import peft_fanlora` stays as quick as `import peft`.
+Modules that are only needed at run time are imported in the functions that use them, to keep the import fast.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 
 class ParaModel(TenantMixin, BaseTuner):
-    """Adapts a model with prompt-aware vectors (PARA, arXiv 2502.01033).
+    """Adapts a model with prompt-aware representation adjustment (PARA, arXiv 2502.01033).
 
-    In each Transformer block a generator pools the hidden states of the prompt and makes a vector for each target,
-    l = 1 + up(act(down(pool(h)))), by which the target's outputs are scaled: Q' = l_q ⊙ Q, V' = l_v ⊙ V and
-    U' = l_u ⊙ U [S]. The vectors are made when the prompt first passes, and kept with its KV cache [S].
+    In each Transformer block a generator pools the hidden states of the prompt and computes a vector for each target,
+    l = 1 + up(act(down(pool(h)))), which scales the target's outputs: Q' = l_q ⊙ Q, V' = l_v ⊙ V and U' = l_u ⊙ U [S].
+    The vectors are computed in the first pass of the prompt and stored with its KV cache [S].
 
     Args:
         model: the model to adapt.
-        peft_config: the configuration, or the configurations by adapter name.
+        peft_config: the configuration, or a dict of configurations by adapter name.
         adapter_name: the name of the adapter.
-        low_cpu_mem_usage: whether to leave the new parameters empty, to be loaded.
+        low_cpu_mem_usage: whether to create the new parameters on the meta device, to be loaded later.
 
     Examples:
         >>> import peft_fanlora
@@ -58,15 +58,15 @@ class ParaModel(TenantMixin, BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Puts an adapter into the model; a failed call leaves the model as it was.
+        """Adds an adapter to the model. If it fails, the model is unchanged.
 
         Args:
             model: the model to adapt.
             adapter_name: the name of the adapter, whose configuration the tuner already has.
             autocast_adapter_dtype: see PEFT.
-            low_cpu_mem_usage: whether to leave the new parameters empty, to be loaded.
-            state_dict: ignored. Most target layers hold no parameters of their own, so that the keys of a checkpoint do
-                not say which layers they are; the configuration does.
+            low_cpu_mem_usage: whether to create the new parameters on the meta device, to be loaded later.
+            state_dict: ignored. Most target layers have no parameters, so that the keys of a checkpoint do not tell
+                which layers are adapted; the configuration does.
 
         Raises:
             ValueError: the configuration does not fit the model.
@@ -133,16 +133,16 @@ class ParaModel(TenantMixin, BaseTuner):
         if hasattr(new_module, "base_layer"):
             super()._replace_module(parent, child_name, new_module, child)
         else:
-            # What comes back has its weights. PEFT would assign them again, and fails where an output layer is tied
-            # to embeddings whose new tokens are trained.
+            # The restored module has its weights. PEFT would assign them again, which fails if an output layer is tied
+            # to embeddings with trained new tokens.
             setattr(parent, child_name, new_module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Gives each row of the calls inside of the context the adapter that `adapter_names` names for it.
+        """Applies to each row of the calls in this context the adapter given by `adapter_names`.
 
         Raises:
-            ValueError: the model is training, or there is no adapter of some name.
+            ValueError: the model is in training mode, or an adapter does not exist.
         """
         names = kwargs.get("adapter_names")
         with (
@@ -152,12 +152,12 @@ class ParaModel(TenantMixin, BaseTuner):
             yield
 
     def names_of_thread(self) -> tuple[str, ...] | None:
-        """Returns the adapter of each row of this thread's mixed batch; None outside of one."""
+        """Returns the adapter of each row of the current thread's mixed batch; None outside of one."""
         return self._blocks.state.rows
 
     @contextmanager
     def decoding(self, requests: Sequence[Request], kept: dict[str, Vectors]) -> Iterator[None]:
-        """Gives each token of a packed row, inside of the context, its request's vectors, and keeps those that are made."""
+        """Applies the vectors of each request to its tokens in a packed row, and stores those that are new."""
         from .packed import PackedStep
 
         step = PackedStep(requests, kept)
@@ -166,13 +166,13 @@ class ParaModel(TenantMixin, BaseTuner):
         step.keep_vectors()
 
     def find_rows(self) -> None:
-        """Does nothing: the layers see one row."""
+        """Does nothing, since the layers see a single packed row."""
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_REFUSAL)
 
     def unload(self) -> nn.Module:
-        """Returns the base model, without the adapters and their hooks."""
+        """Returns the base model without the adapters and their hooks."""
         from .hooks import CallHooks
 
         model = super().unload()
@@ -184,7 +184,7 @@ class ParaModel(TenantMixin, BaseTuner):
     def _follow_renamed_modules(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        # PEFT converts names of LoRA's tensors, so it is shown such.
+        # PEFT only renames LoRA tensors, so it gets one placeholder LoRA tensor per module.
         from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
         modules = list(dict.fromkeys(key.partition(".para_")[0] for key in state_dict if ".para_" in key))
@@ -200,7 +200,7 @@ class ParaModel(TenantMixin, BaseTuner):
 
 
 def _part_names(adapter_names: Iterable[str]) -> set[str]:
-    """Returns the names that PARA's layers have for their parts; an up-projection's is `up_` and the target's."""
+    """Returns the names of the submodules and parameters of PARA layers; up-projections are `up_` plus the target."""
     return {
         "para_generator",
         "down",
@@ -215,5 +215,5 @@ def _para_layers(model: nn.Module) -> Iterator[ParaLayer]:
 
 
 def _blocks_of(model: nn.Module) -> ParaBlocks:
-    """Returns the blocks that the model has already, or none yet."""
+    """Returns the blocks of an adapted model, or new ones."""
     return next((layer.block.blocks for layer in _para_layers(model)), None) or ParaBlocks()

@@ -1,6 +1,6 @@
-"""PARA under continuous batching, where one row holds the tokens of many requests.
+"""PARA with continuous batching, where one row holds the tokens of many requests.
 
-Each request's vectors are made in the step that computes its prompt, from the prompt alone, and read at its later steps.
+Each request's vectors are made in the step that computes its prompt, from that prompt alone, and used in later steps.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .state import Call, EndsOf, Vectors
 
 
 class PackedStep:
-    """One step: the requests whose tokens stand in a row, in their order.
+    """One step of continuous batching.
 
     Args:
-        requests: the requests.
-        kept: the vectors of those whose prompts came in an earlier step, by request; `keep_vectors` adds the others'.
+        requests: the requests whose tokens are in the row, in order.
+        kept: request id -> the vectors of requests whose prompts were computed earlier; `keep_vectors` adds new ones.
     """
 
     def __init__(self, requests: Sequence[Request], kept: dict[str, Vectors]) -> None:
@@ -33,13 +33,13 @@ class PackedStep:
         self._identifiers = [request.identifier for request in requests]
 
     def open(self, arguments: Arguments, adapters: tuple[str, ...], ends_of: EndsOf, before: Any) -> Call:
-        """Opens the step's call.
+        """Returns the step's call.
 
         Args:
-            arguments: what the step's call brings.
-            adapters: the active adapters, for requests that name none.
-            ends_of: returns the different ways in which the prompts of some adapters end.
-            before: the step before, or None.
+            arguments: the arguments of the step's call.
+            adapters: the active adapters, used by requests that name none.
+            ends_of: returns the distinct `prompt_end` values of some adapters.
+            before: the previous step, or None.
         """
         ids = arguments.named["input_ids"]
         device, lengths = ids.device, [request.num_tokens for request in self.requests]
@@ -49,7 +49,7 @@ class PackedStep:
             segments = [index for index, length in enumerate(lengths) for _ in range(length)]
             call.segments = torch.tensor([segments], device=device)
         if self.new:
-            # Each prompt becomes a row; what fills it up is read, but not attended.
+            # Each prompt becomes a padded row, whose padding is not attended.
             steps = torch.arange(max(lengths[index] for index in self.new), device=device)
             attended = steps < torch.tensor([lengths[index] for index in self.new], device=device).unsqueeze(1)
             first = torch.tensor([starts[index] for index in self.new], device=device).unsqueeze(1)
@@ -64,14 +64,14 @@ class PackedStep:
         return call
 
     def prompts_in(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns the hidden states of the prompts that begin here, (prompts, tokens, d), out of those of all tokens."""
+        """Returns the hidden states of the new prompts, (prompts, tokens, d), taken from those of all tokens."""
         return self._rows_of(hidden.reshape(-1, hidden.shape[-1]))
 
     def _rows_of(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens[self.places.to(tokens.device)]
 
     def with_kept(self, name: str, made: torch.Tensor | None) -> torch.Tensor | None:
-        """Returns a layer's vectors for all requests, (1, requests, outputs): those made here, and those kept."""
+        """Returns a layer's vectors for all requests, (1, requests, outputs), both new and stored."""
         made_for = {} if made is None else dict(zip(self.new, made.unbind(0), strict=True))
         parts = [
             made_for.get(index) if request.begins else self.kept[request.identifier].get(name)
@@ -83,14 +83,14 @@ class PackedStep:
         return torch.cat([torch.ones_like(some) if part is None else part for part in parts]).unsqueeze(0)
 
     def _all_kept(self, before: PackedStep | None) -> Vectors:
-        """Returns the vectors for all requests: those of the step before, where these are the same requests."""
+        """Returns the stored vectors of all requests, reused from the previous step if the requests are the same."""
         if before is not None and before.vectors is not None and before._identifiers == self._identifiers:
             return before.vectors
         names = dict.fromkeys(name for request in self.requests for name in self.kept[request.identifier])
         return {name: self.with_kept(name, None) for name in names}
 
     def keep_vectors(self) -> None:
-        """Keeps the vectors that the call has made."""
+        """Stores the vectors that the call made."""
         if self.vectors is None:
             return
         for index in self.new:

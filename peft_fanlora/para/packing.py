@@ -1,7 +1,7 @@
-"""Which sequence each token of a packed row belongs to, by every sign that transformers and TRL give.
+"""Detects packed sequences: which sequence of a row each token belongs to, in all formats of transformers and TRL.
 
-Attention keeps packed sequences apart, so that each has a prompt of its own. A call says where they begin in its
-positions, in the lengths for flash attention (`cu_seq_lens_q`, `cu_seq_lens_k`), in `seq_idx`, or in a 4-D mask.
+Packed sequences do not attend to each other, so each has its own prompt. A call marks where they begin by its
+positions, the lengths for flash attention (`cu_seq_lens_q`, `cu_seq_lens_k`), `seq_idx`, or a 4-D mask.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 
-_BLOCKED = -1e4  # masks that are added to the scores hold at most this where a token is not seen
+_BLOCKED = -1e4  # additive masks have at most this value where a token is not attended
 
 
 def numbered_sequences(named: Mapping[str, Any], attention_mask: Any, attended: torch.Tensor) -> torch.Tensor | None:
-    """Returns a number for each token that grows where a call says that another sequence begins.
+    """Returns a number per token that increases wherever the call marks the beginning of a sequence.
 
     Args:
         named: the arguments of the call.
@@ -25,13 +25,13 @@ def numbered_sequences(named: Mapping[str, Any], attention_mask: Any, attended: 
         attended: which tokens are not padding, bool (batch, tokens).
 
     Returns:
-        The numbers, (batch, tokens); None where nothing but the positions can say it.
+        The numbers, (batch, tokens); None if only the positions can mark sequences.
     """
     batch, tokens = attended.shape
     starts = []
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if isinstance(ends := named.get(name), torch.Tensor):
-            # Flash attention lays the rows of a batch one behind the other.
+            # Flash attention concatenates the rows of a batch.
             flat = torch.zeros(batch * tokens, dtype=torch.bool, device=attended.device)
             flat[ends[ends < len(flat)].long().to(flat.device)] = True
             starts.append(flat.view(batch, tokens))
@@ -53,11 +53,11 @@ def sequences(
 
     Args:
         attended: which tokens are not padding, bool (batch, tokens).
-        positions: the positions, (batch, tokens) or (rows, batch, tokens): time, height and width of multimodal models,
-            after a row of text positions where there are four.
-        by_jumps: whether each position that is not the one after the last begins a sequence. Else one does that goes
-            back, or that is the row's lowest again.
-        numbers: what `numbered_sequences` returns.
+        positions: the positions, (batch, tokens) or (rows, batch, tokens): time, height and width of multimodal
+            models, preceded by text positions if there are four rows.
+        by_jumps: whether a sequence begins wherever a position is not the previous one plus one. Otherwise it begins
+            where a position decreases or equals the row's lowest again.
+        numbers: the return value of `numbered_sequences`.
 
     Returns:
         The sequence of each token, (batch, tokens).
@@ -75,7 +75,7 @@ def sequences(
         positions = positions[:1] if has_text else positions
         steps = positions - positions.gather(2, before.expand_as(positions))
         lowest = positions[0].masked_fill(~attended, torch.iinfo(torch.int32).max).amin(1, keepdim=True)
-        # Height and width go up and down within an image, whose tokens share a time.
+        # Height and width increase and decrease within an image, while its tokens share the same time.
         starts = starts | (steps[0] < 0) | ((steps == 0).all(0) & (positions[0] == lowest))
         if by_jumps and has_text:
             starts = starts | (steps[0] != 1)
@@ -83,9 +83,9 @@ def sequences(
 
 
 def jumps_begin_sequences(module: nn.Module, named: Mapping[str, Any]) -> bool:
-    """Whether transformers takes each jump of the positions for a new sequence, in a call without a mask.
+    """Returns whether transformers treats each jump of the positions as a new sequence, in a call without a mask.
 
-    It does where it makes a causal mask without a cache; flash attention looks for the lowest position instead.
+    It does if it makes a causal mask without a cache; flash attention looks for the lowest position instead.
     """
     if named.get("position_ids") is None or named.get("past_key_values") is not None:
         return False
@@ -102,7 +102,7 @@ def jumps_begin_sequences(module: nn.Module, named: Mapping[str, Any]) -> bool:
 
 
 def is_square(attention_mask: Any, tokens: int) -> bool:
-    """Whether a mask tells for each token which others it sees."""
+    """Returns whether a mask specifies for each token which others it attends to."""
     return (
         isinstance(attention_mask, torch.Tensor)
         and attention_mask.dim() == 4
@@ -111,7 +111,7 @@ def is_square(attention_mask: Any, tokens: int) -> bool:
 
 
 def _sees_earlier(mask: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-    """Returns which tokens see an earlier one of their row, bool (batch, tokens)."""
+    """Returns which tokens attend to an earlier token of their row, bool (batch, tokens)."""
     tokens = attended.shape[1]
     mask = mask[:, 0, :tokens, :tokens].to(attended.device)
     seen = mask if mask.dtype == torch.bool else mask > _BLOCKED

@@ -1,10 +1,10 @@
-"""What the fields of a PARA configuration have to look like; which values of them there are, the configuration says."""
+"""The types of the fields of a PARA configuration; `ParaConfig` checks their values."""
 
 from ..sharing.reading import AdapterFields, Text
 
 
 class ParaFields(AdapterFields):
-    """The fields of a `ParaConfig`, but for the two whose checks cover the type: `r` and `prompt_end_token_ids`."""
+    """The fields of a `ParaConfig`, except `r` and `prompt_end_token_ids`, whose checks include the type."""
 
     pooling: Text
     activation: Text

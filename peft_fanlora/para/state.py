@@ -1,6 +1,6 @@
-"""What PARA remembers for the length of one call, apart for each thread.
+"""The state of PARA during one call, separate for each thread.
 
-What outlives the call is stored on the cache that it filled, see `caches`.
+Data that is needed after the call is stored on the cache that it filled, see `caches`.
 """
 
 from __future__ import annotations
@@ -24,42 +24,42 @@ Vectors = dict[str, torch.Tensor | None]
 PromptEnd = tuple[int, ...] | None
 """The token ids that end every prompt of an adapter, `VectorGenerator.prompt_end`."""
 EndsOf = Callable[[tuple[str, ...]], set[PromptEnd]]
-"""Returns the different ways in which the prompts of some adapters end."""
+"""Returns the distinct `prompt_end` values of some adapters."""
 
 
 class Step(Protocol):
-    """A step of continuous batching, as a call sees it: `packed.PackedStep`."""
+    """The interface of a step of continuous batching, see `packed.PackedStep`."""
 
     def open(self, arguments: Arguments, adapters: tuple[str, ...], ends_of: EndsOf, before: Any) -> Call:
-        """Opens the step's call."""
+        """Returns the step's call."""
 
     def prompts_in(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns the hidden states of the prompts that begin here."""
+        """Returns the hidden states of the prompts that begin in this step."""
 
     def with_kept(self, name: str, made: torch.Tensor | None) -> torch.Tensor | None:
-        """Returns a layer's vectors for all requests: those made here, and those kept."""
+        """Returns a layer's vectors for all requests, both new and stored."""
 
 
 @dataclass
 class Call:
-    """One call of the model, as its target layers see it.
+    """One call of the model, as used by its target layers.
 
     Attributes:
-        arguments: what the call brings.
+        arguments: the arguments of the call.
         adapters: the names of the active adapters.
-        rows: the adapter of each row of a mixed batch; None where all rows use the active ones.
-        prompts: the prompt for each way to end it, `VectorGenerator.prompt_end`.
-        batch: how many rows the call has; None where that is unknown.
-        tokens: how many tokens each row has; None where that is unknown.
-        vectors: layer name -> l, (batch, sequences, outputs), or None where a layer scales nothing. They appear while
-            the call runs, or come from the cache.
-        made: (block name, adapter) -> the vectors of the adapter's targets in the block; one dictionary where several
-            adapters of a mixed batch were made together.
+        rows: the adapter of each row of a mixed batch; None if all rows use the active adapters.
+        prompts: `VectorGenerator.prompt_end` -> the prompt.
+        batch: the number of rows; None if unknown.
+        tokens: the number of tokens per row; None if unknown.
+        vectors: layer name -> l, (batch, sequences, outputs), or None if the layer is not scaled. They are added
+            during the call, or come from the cache.
+        made: (block name, adapter) -> the vectors of the adapter's targets in the block; adapters of a mixed batch
+            that are computed together share one dictionary.
         segments: the sequence of each token in a packed batch, (batch, tokens); else None.
         memory: the encoder's output, which the decoder of an encoder-decoder model pools.
         from_cache: whether the vectors were made by an earlier call.
-        has_no_rows: whether it is the call of a tower alone, whose images or sounds are not the rows of a mixed batch.
-        step: the step of continuous batching that the call is, whose row holds the tokens of many requests.
+        has_no_rows: whether only a vision or audio tower is called, whose inputs are not the rows of a mixed batch.
+        step: the step of continuous batching, if the row holds the tokens of many requests.
     """
 
     arguments: Arguments
@@ -78,28 +78,28 @@ class Call:
 
     @property
     def num_tokens(self) -> int | None:
-        """All tokens of the call; None where that is unknown."""
+        """The number of tokens of all rows; None if unknown."""
         return None if self.batch is None or self.tokens is None else self.batch * self.tokens
 
     def without_vectors(self) -> Call:
-        """Returns the same call before its vectors were made: checkpointing makes them again, with gradients."""
+        """Returns the same call without its vectors, which checkpointing computes again, with gradients."""
         return self if self.from_cache else replace(self, vectors={}, made={})
 
 
 @dataclass
 class Text:
-    """A text that calls without a cache bring from its beginning, again and again, while `generate` adds to it.
+    """A text that is passed in full by each call without a cache, while `generate` appends tokens to it.
 
     Attributes:
-        prompt: the ids that it began with, (batch, tokens).
-        expected: how many tokens its next call has.
+        prompt: the ids at its beginning, (batch, tokens).
+        expected: the number of tokens of its next call.
     """
 
     prompt: torch.Tensor
     expected: int
 
     def begins(self, input_ids: torch.Tensor) -> bool:
-        """Whether each row begins with the prompt; each row of the prompt may have been repeated."""
+        """Returns whether each row begins with the prompt, whose rows may have been repeated."""
         own, batch = self.prompt, input_ids.shape[0]
         if input_ids.shape[1] < own.shape[1] or batch % own.shape[0]:
             return False
@@ -112,14 +112,14 @@ class Generation:
     """A running `generate`.
 
     Attributes:
-        length: the tokens of its prompt, also those that a cache holds; None until its first call where it begins with
-            none, and where the encoder reads it.
-        input_ids: the prompt's ids, (batch, length), which tell its calls from others that are made meanwhile.
-        prompt_mask: the prompt as the caller gives it, bool (batch, length).
-        drafts: whether it drafts tokens for another model's `generate`.
+        length: the number of tokens of its prompt, including those in a cache; None before the first call if it starts
+            without ids, and for encoder-decoder models.
+        input_ids: the prompt's ids, (batch, length), which identify its calls among others made at the same time.
+        prompt_mask: the prompt as given by the caller, bool (batch, length).
+        drafts: whether it drafts tokens for the `generate` of another model.
         expansion: how often it repeats each row.
-        others: the other texts that its logits processors go on with, such as the negative prompt of guidance.
-        identifier: tells it from every other, also where a cache was saved meanwhile.
+        others: other texts that its logits processors continue, such as the negative prompt of guidance.
+        identifier: a unique id, also across processes.
     """
 
     length: int | None = None
@@ -131,14 +131,14 @@ class Generation:
     identifier: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def prompt_of(self, input_ids: torch.Tensor | None, tokens: int) -> tuple[int | None, bool]:
-        """Returns the prompt's length for a call that fills a cache, or has none, and whether the prompt is its own.
+        """Returns the prompt's length for a call that has no cache or fills one, and whether it is this prompt.
 
         Args:
             input_ids: the ids of the call.
-            tokens: how many tokens each row has.
+            tokens: the number of tokens per row.
 
         Returns:
-            None and False where the call has a text of its own, all of which is prompt.
+            None and False if the call has a different text, all of which is prompt.
         """
         if input_ids is not None:
             for text in self.others:
@@ -153,23 +153,23 @@ class Generation:
         return None, False
 
     def marked_from(self, slot: int) -> torch.Tensor | None:
-        """Returns the caller's prompt_mask from a token slot on; the mask may leave out tokens that a cache holds."""
+        """Returns the caller's prompt_mask from a token slot on. The mask may omit tokens in the cache."""
         if self.prompt_mask is None or self.length is None:
             return None
         return self.prompt_mask[:, max(slot - self.length + self.prompt_mask.shape[1], 0) :]
 
 
 class ParaState(threading.local):
-    """What is current in a thread for one adapted model.
+    """The state of the current thread for one adapted model.
 
     Attributes:
         call: the running call of the model, which the target layers read.
-        owner: the module whose call it is; what runs inside of it runs under it.
+        owner: the module that was called; its submodules run within the same call.
         generation: the running `generate`.
-        rows: the adapter of each row, as the caller of a mixed batch names it.
-        measuring: whether the model runs on made-up rows, without its adapters.
+        rows: the adapter of each row of a mixed batch, as given by the caller.
+        measuring: whether the model runs on dummy rows, without its adapters.
         step: the running step of continuous batching.
-        step_before: the one before it.
+        step_before: the previous step.
     """
 
     call: Call | None = None
@@ -181,11 +181,11 @@ class ParaState(threading.local):
     step_before: Step | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()  # what is running belongs to the threads of this model, not to a copy of it
+        return type(self), ()  # the state of running calls is not copied
 
     @contextmanager
     def using(self, call: Call) -> Iterator[None]:
-        """Makes a call the current one, for as long as the context lasts."""
+        """Makes a call the current one within the context."""
         before, self.call = self.call, call
         try:
             yield
@@ -194,7 +194,7 @@ class ParaState(threading.local):
 
     @contextmanager
     def generating(self, generation: Generation) -> Iterator[None]:
-        """Tells the calls inside of the context which prompt they continue."""
+        """Sets the running `generate` of the calls within the context."""
         before, self.generation = self.generation, generation
         try:
             yield
@@ -203,7 +203,7 @@ class ParaState(threading.local):
 
     @contextmanager
     def mixing(self, rows: tuple[str, ...]) -> Iterator[None]:
-        """Gives the rows of the calls inside of the context each its own adapter."""
+        """Sets the adapter of each row of the calls within the context."""
         before, self.rows = self.rows, rows
         try:
             yield
@@ -212,7 +212,7 @@ class ParaState(threading.local):
 
     @contextmanager
     def decoding(self, step: Step) -> Iterator[None]:
-        """Tells the call inside of the context which request each of its tokens belongs to."""
+        """Sets the step of continuous batching of the call within the context."""
         self.step = step
         try:
             yield

@@ -1,7 +1,7 @@
-"""Which modules PARA scales in each architecture, and which outputs of a fused projection.
+"""The modules that PARA scales in each architecture, and the scaled outputs of fused projections.
 
-The method scales the query, the value and the up projection, and leaves key, gate, output and down alone [S]. Where a
-model fuses some of these into one linear layer, only the outputs that belong to Q, V or U are scaled [ours].
+The method scales the query, value and up projections, and not key, gate, output and down [S]. If a model fuses some of
+these into one linear layer, only the outputs that belong to Q, V or U are scaled [ours].
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ATTENTION = ["q_proj", "v_proj"]
 _ARCHITECTURES: list[tuple[str, list[str] | str]] = [
     ("llama mistral ministral qwen2 qwen3 gemma gemma2 gemma3_text stablelm smollm3", _LLAMA),
     ("olmo olmo2 olmo3 cohere cohere2 granite exaone4", _LLAMA),
-    # The experts are tensors rather than modules, and each sees only some of the tokens: attention alone [ours].
+    # Experts are tensors rather than modules, and each sees only some of the tokens: attention only [ours].
     ("mixtral qwen2_moe qwen3_moe olmoe granitemoe", _ATTENTION),
     ("gemma3", r".*language_model\..*\.(q_proj|v_proj|up_proj)"),
     ("phi3", ["qkv_proj", "gate_up_proj"]),
@@ -42,7 +42,7 @@ _ARCHITECTURES: list[tuple[str, list[str] | str]] = [
     ("bert roberta xlm-roberta electra layoutlm camembert", _BERT),
     ("distilbert", ["q_lin", "v_lin", "lin1"]),
     ("deberta", ["in_proj", "intermediate.dense"]),
-    # DeBERTa-v2 sends its relative positions through the same query projection as the tokens: V and U alone [ours].
+    # DeBERTa-v2 uses the same query projection for relative positions and tokens: V and U only [ours].
     ("deberta-v2", ["value_proj", "intermediate.dense"]),
     ("t5 mt5 umt5", _T5),
 ]
@@ -53,7 +53,7 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
 
 
 def _qkv(groups: int, queries: int, head_dim: int, keys: int = 1) -> OutputSlices:
-    """Sections of `queries` query heads, then `keys` key heads, then as many value heads, in each group."""
+    """Returns `queries` query heads, then `keys` key heads, then as many value heads, in each group."""
     return OutputSlices(groups, ((queries * head_dim, True), (keys * head_dim, False), (keys * head_dim, True)))
 
 
@@ -111,15 +111,15 @@ FUSED_PROJECTIONS: dict[tuple[str, str], Callable[[Any], OutputSlices]] = {
 
 
 def scaled_outputs(model_config: Any, module_name: str, out_features: int) -> OutputSlices:
-    """Returns which outputs of a module are scaled: all, unless it is a fused projection that we know.
+    """Returns the scaled outputs of a module: all of them, except for known fused projections.
 
     Args:
         model_config: the configuration of the model, or None.
         module_name: the module's full name.
-        out_features: how many outputs it has.
+        out_features: its number of outputs.
 
     Raises:
-        ValueError: the layout that its architecture calls for does not fit the module.
+        ValueError: the module does not have the layout of its architecture.
     """
     model_type = getattr(model_config, "model_type", "")
     layout = FUSED_PROJECTIONS.get((model_type, module_name.rpartition(".")[2]))
@@ -128,8 +128,8 @@ def scaled_outputs(model_config: Any, module_name: str, out_features: int) -> Ou
     slices = layout(model_config)
     if slices.num_outputs != out_features:
         raise ValueError(
-            f"{module_name} has {out_features} outputs, but its fused projection in a {model_type!r} model should have "
-            f"{slices.num_outputs}: leave it out with exclude_modules=[{module_name!r}]."
+            f"{module_name} has {out_features} outputs, but this fused projection of a {model_type!r} model should "
+            f"have {slices.num_outputs}: exclude it with exclude_modules=[{module_name!r}]."
         )
     return slices
 
@@ -145,7 +145,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(module, BaseTunerLayer) or not all(isinstance(size, int) for size in shape):
         raise TypeError(
-            f"PARA scales the output of linear layers, and {type(module).__name__} is not one: choose target_modules that "
-            "name linear layers."
+            f"PARA scales the output of linear layers, and {type(module).__name__} is not one: set target_modules to "
+            "linear layers."
         )
     return shape  # type: ignore[return-value]

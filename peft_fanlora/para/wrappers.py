@@ -1,7 +1,7 @@
-"""Two methods of a model that have to know more than the model's own calls can say.
+"""Wrappers around two methods of a model that need information beyond the model's own calls.
 
-What gradient checkpointing runs again has to run under the call that it belongs to, and `generate` alone knows how long
-its prompt is. Both wrappers belong to one instance of a model, and go when the adapters are unloaded.
+Gradient checkpointing must run a block again with the state of its original call, and only `generate` knows the length
+of its prompt. Both wrappers are set on the model instance, and removed when the adapters are unloaded.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from .state import Generation, ParaState, Text
 
 
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
-"""The attribute in which transformers keeps a module's checkpoint function."""
+"""The attribute in which transformers stores a module's checkpoint function."""
 
 
 class PromptKeepingCheckpoint:
-    """A module's checkpoint function, which runs a block both times under the call that it belongs to.
+    """A module's checkpoint function that runs a block both times with the state of its call.
 
     Args:
-        checkpoint: the function that transformers gave to the module.
-        state: what is current in a thread.
+        checkpoint: the function that transformers set on the module.
+        state: the state of the current thread.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], state: ParaState) -> None:
@@ -41,7 +41,7 @@ class PromptKeepingCheckpoint:
         reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant")
         if reentrant and call.memory is not None and call.memory.requires_grad:
             raise ValueError(
-                "Reentrant checkpointing would lose the gradients that reach the encoder through the decoder's vectors: "
+                "Reentrant checkpointing would lose the encoder gradients that flow through the decoder's vectors: "
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
 
@@ -53,13 +53,13 @@ class PromptKeepingCheckpoint:
 
 
 class PromptKeepingGenerate:
-    """A model's `generate`, which lets the model's calls know how long the prompt is, and takes a `prompt_mask`.
+    """A model's `generate` that records the length of the prompt for the model's calls, and accepts a `prompt_mask`.
 
-    Without it a call with draft tokens, or one without a cache, could not tell the prompt from what was generated.
+    Without it, calls with draft tokens or without a cache could not separate the prompt from generated tokens.
 
     Args:
         model: the model.
-        wrapped: the `generate` of this instance, where it has another than its class.
+        wrapped: the `generate` of this instance, if it differs from that of its class.
         blocks: the model's adapted blocks.
     """
 
@@ -81,11 +81,11 @@ class PromptKeepingGenerate:
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if chunk is not None:
             raise ValueError(
-                f"prefill_chunk_size={chunk} splits the prompt, but PARA makes its vectors from the whole prompt, when "
-                "it first passes: leave prefill_chunk_size out."
+                f"prefill_chunk_size={chunk} splits the prompt, but PARA computes its vectors from the whole prompt "
+                "in one pass: remove prefill_chunk_size."
             )
         if prompt_mask is not None and kwargs.get("cache_implementation") == "paged":
-            kwargs["prompt_mask"] = prompt_mask  # for the refusal
+            kwargs["prompt_mask"] = prompt_mask  # continuous batching will refuse it
         generation = self._generation(args, kwargs, prompt_mask)
         if getattr(config, "is_assistant", False):
             generation.drafts = True
@@ -98,10 +98,10 @@ class PromptKeepingGenerate:
     def _generation(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], prompt_mask: torch.Tensor | None
     ) -> Generation:
-        """Returns what the arguments of `generate` say about its prompt.
+        """Returns the information about the prompt from the arguments of `generate`.
 
         Raises:
-            ValueError: the prompt_mask has another shape than the prompt.
+            ValueError: prompt_mask and prompt have different shapes.
         """
         if getattr(self.model.config, "is_encoder_decoder", False):
             return Generation(prompt_mask=prompt_mask)
@@ -113,17 +113,17 @@ class PromptKeepingGenerate:
             return Generation(prompt_mask=prompt_mask, others=others)
         if prompt_mask is not None and prompt_mask.shape != prompt.shape[:2]:
             raise ValueError(
-                f"prompt_mask has the shape {tuple(prompt_mask.shape)}, but generate was given {prompt.shape[0]} rows of "
-                f"{prompt.shape[1]} tokens: pass one bool for each token, True where it belongs to the prompt."
+                f"prompt_mask has shape {tuple(prompt_mask.shape)}, but generate was given {prompt.shape[0]} rows of "
+                f"{prompt.shape[1]} tokens: pass one bool per token, True if it belongs to the prompt."
             )
-        # Where a cache holds the beginning, the mask speaks of all tokens, and the ids may be the new ones alone.
+        # If a cache holds the beginning, the mask covers all tokens, and the ids may be only the new ones.
         attention_mask = kwargs.get("attention_mask")
         attended = attention_mask.shape[-1] if isinstance(attention_mask, torch.Tensor) else 0
         length = max(prompt.shape[1], attended)
         return Generation(length, ids if embeds is None else None, prompt_mask, others=others)
 
     def _remember_answer(self, generation: Generation, holder: Any, output: Any) -> None:
-        """Stores with a cache the first token that was generated after the prompt that filled it."""
+        """Stores on a cache the first token that was generated after the prompt that filled it."""
         cache = getattr(holder, "past_key_values", holder)
         kept = None if isinstance(cache, torch.Tensor) else CachedVectors.of(cache)
         sequences = getattr(output, "sequences", output)
@@ -135,7 +135,7 @@ class PromptKeepingGenerate:
 
 
 def _negative_prompts(kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-    """Yields the ids that guidance starts from in a `generate` with these arguments."""
+    """Yields the ids that guidance starts from, for the given arguments of `generate`."""
     if isinstance(ids := kwargs.get("negative_prompt_ids"), torch.Tensor):
         yield ids
     for processor in kwargs.get("logits_processor") or ():

@@ -1,1 +1,1 @@
-"""What both methods do to serve many tenants at once."""
+"""Serving many adapters at once, shared by both methods."""

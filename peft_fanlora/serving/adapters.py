@@ -1,4 +1,4 @@
-"""What holds for an adapter of either method: which names it may have, and that its tensors find their places."""
+"""Checks for adapters of both methods: their names, and that their saved tensors fit the model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import nn
 
 
 _PEFT_PARTS = {"model", "base_layer", "weight", "bias", "original_module", "modules_to_save", "token_adapter"}
-"""What else PEFT has in the names of an adapted model's parameters."""
+"""Further names in the parameter names of a PEFT model."""
 
 
 @contextmanager
 def taken_back(tuner: Any, model: Any, adapter_name: str, *, is_known: bool) -> Iterator[None]:
-    """Takes the configuration of an adapter back if it could not be added.
+    """Removes the configuration of an adapter again if the adapter could not be added.
 
     Args:
-        tuner: has the configuration already.
+        tuner: the tuner, which already has the configuration.
         model: the model to adapt.
         adapter_name: the adapter's name.
         is_known: whether the model had the adapter before.
@@ -37,19 +37,19 @@ def taken_back(tuner: Any, model: Any, adapter_name: str, *, is_known: bool) -> 
 
 
 def require_usable_names(model: nn.Module, new: str, names: Collection[str], own_parts: Collection[str]) -> None:
-    """Refuses names of adapters that are also names of the model's parts.
+    """Checks that no adapter has the name of a part of the model.
 
-    PEFT tells the adapters of a model apart by looking for `.name.` in the names of parameters. With an adapter "mlp"
-    the files of all other adapters would lack what is in a module called `mlp`.
+    PEFT finds the parameters of an adapter by `.name.` in their names. With an adapter "mlp", the files of all other
+    adapters would lack the parameters in a module called `mlp`.
 
     Args:
         model: the model to adapt.
         new: the name of the new adapter.
-        names: the names of all its adapters. A single one may have the name of a part: there are no others to mix it up with.
+        names: the names of all its adapters. A single adapter may have the name of a part, since no other is affected.
         own_parts: the names that the method uses in its own layers.
 
     Raises:
-        ValueError: the name is empty, has a dot or is the name of a part.
+        ValueError: the name is empty, contains a dot or is the name of a part.
     """
     if not new or "." in new:
         raise ValueError(
@@ -59,14 +59,14 @@ def require_usable_names(model: nn.Module, new: str, names: Collection[str], own
     refused = [name for name in (new, *names) if name in parts]
     if refused:
         raise ValueError(
-            f"adapter_name={refused[0]!r} is also the name of a part of this model. PEFT would take that part's parameters "
-            "for this adapter's, and leave them out of the files of all others: choose another name, such as "
+            f"adapter_name={refused[0]!r} is also the name of a part of this model. PEFT would treat that part's "
+            "parameters as this adapter's, and omit them from the files of all others: choose another name, such as "
             f"'adapter-{refused[0]}'."
         )
 
 
 def _parts_of(model: nn.Module) -> Iterator[str]:
-    """Yields the names of the base model's modules and parameters, each within its parent."""
+    """Yields the name of each module and parameter of the base model, relative to its parent."""
     waiting: list[Any] = [model]
     while waiting:
         module = waiting.pop()
@@ -78,15 +78,15 @@ def _parts_of(model: nn.Module) -> Iterator[str]:
 
 
 def require_fit(state_dict: Mapping[str, Any], adapter_name: str, prefix: str) -> None:
-    """Checks that saved tensors have found their places in the model; tensors for half of the places are welcome.
+    """Checks that saved tensors fit the model, and warns if only some of them do.
 
     Args:
-        state_dict: the tensors, with the adapter's name in the names of all those that have a place.
+        state_dict: the tensors; the names of those that fit contain the adapter's name.
         adapter_name: the adapter's name.
-        prefix: how the method's own names begin.
+        prefix: the prefix of the method's own parameter names.
 
     Raises:
-        ValueError: no tensor has a place: the adapter would do nothing at all.
+        ValueError: no tensor fits, so that the adapter would have no effect.
     """
     saved = [key for key in state_dict if f".{prefix}" in key]
     strange = [key for key in saved if f".{adapter_name}." not in f"{key}."]
@@ -95,10 +95,10 @@ def require_fit(state_dict: Mapping[str, Any], adapter_name: str, prefix: str) -
     what = f"{len(strange)} of the {len(saved)} tensors to load, such as {strange[0]!r},"
     if len(strange) == len(saved):
         raise ValueError(
-            f"{what} have no place in adapter {adapter_name!r}: it would do nothing. Load it on the model that it was "
-            "trained on; where the model's modules have been renamed since, pass load_adapter a `key_mapping`."
+            f"{what} have no place in adapter {adapter_name!r}: it would have no effect. Load it on the model that it "
+            "was trained on; if the model's modules have been renamed since, pass a `key_mapping` to load_adapter."
         )
     warnings.warn(
-        f"{what} have no place in adapter {adapter_name!r} and are left out: it does not adapt these modules.",
+        f"{what} have no place in adapter {adapter_name!r} and are ignored: it does not adapt these modules.",
         stacklevel=4,
     )

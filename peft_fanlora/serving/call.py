@@ -1,4 +1,4 @@
-"""What one call of a model brings, read once for both methods."""
+"""The arguments of a model call, used by both methods."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 _DECODED = ("decoder_input_ids", "decoder_inputs_embeds")
 _TEXT = ("input_ids", "inputs_embeds")
 _ITEMS = {"pixel_values": "image", "input_features": "audio", "input_values": "audio"}
-"""Inputs whose entries are images or sounds, each of which belongs to a row of the text, and what they are called."""
+"""Inputs that contain images or sounds, each of which belongs to a row of the text, and the kind of item."""
 
 Shape = tuple[int | None, int | None]
-"""Rows, and tokens of each; None for what the arguments do not say."""
+"""(rows, tokens per row); None for what the arguments do not tell."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of a model's forward or of `generate`; what is found out from them is found out once.
+    """The arguments of a model's forward or of `generate`, and values derived from them, which are computed once.
 
-    A multiple-choice model takes its tokens as (batch, choices, tokens) and makes a row of each choice, which is how
-    they stand here.
+    The inputs of a multiple-choice model, (batch, choices, tokens), are stored with one row per choice.
 
     Attributes:
         model: the model that is called.
         named: the arguments by name.
-        choices: how many choices each row of the caller has.
+        choices: the number of choices per row of the caller's input.
     """
 
     model: nn.Module
@@ -50,12 +49,12 @@ class Arguments:
 
     @cached_property
     def rows(self) -> int | None:
-        """How many rows the layers see: those of the text, with more images or fewer, or else of the main input."""
+        """The number of rows that the layers see: those of the text if there is one, else of the main input."""
         return self._shape[0]
 
     @cached_property
     def tokens(self) -> int | None:
-        """How many tokens each row has."""
+        """The number of tokens per row."""
         return self._shape[1]
 
     @cached_property
@@ -70,7 +69,7 @@ class Arguments:
 
     @cached_property
     def text_shape(self) -> Shape:
-        """The rows and tokens of the text that a prompt is in; of a decoder's text the rows alone."""
+        """(rows, tokens) of the text that contains the prompt; for decoder inputs only the rows."""
         text = self._first_text(_TEXT)
         if text is not None:
             return text.shape[0], text.shape[1]
@@ -90,23 +89,23 @@ class Arguments:
 
     @cached_property
     def cache(self) -> Any:
-        """The cache that the call continues or fills."""
+        """The KV cache that the call continues or fills."""
         return cache_in(self.named)
 
     @property
     def is_paged(self) -> bool:
-        """Whether it is a call of continuous batching, by its cache."""
+        """Whether it is a call of continuous batching, according to its cache."""
         return isinstance(self.named.get("cache"), PagedAttentionCache)
 
     @cached_property
     def memory(self) -> torch.Tensor | None:
-        """The encoder's output that the call brings, (rows, tokens, d)."""
+        """The encoder's output in the arguments, (rows, tokens, d)."""
         memory = first_not_none(self.named.get("encoder_hidden_states"), self.named.get("encoder_outputs"))
         return memory if memory is None or isinstance(memory, torch.Tensor) else memory[0]
 
     @cached_property
     def given_rows(self) -> int | None:
-        """How many rows the caller passes to forward or `generate`; None where PEFT does not pass them on."""
+        """The number of rows that the caller passes to forward or `generate`; None if PEFT does not pass them on."""
         if not isinstance(self.model, PreTrainedModel):
             return self.rows
         names = (*_TEXT, "inputs", self.model.main_input_name)
@@ -125,13 +124,13 @@ class Arguments:
         return max(numbers)
 
     def row_of_each_item(self, rows: int) -> dict[int, list[int] | None]:
-        """Returns for a number of images or sounds the row of each, as the placeholders in the text say it.
+        """Returns the row of each image or sound, determined by the placeholder tokens in the text.
 
         Args:
-            rows: the rows of the call.
+            rows: the number of rows of the call.
 
         Returns:
-            The rows by the number of items, since a layer does not know more of them; None where these are not certain.
+            Number of items -> the row of each item, since a layer only knows how many it sees; None if ambiguous.
         """
         ids = self.ids
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or len(ids) != rows:
@@ -152,9 +151,9 @@ def _names(kind: Any) -> list[str]:
 
 
 def _choices_as_rows(model: nn.Module, named: Mapping[str, Any]) -> tuple[Mapping[str, Any], int]:
-    """Returns a call's arguments with a row for each choice, and how many choices a row of the caller has.
+    """Returns a call's arguments with one row per choice, and the number of choices per row.
 
-    The third dimension of a model of sound may hold codebooks instead.
+    The third dimension of an audio model may hold codebooks instead.
     """
     for name, dims in (("input_ids", 3), ("inputs_embeds", 4)):
         value = named.get(name)
@@ -172,14 +171,14 @@ def _choices_as_rows(model: nn.Module, named: Mapping[str, Any]) -> tuple[Mappin
 
 
 def _placeholders(model: Any, what: str) -> Iterator[int]:
-    """Yields the ids of the tokens in whose place the features of images or sounds come."""
+    """Yields the ids of the placeholder tokens that are replaced by features of images or sounds."""
     config = getattr(model, "config", None)
     values = (getattr(config, f"{what}_token_{suffix}", None) for suffix in ("id", "index"))
     return (value for value in values if isinstance(value, int))
 
 
 def _rows_of_items(ids: torch.Tensor, items: int, placeholders: list[int]) -> list[int] | None:
-    """Returns the row of each item: one in each row, or as many as a row has room for, where all are of one size."""
+    """Returns the row of each item: one per row, or, for items of equal size, as many as the row has room for."""
     in_row = torch.isin(ids, torch.tensor(placeholders, device=ids.device)).sum(1).tolist()
     if not all(in_row) or len(in_row) != items:
         size, rest = divmod(sum(in_row), items)
@@ -192,12 +191,12 @@ def _rows_of_items(ids: torch.Tensor, items: int, placeholders: list[int]) -> li
 
 
 def cache_in(values: Any) -> Any:
-    """Returns the cache among a call's arguments, or in its output."""
+    """Returns the KV cache in a call's arguments or output."""
     if isinstance(values, tuple):
         return next((value for value in values if hasattr(value, "get_seq_length")), None)
     get = values.get if isinstance(values, Mapping) else functools.partial(getattr, values)
     named = (get(name, None) for name in ALL_CACHE_NAMES)
-    # The `state` of a model for robots is a tensor.
+    # The argument `state` of robotics models is a tensor, not a cache.
     return next((value for value in named if not isinstance(value, (torch.Tensor, type(None)))), None)
 
 

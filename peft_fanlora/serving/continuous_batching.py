@@ -1,10 +1,10 @@
-"""Continuous batching, in which another thread decodes the tokens of many requests together, packed in one row.
+"""Continuous batching: another thread decodes the tokens of many requests together, packed in one row.
 
-All of transformers' ways there lead through a model's `init_continuous_batching`: `generate_batch`,
-`continuous_batching_context_manager`, `generate(cache_implementation="paged")`, and what TRL's
-`use_transformers_continuous_batching` calls. The manager that it returns tells the tuner, at each step, which request
-each token belongs to. What such a step computes cannot be compiled or replayed from a CUDA graph, nor can two requests
-share the cache of a prefix, whose adapters or prompts differ; the manager does without them.
+transformers always enters it through a model's `init_continuous_batching`: from `generate_batch`,
+`continuous_batching_context_manager`, `generate(cache_implementation="paged")`, and TRL's
+`use_transformers_continuous_batching`. The returned manager tells the tuner at each step which request each token
+belongs to. It disables compilation, CUDA graphs, and prefix sharing between requests, whose adapters or prompts may
+differ.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Request:
 
     Attributes:
         identifier: its id.
-        num_tokens: how many tokens of it the step computes.
-        begins: whether these are its prompt, of which nothing is in the cache.
-        adapter: the adapter that it names, or None where it takes the active ones.
+        num_tokens: how many of its tokens the step computes.
+        begins: whether these are its prompt, so that none of its tokens are in the cache yet.
+        adapter: the adapter that it names; None if it uses the active adapters.
     """
 
     identifier: str
@@ -46,7 +46,7 @@ class Request:
 
 
 class ContinuousBatching:
-    """The entries of a model to continuous batching, which stand on this instance in place of its class's.
+    """A model's methods for continuous batching, set on the instance in place of those of its class.
 
     Args:
         tuner: the model's tuner.
@@ -57,7 +57,7 @@ class ContinuousBatching:
         self.current = _Current()
 
     def install(self) -> None:
-        """Puts the entries on the tuner's model, where it has them and they are not there yet."""
+        """Sets the methods on the tuner's model, if it supports continuous batching and does not have them yet."""
         model = self.tuner.model
         own = getattr(vars(model).get(ENTRIES[-1]), "__self__", None)
         if hasattr(model, ENTRIES[-1]) and not isinstance(own, ContinuousBatching):
@@ -65,14 +65,14 @@ class ContinuousBatching:
                 setattr(model, name, getattr(self, name))
 
     def remove(self) -> None:
-        """Leaves the model with its class's entries."""
+        """Restores the methods of the model's class."""
         for name in ENTRIES:
             vars(self.tuner.model).pop(name, None)
 
     def generate_batch(
         self, inputs: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Any:
-        """See `transformers.ContinuousMixin.generate_batch`, which has no adapter for each prompt.
+        """Generates like `transformers.ContinuousMixin.generate_batch`, with an adapter for each prompt.
 
         Args:
             inputs: the prompts, lists of token ids.
@@ -81,22 +81,22 @@ class ContinuousBatching:
             kwargs: further arguments of transformers' method.
 
         Raises:
-            ValueError: the names are not one for each prompt, or the model cannot tell the requests apart.
+            ValueError: there is not one name per prompt, or the model cannot separate the requests.
         """
         names = self.tuner.names_of_thread() if adapter_names is None else self.tuner.row_names(adapter_names)
         if names is not None and len(names) != len(inputs):
             raise ValueError(
-                f"adapter_names has {len(names)} names, but there are {len(inputs)} prompts: pass one name for each."
+                f"adapter_names has {len(names)} names, but there are {len(inputs)} prompts: pass one name per prompt."
             )
         mask = kwargs.get("attention_mask")
         ignored = "prompt_mask" if "prompt_mask" in kwargs else "attention_mask"
         if self.tuner.computing_adapters() and ("prompt_mask" in kwargs or not (mask is None or mask.all())):
             raise ValueError(
-                f"Continuous batching ignores the {ignored}: pass prompts of different lengths to generate_batch as lists of "
-                "their own tokens, and where PARA's prompts end with prompt_end_token_ids in its config."
+                f"Continuous batching ignores the {ignored}: pass prompts of different lengths to generate_batch as "
+                "lists of their own tokens, and set prompt_end_token_ids in the config to tell PARA where they end."
             )
         if names is not None:
-            self.tuner.find_rows()  # while attention is still that of ordinary calls
+            self.tuner.find_rows()  # before the attention implementation is replaced
         before, self.current.names = self.current.names, names
         self.current.manager = None
         try:
@@ -104,19 +104,19 @@ class ContinuousBatching:
         finally:
             self.current.names, manager, self.current.manager = before, self.current.manager, None
         if manager is not None and manager.error is not None:
-            raise manager.error  # transformers writes it to the log, and returns what there is
+            raise manager.error  # transformers only logs the error and returns partial results
         return results
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> ContinuousBatchingManager:
-        """See `transformers.ContinuousMixin.init_continuous_batching`.
+        """Returns a manager like `transformers.ContinuousMixin.init_continuous_batching`.
 
         Raises:
-            ValueError: the model cannot tell the requests apart.
+            ValueError: the model cannot separate the requests.
         """
         model, names = self.tuner.model, self.current.names
         if names is None and self.tuner.names_of_thread() is not None:
             raise ValueError(
-                f"Rows are named outside of `generate_batch`: use generate_batch(adapter_names=...), or {FIX}."
+                f"adapter_names was set outside of `generate_batch`: use generate_batch(adapter_names=...), or {FIX}."
             )
         adapters = self.tuner.computing_adapters()
         by_request = bool(adapters) and (names is not None or self.tuner.makes_vectors)
@@ -136,7 +136,7 @@ class ContinuousBatching:
         return manager
 
     def _check(self, adapters: Sequence[str], names: Sequence[str] | None, by_request: bool) -> None:
-        """Raises where the model does not keep requests apart, or a layer cannot know what it has to of each."""
+        """Raises if the model does not separate requests, or a layer lacks information about them."""
         model, configs = self.tuner.model, self.tuner.peft_config
         concerned = [configs[name] for name in {*adapters, *(names or ())} if name in configs]
         if not getattr(model, "_supports_attention_backend", True):
@@ -146,7 +146,7 @@ class ContinuousBatching:
         elif by_request and isinstance(model.get_output_embeddings(), BaseTunerLayer):
             reason = "The model's head is adapted, and sees only some of the tokens"
         elif names is not None and self.tuner.has_modules_saved_whole:
-            reason = "The adapters have modules_to_save, of which a call takes one"
+            reason = "The adapters have modules_to_save, of which a call can use only one"
         else:
             return
         raise ValueError(f"{reason}, which continuous batching cannot serve: {FIX}.")
@@ -157,7 +157,7 @@ class _Current(threading.local):
     manager: _Manager | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()  # what is running belongs to the threads of this model, not to a copy of it
+        return type(self), ()  # the state of running calls is not copied
 
 
 class _Prompt(list[int]):
@@ -169,16 +169,16 @@ class _Prompt(list[int]):
 
 
 class _Manager(ContinuousBatchingManager):
-    """A manager that tells the tuner which requests a step computes. One of transformers' own is made into this.
+    """A manager that tells the tuner which requests a step computes. Managers of transformers are converted to it.
 
     Attributes:
-        entries: what it was asked for from.
+        entries: the object that created it.
         session: the active adapters, and whether requests name theirs.
-        by_request: whether the tuner has to know the requests.
-        num_copies: in how many ways each prompt goes on.
+        by_request: whether the tuner needs to know the requests.
+        num_copies: how many sequences are generated for each prompt.
         names: the adapter of each request that names one.
-        kept: what the tuner keeps for each request.
-        error: why a step failed.
+        kept: the tuner's data for each request.
+        error: the error of a failed step.
     """
 
     entries: ContinuousBatching
@@ -190,7 +190,7 @@ class _Manager(ContinuousBatchingManager):
     error: Exception | None
 
     def begin(self, entries: ContinuousBatching, session: tuple[tuple[str, ...], bool], by_request: bool) -> None:
-        """Sets up what the first session needs."""
+        """Initializes the state for the first session."""
         self.entries, self.session, self.by_request = entries, session, by_request
         self.names, self.kept, self.error = {}, {}, None
         if not by_request:
@@ -199,17 +199,17 @@ class _Manager(ContinuousBatchingManager):
         config.allow_block_sharing = config.use_async_batching = self._use_prefix_sharing = False
         config.use_cuda_graph = (False, False)
         config.varlen_compile_config = config.decode_compile_config = None
-        # transformers would split a prompt that goes on in several ways before its last token
+        # transformers would split a prompt with several return sequences before its last token
         self.num_copies, self.num_return_sequences = self.num_return_sequences, 1
 
     def begin_again(self) -> None:
-        """Forgets the requests of the last session, and the blocks of prefixes, which other weights may have made."""
+        """Clears the requests of the last session, and the prefix cache, which other weights may have filled."""
         self.names, self.kept, self.error = {}, {}, None
         if self.batch_processor is not None:
             self.batch_processor.cache.reset()
 
     def add_requests(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> list[str]:
-        """See transformers' method; within `generate_batch` each prompt takes its adapter along."""
+        """Adds requests like transformers' method; within `generate_batch` each prompt keeps its adapter."""
         names = self.entries.current.names
         if names is not None:
             inputs = [_Prompt(ids, name) for ids, name in zip(inputs, names, strict=True)]
@@ -218,7 +218,7 @@ class _Manager(ContinuousBatchingManager):
     def add_request(
         self, input_ids: list[int], request_id: str | None = None, *args: Any, **kwargs: Any
     ) -> str | None:
-        """See transformers' method; a prompt that goes on in several ways becomes as many requests."""
+        """Adds a request like transformers' method; one with several return sequences becomes several requests."""
         if not self.by_request:
             return super().add_request(input_ids, request_id, *args, **kwargs)
         if self.session[1] and not (isinstance(input_ids, _Prompt) and request_id):
@@ -245,8 +245,8 @@ class _Manager(ContinuousBatchingManager):
             with tuner.call_gate.passed():
                 if (adapters := tuner.computing_adapters()) != self.session[0]:
                     raise RuntimeError(
-                        f"The adapters {list(self.session[0])} were active when this continuous batching began, and "
-                        f"{list(adapters)} are now: wait for its requests before switching adapters."
+                        f"The adapters {list(self.session[0])} were active when this continuous batching started, but "
+                        f"{list(adapters)} are active now: wait for its requests before switching adapters."
                     )
                 step: AbstractContextManager[None] = nullcontext()
                 if self.by_request:
@@ -265,6 +265,6 @@ class _Manager(ContinuousBatchingManager):
 
     def _request(self, future: Any) -> Request:
         state = future.state
-        # `position_offset` counts the step's tokens already
+        # `position_offset` already includes the step's tokens
         begins = state.position_offset == future.query_length and not state._true_initial_tokens
         return Request(state.request_id, future.query_length, begins, self.names.get(state.request_id))

@@ -1,4 +1,4 @@
-"""Keeps calls of a model and changes of its adapters apart, whichever threads they come from."""
+"""Prevents calls of a model and changes of its adapters from overlapping, across threads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class CallGate:
-    """Keeps calls of a model and changes of it apart.
+    """A lock that lets either calls of a model or one change of it run at a time.
 
     Args:
         after_change: called at the end of each change, before the next call.
@@ -23,16 +23,16 @@ class CallGate:
         self._own = _Own()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._after_change,)  # calls of a model are not calls of its copy
+        return type(self), (self._after_change,)  # running calls are not copied
 
     @property
     def is_passed(self) -> bool:
-        """Whether this thread is inside of a call."""
+        """Whether the current thread is inside a call."""
         return self._own.calls > 0
 
     @contextmanager
     def passed(self) -> Iterator[None]:
-        """For the length of a call; calls do not keep each other out, nor does a change that the thread itself makes."""
+        """Context of a call. Calls may overlap, and a thread that makes a change may call the model itself."""
         is_outermost = not (self._own.calls or self._own.changes)
         if is_outermost:
             with self._condition:
@@ -50,15 +50,15 @@ class CallGate:
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """For the length of a change: begins when no call is running, and lets none begin but the thread's own.
+        """Context of a change. It waits for running calls, and blocks new calls of other threads.
 
         Raises:
-            RuntimeError: this thread is inside of a call.
+            RuntimeError: the current thread is inside a call.
         """
         if self.is_passed:
             raise RuntimeError(
-                "The model is in the middle of a call, during which adapters cannot come, go or be pruned: change them "
-                "between calls."
+                "The model is in the middle of a call, during which adapters cannot be added, deleted or pruned: "
+                "change them between calls."
             )
         with self._condition:
             self._closers += 1

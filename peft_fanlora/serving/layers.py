@@ -1,4 +1,4 @@
-"""What the adapted layers of both methods have to know of the layers that they wrap."""
+"""Checks of base layers, used by the adapted layers of both methods."""
 
 from typing import Any
 
@@ -6,5 +6,5 @@ from torch.nn.modules.module import _global_forward_hooks
 
 
 def is_observed(layer: Any) -> bool:
-    """Whether someone may hold on to what a layer returns, so that it must not be written to."""
+    """Returns whether other code, such as a hook, may keep a layer's output, so that it must not be overwritten."""
     return bool(layer._forward_hooks or _global_forward_hooks or "forward" in vars(layer))

@@ -1,7 +1,7 @@
-"""Loading saved adapters: what this package adds to `load_adapter`.
+"""Extends `PeftModel.load_adapter` for adapters of this package.
 
-PEFT loads weights by name into the adapter that is there, and says nothing of those that have no place. Importing this
-package wraps that one method of `PeftModel`. Models without a FanLoRA or PARA adapter pass through as they do in PEFT.
+PEFT loads weights by name into an existing adapter, and does not report weights that do not fit. Importing this
+package wraps that method of `PeftModel`; models without a FanLoRA or PARA adapter are not affected.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .tenants import TenantMixin
 
 
 def load_as_saved() -> None:
-    """Lets `PeftModel` load our adapters as they were saved, or not at all; to do so again does nothing."""
+    """Wraps `PeftModel.load_adapter`, so that adapters load as saved or not at all; repeated calls have no effect."""
     wrapped: Any = PeftModel
     if not hasattr(wrapped.load_adapter, "loads_as_saved"):
         wrapped.load_adapter = _loading(wrapped.load_adapter)
@@ -49,7 +49,7 @@ def _loading(load_adapter: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _add(model: PeftModel, adapter_name: str, config: PeftConfig, given: dict[str, Any]) -> None:
-    """Adds an adapter as `load_adapter` does, but by another configuration than the saved one."""
+    """Adds an adapter like `load_adapter`, but with another configuration than the saved one."""
     is_trainable = given.get("is_trainable", False)
     config.inference_mode = not is_trainable
     options = {name: given[name] for name in ("low_cpu_mem_usage", "autocast_adapter_dtype") if name in given}

@@ -1,9 +1,9 @@
-"""Finds the rows of a batch in the inputs of a model's layers.
+"""Determines which dimension of a layer's input holds the rows of the batch.
 
-Most layers see (rows, tokens, features), but not all: Longformer, LED and XLNet put the tokens first, experts see some of
-the tokens in an order of their own, vision towers see images, and relative positions are the same for all rows. Shapes do
-not tell these apart, since the number of rows may equal any other number. So a model is run twice on a few made-up rows,
-the second time in reverse order: where a layer's input comes out in reverse along a dimension, that dimension holds the
+Most layers see (rows, tokens, features), but not all: in Longformer, LED and XLNet the tokens come first, experts see
+some of the tokens in their own order, vision towers see images, and relative positions are shared by all rows. Shapes
+cannot tell these cases apart, since the number of rows may equal any other size. Therefore a model is run on a few
+dummy rows, and again on the same rows in reverse order: the dimension in which a layer's input is reversed holds the
 rows.
 """
 
@@ -26,14 +26,14 @@ from .call import Arguments
 
 logger = logging.get_logger(__name__)
 
-_ROWS, _TOKENS = 3, 7  # of the made-up batch
+_ROWS, _TOKENS = 3, 7  # of the dummy batch
 
 
 class Place(NamedTuple):
-    """Where a layer's input has the rows of the batch.
+    """The dimension of a layer's input that holds the rows of the batch.
 
     Attributes:
-        dimension: 0 or 1. Where it is 0, a row may have several entries, side by side.
+        dimension: 0 or 1. If 0, a row may have several adjacent entries.
         is_flat: whether the input is (rows · tokens, features).
     """
 
@@ -42,24 +42,24 @@ class Place(NamedTuple):
 
 
 class RowPlaces:
-    """Where each layer of a model sees the rows of a batch."""
+    """The `Place` of the rows for each layer of a model."""
 
     def __init__(self) -> None:
         self._measured: weakref.WeakKeyDictionary[nn.Module, Place | None] = weakref.WeakKeyDictionary()
         self._tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._some_have_none = False  # looked at for each layer at each token
+        self._some_have_none = False  # a quick check, since it is read for each layer at each token
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()  # a copied model has layers of its own
+        return type(self), ()  # a copied model has different layers
 
     def measure(self, model: nn.Module, layers: Collection[nn.Module], inputs: Mapping[str, Any]) -> None:
-        """Looks at those layers that were not looked at before; what cannot run on made-up rows is left as it is.
+        """Measures layers that were not measured before. Models that cannot run on dummy rows are skipped.
 
         Args:
-            model: the adapted model; as it runs here, no adapter may tell the rows apart by anything but their content.
+            model: the adapted model, in a state in which no adapter treats rows differently by their index.
             layers: the layers.
-            inputs: the arguments of the call that asks, by name, as an example for inputs that are not text.
+            inputs: the arguments of the current call by name, as an example of inputs that are not text.
         """
         if torch.compiler.is_compiling():
             return
@@ -67,29 +67,29 @@ class RowPlaces:
             new = [layer for layer in layers if layer not in self._tried]
             self._tried.update(new)
             if not new or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-                return  # FSDP does not take a call within a call
+                return  # FSDP does not support a call within a call
             try:
                 self._measured.update(_measured(model, new, inputs))
                 self._some_have_none = None in self._measured.values()
             except Exception as error:
-                logger.debug("%s cannot run on made-up rows: %r", type(model).__name__, error)
+                logger.debug("%s cannot run on dummy rows: %r", type(model).__name__, error)
 
     def is_rows_first(self, layer: nn.Module) -> bool:
-        """Whether a layer is known to see (rows, …)."""
+        """Returns whether a layer is known to see (rows, …)."""
         return self._measured.get(layer) == Place(0)
 
     def has_none(self, layer: nn.Module) -> bool:
-        """Whether a layer is known to see something else than rows."""
+        """Returns whether a layer is known not to see the rows."""
         return self._some_have_none and self._measured.get(layer, Place(0)) is None
 
     def dimension(self, layer: nn.Module, shape: torch.Size, rows: int, tokens: int | None) -> int | None:
-        """Returns the dimension of a layer's input that holds the rows; None where that is not certain.
+        """Returns the dimension of a layer's input that holds the rows; None if it cannot be determined.
 
         Args:
             layer: the layer.
             shape: the shape of its input.
-            rows: the rows of the call.
-            tokens: the tokens of each row; None where that is unknown.
+            rows: the number of rows of the call.
+            tokens: the number of tokens per row; None if unknown.
         """
         if layer not in self._measured:
             return _by_shape(shape, rows, tokens)
@@ -103,7 +103,7 @@ class RowPlaces:
 
 
 def _by_shape(shape: torch.Size, rows: int, tokens: int | None) -> int | None:
-    """Returns the dimension of the rows where a shape leaves no other choice."""
+    """Returns the dimension of the rows if the shape is unambiguous."""
     if len(shape) < 3:
         return 0 if shape[0] in (rows, rows * (tokens or 1)) else None
     if shape[0] == rows and (shape[1] != rows or rows == 1):
@@ -112,7 +112,7 @@ def _by_shape(shape: torch.Size, rows: int, tokens: int | None) -> int | None:
 
 
 def _measured(model: nn.Module, layers: list[nn.Module], inputs: Mapping[str, Any]) -> dict[nn.Module, Place | None]:
-    """Runs the model on made-up rows in order and in reverse, and compares what each layer sees."""
+    """Runs the model on dummy rows in order and in reverse, and compares the inputs of each layer."""
     batch = _made_up(model, inputs)
     with _undisturbed(model):
         seen, seen_in_reverse = (
@@ -131,7 +131,7 @@ def _measured(model: nn.Module, layers: list[nn.Module], inputs: Mapping[str, An
 
 
 def _made_up(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Returns the main input of some rows, and the decoder's where there is one."""
+    """Returns dummy rows for the model's main input, and for the decoder's if there is one."""
     generator = torch.Generator().manual_seed(0)
     parameters = inspect.signature(model.forward).parameters
     is_text = (
@@ -153,14 +153,14 @@ def _made_up(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Ten
             made[name] = example.flatten()[torch.randint(example.numel(), shape, generator=generator)]
     if isinstance(model, PreTrainedModel) and model.config.is_encoder_decoder and "decoder_input_ids" in parameters:
         made["decoder_input_ids"] = _made_up_ids(model, generator)
-    if "global_attention_mask" in parameters:  # without global tokens, the layers for these do not run
+    if "global_attention_mask" in parameters:  # the layers for global tokens only run if there are such tokens
         made["global_attention_mask"] = torch.zeros(_ROWS, _TOKENS, dtype=torch.long)
         made["global_attention_mask"][:, 0] = 1
     return {name: value.to(device) for name, value in made.items()}
 
 
 def _made_up_ids(model: Any, generator: torch.Generator) -> torch.Tensor:
-    """Returns text without special tokens but an end, which some classifiers look for."""
+    """Returns token ids without special tokens, except the end-of-sequence token that some classifiers look for."""
     config = model.config.get_text_config()
     special = {
         value
@@ -178,7 +178,7 @@ def _made_up_ids(model: Any, generator: torch.Generator) -> torch.Tensor:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; training flags and random state are as before afterwards."""
+    """Context with eval mode and no gradients. Training flags and random state are restored afterwards."""
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.no_grad(), torch.random.fork_rng(devices):
@@ -194,7 +194,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def _inputs_of(
     layers: list[nn.Module], model: nn.Module, batch: Mapping[str, torch.Tensor]
 ) -> dict[nn.Module, list[torch.Tensor]]:
-    """Returns what each layer sees in a call; another thread's calls do not count."""
+    """Returns the inputs of each layer in a call, ignoring calls of other threads."""
     seen: dict[nn.Module, list[torch.Tensor]] = {layer: [] for layer in layers}
     own = threading.get_ident()
 
@@ -211,14 +211,14 @@ def _inputs_of(
 
 
 def containers(model: nn.Module, name: str) -> int:
-    """Returns how many lists a module is in: blocks are in one, and experts in the blocks' and in their own."""
+    """Returns the number of module lists that contain a module: one for blocks, two for experts within blocks."""
     parts = name.split(".")
     parents = (model.get_submodule(".".join(parts[:length])) for length in range(len(parts)))
     return sum(isinstance(parent, (nn.ModuleList, nn.ModuleDict)) for parent in parents)
 
 
 def _place(ordered: torch.Tensor, reverse: torch.Tensor, tokens: int | None, depth: int) -> Place | None:
-    """Returns where an input has the rows, given the same input for the rows in reverse."""
+    """Returns the place of the rows in an input, given the same input for the rows in reverse."""
     if ordered.shape != reverse.shape or ordered.dim() < 2:
         return None
     if len(ordered) % _ROWS == 0:
@@ -226,8 +226,8 @@ def _place(ordered: torch.Tensor, reverse: torch.Tensor, tokens: int | None, dep
         if _comes_out_as(ordered, per_row.flip(0).reshape(ordered.shape), reverse):
             if ordered.dim() > 2:
                 return Place(0)
-            # A list of tokens, or of rows, may be some of them in an order of their own: an expert's always, in a block
-            # whatever has not all of them.
+            # A flat list of tokens or rows may be a subset in its own order: always for an expert, and within a block
+            # unless it has all tokens.
             is_flat = per_row.shape[1] == tokens
             return Place(0, is_flat) if depth < 1 or (is_flat and depth < 2) else None
     if ordered.dim() > 2 and ordered.shape[1] == _ROWS and _comes_out_as(ordered, ordered.flip(1), reverse):
@@ -236,11 +236,11 @@ def _place(ordered: torch.Tensor, reverse: torch.Tensor, tokens: int | None, dep
 
 
 def _comes_out_as(ordered: torch.Tensor, expected: torch.Tensor, found: torch.Tensor) -> bool:
-    """Whether an input for the rows in reverse is the expected one, and not the one for the rows in order.
+    """Returns whether the input for the reversed rows is as expected, and differs from that for the rows in order.
 
-    Vectors of features are compared one by one: a few of them may be much longer than the others, and what tells the rows
-    apart may be a small part of each. In low precision some tokens may go to other experts, which changes these; in a list
-    of tokens all have to be right, since it may be a list of some.
+    Feature vectors are compared one by one, since some may be much longer than others, and rows may differ only in a
+    small part of each. In low precision some tokens may be routed to other experts, which changes their vectors. In a
+    list of tokens all must match, since it may be a subset.
     """
     rounding = max(torch.finfo(ordered.dtype).eps, 1e-5) * expected.float().norm(dim=-1)
     apart = (expected.float() - ordered.float()).norm(dim=-1)

@@ -1,4 +1,4 @@
-"""Scheduling for methods that read a prompt as a whole: continuous batching begins no prompt with a part of it."""
+"""Scheduling for methods that need the whole prompt: continuous batching does not split prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers.generation.continuous_batching import RequestState, RequestSta
 
 
 def keep_prompts_whole(scheduler: Any, note: Callable[[Exception], None]) -> None:
-    """Lets a scheduler begin a prompt only where a step has room for all of it."""
+    """Makes a scheduler start a prompt only in a step that has room for all of it."""
     process, wait = scheduler._process_candidates, scheduler.add_waiting_request
 
     def begins(state: RequestState) -> bool:
@@ -21,7 +21,7 @@ def keep_prompts_whole(scheduler: Any, note: Callable[[Exception], None]) -> Non
             is_decoding = state.status == RequestStatus.DECODING
             num_tokens = len(state.tokens_to_process if is_decoding else state.remaining_prefill_tokens)
             if begins(state) and num_tokens > left:
-                break  # shorter ones after it could keep it waiting for ever
+                break  # otherwise shorter prompts could delay this one indefinitely
             admitted.append(state)
             left -= num_tokens
         return process(admitted, token_budget, *args)
@@ -30,8 +30,8 @@ def keep_prompts_whole(scheduler: Any, note: Callable[[Exception], None]) -> Non
         room = scheduler.cache.max_batch_tokens
         if begins(state) and len(state.initial_tokens) > room:
             error = ValueError(
-                f"A prompt has {len(state.initial_tokens)} tokens, and a step has room for {room}: PARA reads a prompt "
-                "as a whole, so raise max_batch_tokens in the ContinuousBatchingConfig."
+                f"A prompt has {len(state.initial_tokens)} tokens, but a step has room for {room}: PARA needs the "
+                "whole prompt in one step, so increase max_batch_tokens in the ContinuousBatchingConfig."
             )
             note(error)
             raise error

@@ -1,1 +1,1 @@
-"""PARA's equations as functions of tensors. They import torch alone, so that a serving engine can use them."""
+"""PARA's equations as functions of tensors. They import only torch, so that serving engines can use them."""

@@ -1,7 +1,7 @@
 """The vector generator of a block: pool -> normalise -> down -> activation -> up.
 
-The functions are pure; `VectorGenerator` holds their parameters. All of it computes in float32, or in
-float64 where the model does: a bfloat16 sum over a long prompt stops growing, and a bfloat16 scale near 1 has steps of 0.008.
+The functions are pure; `VectorGenerator` holds their parameters. Everything is computed in float32, or in float64 for
+a float64 model: a bfloat16 sum over a long prompt stops growing, and bfloat16 values near 1 have steps of 0.008.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query: torch.Te
     """Pools the prompt's hidden states of each sequence into one vector.
 
     "attention" is p = Σ_t softmax_t(h_t·w / √d) h_t over the prompt's tokens t [sister; the √d is ours]; "mean", "max"
-    and "last" are what their names say. A sequence without prompt tokens gives zeros.
+    and "last" are the mean, the maximum and the last of the prompt's tokens. Without prompt tokens the result is zero.
 
     Args:
         hidden: hidden states h, (batch, tokens, d).
         mask: which tokens are the prompt of which sequence, bool (batch, sequences, tokens). There is one sequence
-            a row, except in packed batches.
+            per row, except in packed batches.
         pooling: one of `POOLINGS`.
-        query: w, (d,) or one for each row, (batch, d), for "attention".
+        query: w, (d,) or one per row, (batch, d), for "attention".
 
     Returns:
         (batch, sequences, d), at least float32.
     """
+    # Tokens outside of all prompts may contain NaN, and 0 * NaN is not 0.
     # What lies outside of every prompt may be anything, even NaN, and 0 * NaN is not 0.
     hidden = _precise(hidden.masked_fill(~mask.any(1).unsqueeze(-1), 0))
     entry = POOLINGS[pooling]
@@ -69,13 +70,13 @@ def _last(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class Pooling(NamedTuple):
-    """One way to pool the prompt.
+    """A pooling of the prompt's hidden states.
 
     Attributes:
-        rule: from the hidden states (batch, tokens, d), the mask (batch, sequences, tokens) and the query, the weight of
-            each token, (batch, sequences, tokens); it must give zeros for a sequence without prompt tokens.
-        is_weighted: whether the rule gives weights, rather than the pooled vectors (batch, sequences, d) themselves.
-        has_query: whether the generator has a query w, (d,), that the rule takes as its third argument.
+        rule: a function of the hidden states (batch, tokens, d), the mask (batch, sequences, tokens) and the query. It
+            returns token weights, (batch, sequences, tokens), and must return zeros for a sequence without prompt.
+        is_weighted: whether the rule returns weights; otherwise it returns the pooled vectors, (batch, sequences, d).
+        has_query: whether the generator has a query w, (d,), which the rule takes as its third argument.
     """
 
     rule: Callable[..., torch.Tensor]
@@ -95,8 +96,8 @@ POOLINGS: dict[str, Pooling] = {
 def rms_normalise(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Returns x / sqrt(mean(x²) + eps) over the last dimension; zeros stay zeros [ours].
 
-    The scale of hidden states differs a lot between blocks and models. Without it one learning rate cannot suit all
-    the generators; it has no parameters.
+    The scale of hidden states differs greatly between blocks and models, so that without normalisation no single
+    learning rate suits all generators. It has no parameters.
     """
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
@@ -109,7 +110,7 @@ def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor
 
     Args:
         x: any shape.
-        numerator: a, (7,) or (…, 7), where … goes with the shape of x.
+        numerator: a, (7,) or (…, 7), where … broadcasts with the shape of x.
         denominator: b, (5,) or (…, 5).
     """
     x = x.clamp(-RationalActivation.BOUND, RationalActivation.BOUND)
@@ -123,9 +124,9 @@ def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor
 
 
 class RationalActivation(nn.Module):
-    """A learned rational function of degrees 6 and 5, started as a fit of GELU [sister].
+    """A learned rational function of degrees 6 and 5, initialized to approximate GELU [sister].
 
-    The fit is ours: within 0.005 of GELU on [-10, 10].
+    The initial coefficients are ours: within 0.005 of GELU on [-10, 10].
 
     Attributes:
         BOUND: the largest magnitude of an argument.
@@ -145,16 +146,16 @@ class RationalActivation(nn.Module):
 
 
 class VectorGenerator(nn.Module):
-    """Makes a block's adjusting vectors from its prompt: l_m = 1 + U_m act(D norm(pool(h)) / √d), for each target m.
+    """Computes a block's vectors from its prompt: l_m = 1 + U_m act(D norm(pool(h)) / √d), for each target m.
 
-    D, (r, d), is shared by the targets of the block, each of which has its own U_m, (outputs, r); there are no biases.
-    With one generator per block this is 32·12·(4096 + 4096 + 4096 + 11008) = 8,945,664 parameters on LLaMA-2-7B at r=12
-    [ours, to match the 8.9M of S]; attention pooling adds its query, d per block. U_m starts at zero, so l = 1, and D with
-    the standard deviation 1 [ours].
+    D, (r, d), is shared by the targets of the block, and each target has its own U_m, (outputs, r); there are no
+    biases. With one generator per block this is 32·12·(4096 + 4096 + 4096 + 11008) = 8,945,664 parameters on
+    LLaMA-2-7B at r=12 [ours, to match the 8.9M of S]; attention pooling adds its query, d per block. U_m is
+    initialized to zero, so that l = 1, and D with standard deviation 1 [ours].
 
-    The factors 1/√d keep the bottleneck near unit scale, and they slow D and w down [ours]. Adam moves each parameter by
-    about the learning rate, whatever its gradient: without them a step of 0.003 would move a sum of d = 576 such
-    products by more than 1, where U_m, with r = 12 of them, moves l by 0.02.
+    The factors 1/√d keep the bottleneck near unit scale and slow down the training of D and w [ours]. Adam moves each
+    parameter by about the learning rate, whatever its gradient: without them a step of 0.003 could move a sum of d =
+    576 such products by more than 1, while U_m, with r = 12 of them, moves l by 0.02.
 
     Args:
         in_features: d, the width of the block's hidden states.
@@ -162,7 +163,7 @@ class VectorGenerator(nn.Module):
         pooling: one of `POOLINGS`.
         activation: act, an elementwise function such as `nn.GELU()` or `RationalActivation()`.
         dropout: the dropout probability of the pooled vector.
-        prompt_end: the token ids with which this adapter's prompts end, if they are known.
+        prompt_end: the token ids that end the prompts of this adapter, if known.
     """
 
     def __init__(
@@ -186,15 +187,15 @@ class VectorGenerator(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def add_target(self, name: str, num_outputs: int, identity: bool = True) -> None:
-        """Adds the up-projection of one more target of the block.
+        """Adds the up-projection of another target of the block.
 
         Args:
             name: the target's name, without dots.
             num_outputs: how many of the target's outputs are scaled.
-            identity: whether to start at zero, where the vector is 1; otherwise random, for tests.
+            identity: whether to initialize it to zero, so that the vector is 1; otherwise random, for tests.
         """
         weight = torch.zeros(num_outputs, self.r) if identity else torch.randn(num_outputs, self.r) * 0.1
-        # A parameter of this module itself: what loads offloaded weights does so for the module whose forward runs.
+        # Registered on this module directly, since offloaded weights are loaded for the module whose forward runs.
         self.register_parameter(f"up_{name}", nn.Parameter(weight))
         self.targets.append(name)
 
@@ -212,9 +213,9 @@ class VectorGenerator(nn.Module):
 
     @property
     def stack_key(self) -> tuple[Any, ...]:
-        """What generators have in common that `batched` can compute together."""
+        """The key of generators that `batched` can compute together."""
         if "forward" in vars(self) or self._forward_pre_hooks or self._forward_hooks:
-            return (self,)  # someone, such as what loads offloaded weights, waits for its own call
+            return (self,)  # a hook, such as the one that loads offloaded weights, needs this module's own forward
         outputs = tuple((name, len(getattr(self, f"up_{name}"))) for name in self.targets)
         shape = self.in_features, self.r, self.down.dtype, self.down.device
         return self.pooling, type(self.activation), self.dropout.p, self.prompt_end, shape, outputs
@@ -223,9 +224,9 @@ class VectorGenerator(nn.Module):
     def batched(
         generators: Sequence[VectorGenerator], hidden: torch.Tensor, mask: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Returns what `forward` does, for rows that each have a generator of their own.
+        """Returns the same as `forward`, for rows with different generators.
 
-        The parameters are stacked, so that the number of operations is that of one generator.
+        The parameters are stacked, so that as many operations are run as for one generator.
 
         Args:
             generators: the generator of each row, all with the same `stack_key`.
@@ -251,7 +252,7 @@ class VectorGenerator(nn.Module):
     def _vectors(
         self, hidden: torch.Tensor, mask: torch.Tensor, weights: dict[str, torch.Tensor], activation: Any
     ) -> dict[str, torch.Tensor]:
-        """Returns the vectors that some weights make, each weight one for all rows or stacked for each."""
+        """Returns the vectors for the given weights, each shared by all rows or stacked per row."""
         with torch.autocast(device_type=hidden.device.type, enabled=False):
             pooled = self.dropout(rms_normalise(pool(hidden, mask, self.pooling, weights.get("query"))))
             code = (pooled @ weights["down"].to(pooled.dtype).mT) * self.in_features**-0.5

@@ -1,4 +1,4 @@
-"""Scales the output of a projection by a vector."""
+"""The scaling of a projection's output by a vector."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def scale(
     """Returns the output of a projection times its adjusting vector, y' = l ⊙ y [S].
 
     Args:
-        result: y, (batch, …, outputs), or (batch * tokens, outputs) where a model flattens its tokens.
+        result: y, (batch, …, outputs), or (batch * tokens, outputs) if the model flattens its tokens.
         vector: l, (batch, sequences, outputs).
         segments: the sequence of each token in a packed batch, (batch, tokens).
-        in_place: whether to write into `result`, which is quicker for a single token.
+        in_place: whether to write into `result`, which is faster for a single token.
     """
     if segments is not None:
         rows = torch.arange(vector.shape[0], device=vector.device).unsqueeze(1)

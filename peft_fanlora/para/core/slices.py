@@ -1,4 +1,4 @@
-"""Which outputs of a projection a vector scales."""
+"""The outputs of a projection that a vector scales."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class OutputSlices:
-    """Which outputs of a fused projection are scaled: `groups` repetitions of the same run of sections.
+    """The scaled outputs of a fused projection: `groups` repetitions of the same sections.
 
-    A NeoX layer with 8 heads of width 64 is `OutputSlices(8, ((64, True), (64, False), (64, True)))`: each head's
-    query, key and value lie side by side.
+    A NeoX layer with 8 heads of width 64 is `OutputSlices(8, ((64, True), (64, False), (64, True)))`: query, key and
+    value of each head are adjacent.
 
     Attributes:
         groups: how often the sections repeat.
-        sections: the (width, scaled or not) of each section, in order.
+        sections: (width, whether it is scaled) of each section, in order.
     """
 
     groups: int
@@ -24,16 +24,16 @@ class OutputSlices:
 
     @property
     def num_outputs(self) -> int:
-        """All outputs of the projection."""
+        """The number of outputs of the projection."""
         return self.groups * sum(width for width, _ in self.sections)
 
     @property
     def num_scaled(self) -> int:
-        """The outputs that a vector scales."""
+        """The number of outputs that a vector scales."""
         return self.groups * sum(width for width, scaled in self.sections if scaled)
 
     def spread(self, vector: torch.Tensor) -> torch.Tensor:
-        """Puts a vector's entries where the scaled outputs are, and 1 everywhere else.
+        """Returns a vector for all outputs: the given entries at the scaled outputs, and 1 everywhere else.
 
         Args:
             vector: (…, `num_scaled`).
