@@ -1,20 +1,25 @@
-"""FanLoRA tenants on vLLM: exported adapters, several in one batch, and the time that a choice of modules saves.
+"""Tenants on vLLM: FanLoRA adapters, exported as plain LoRA, and PARA adapters as they are saved.
 
-`train` finds a setting by role, trains an adapter for each tenant on it, exports the adapters as plain LoRA, and stores
-their answers. `serve` requires vLLM and can be run in another environment. It checks that vLLM generates the same tokens,
-in one batch with the base model, and compares the time of this batch with LoRA on all linear layers.
+`train` finds a setting by role, trains a FanLoRA adapter on it and a PARA adapter for each tenant, and saves the adapters
+and their answers. `serve` and `http` need vLLM and may run in another environment. `serve` checks that vLLM gives the same
+tokens in one batch with the base model, and compares the time of this batch with LoRA on all linear layers. `http` starts
+vLLM's server and asks the PARA tenants by their model names.
 
     python examples/serve_vllm.py train
     python examples/serve_vllm.py serve
+    python examples/serve_vllm.py http
 """
 
+import copy
 import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,14 +28,14 @@ import assets
 import torch
 import typer
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from training import BATCH_SIZE, sft_arguments
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTTrainer
 
-from peft_fanlora import FanLoraConfig, export_lora
+from peft_fanlora import FanLoraConfig, ParaConfig, export_lora
 
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -46,6 +51,8 @@ KEEP = 2
 NUM_CALIBRATION = 8
 LEARNING_RATE = 1e-3
 BY_ROLE, BY_LAYER, EVERYWHERE = "FanLoRA by role", "FanLoRA by layer", "LoRA on all linear layers"
+PARA = "PARA"
+START_SECONDS = 300
 PACKED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
@@ -79,7 +86,7 @@ class Served:
 
 
 def train_adapter(
-    base_model: str, config: FanLoraConfig, rows: list[assets.Row], steps: int, output: Path, seed: int
+    base_model: str, config: PeftConfig, rows: list[assets.Row], steps: int, output: Path, seed: int
 ) -> tuple[PeftModel, SFTTrainer]:
     """Trains an adapter on the rows after the first `NUM_CALIBRATION`, which the trainer keeps for evaluation."""
     set_seed(seed)
@@ -147,16 +154,22 @@ def train(
     general.prune_modules(scores.select(keep=KEEP))
     groups.append(served_alike(BY_LAYER))
 
-    own_adapters = Tenants(BY_ROLE, [], prompts, [])
+    own_adapters, prompt_aware = Tenants(BY_ROLE, [], prompts, []), Tenants(PARA, [], prompts, [])
+    ways: list[tuple[Tenants, str, PeftConfig, Callable[[PeftModel, Path], object]]] = [
+        (own_adapters, "tenant", FanLoraConfig(setting=setting, **shape), export_lora),
+        (prompt_aware, "para-tenant", ParaConfig(task_type="CAUSAL_LM"), PeftModel.save_pretrained),
+    ]
     for tenant in range(tenants):
-        console.rule(f"Tenant {tenant + 1} of {tenants}")
-        config = FanLoraConfig(setting=setting, **shape)
-        adapter, _ = train_adapter(base_model, config, rows[tenant], tenant_steps, output, seed + tenant)
-        folder = output / f"tenant-{tenant}"
-        export_lora(adapter, folder)
-        own_adapters.folders.append(str(folder.resolve()))
-        own_adapters.answers.append(answer(adapter, prompts[tenant], new_tokens))
-    groups.append(own_adapters)
+        for group, name, config, save in ways:
+            console.rule(f"Tenant {tenant + 1} of {tenants}: {group.name}")
+            adapter, _ = train_adapter(
+                base_model, copy.deepcopy(config), rows[tenant], tenant_steps, output, seed + tenant
+            )
+            folder = output / f"{name}-{tenant}"
+            save(adapter, folder)
+            group.folders.append(str(folder.resolve()))
+            group.answers.append(answer(adapter, prompts[tenant], new_tokens))
+    groups += [own_adapters, prompt_aware]
     content = {"base_model": base_model, "base_answers": base_answers, "groups": [asdict(group) for group in groups]}
     (output / "tenants.json").write_text(json.dumps(content) + "\n")
     console.print(
@@ -212,6 +225,7 @@ def start_all(base_model: str, groups: dict[str, Tenants]) -> list[Served]:
     for name in (EVERYWHERE, BY_ROLE, BY_LAYER):
         engine = start(name, lora_target_modules=layers_of_vllm(groups[name].folders))
         served.append(Served(f"{name}, lora_target_modules", engine, prompts, requests[name]))
+    served.append(Served(PARA, start(PARA, additional_config={"para": {}}), prompts, requests[PARA]))
     return served
 
 
@@ -311,6 +325,53 @@ def serve(
         }
         result.parent.mkdir(parents=True, exist_ok=True)
         result.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+
+
+@app.command()
+def http(
+    output: Output = Path("serve-output"), port: Annotated[int, typer.Option(help="Where to listen")] = 8321
+) -> None:
+    """Starts vLLM's server with the PARA tenants, asks all of them at once, and compares the answers with ours."""
+    import openai
+
+    content = json.loads((output / "tenants.json").read_text())
+    group = next(Tenants(**group) for group in content["groups"] if group["name"] == PARA)
+    names = [f"tenant-{number}" for number in range(len(group.folders))]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", content["base_model"]]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    longest = max(len(prompt) + len(own) for prompt, own in zip(group.prompts, group.answers, strict=True))
+    command += ["--max-model-len", str(longest), "--kv-cache-memory-bytes", str(2**28)]
+    command += ["--enable-lora", "--max-loras", str(len(names)), "--additional-config", json.dumps({"para": {}})]
+    command += ["--lora-modules", *(f"{name}={folder}" for name, folder in zip(names, group.folders, strict=True))]
+    server = subprocess.Popen(command)
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                client.models.list()
+                break
+            except openai.APIConnectionError:
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError("vLLM's server did not start") from None
+                time.sleep(1)
+
+        def ask(name: str, prompt: list[int], own: list[int]) -> list[int]:
+            extra = {"ignore_eos": True, "return_token_ids": True}
+            done = client.completions.create(
+                model=name, prompt=prompt, max_tokens=len(own), temperature=0, extra_body=extra
+            )
+            return list(done.choices[0].model_extra["token_ids"])
+
+        with ThreadPoolExecutor(len(names)) as clients:
+            found = list(clients.map(ask, names, group.prompts, group.answers))
+    finally:
+        server.terminate()
+        server.wait()
+    for name, own, other in zip(names, group.answers, found, strict=True):
+        if own != other:
+            raise RuntimeError(f"{name} answers {other} over HTTP and {own} in transformers")
+    console.print(f"{len(names)} PARA tenants over HTTP: all tokens are the same as in transformers.")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import json
 import re
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from integration_tests.helpers.models import TINY, fanlora, logits, randomize
+from integration_tests.helpers.processes import environment
 from integration_tests.helpers.text import sentences, tokenizer
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
 from peft_fanlora.command_line import main
@@ -320,11 +323,12 @@ def test_the_page_names_the_commands() -> None:
     commands = get_command(app).commands
     assert set(re.findall(r"^\| `peft-fanlora (\w+)", page, re.MULTILINE)) == commands.keys()
     options = {option for command in commands.values() for made in command.params for option in made.opts}
-    assert set(re.findall(r"--[a-z][a-z-]+", page)) <= options | {"--help"}
+    own = page.partition("\n## run")[0]  # what follows shows the options of other programs
+    assert set(re.findall(r"--[a-z][a-z-]+", own)) <= options | {"--help"}
 
 
 def test_help_has_examples() -> None:
-    for command in ("find", "show", "plot", "compare", "export", "bench"):
+    for command in ("find", "show", "plot", "compare", "export", "bench", "run"):
         shown = answer(command, "--help")
         assert f"peft-fanlora {command}" in shown and "Example" in shown
         assert command in answer("--help")
@@ -344,3 +348,44 @@ def test_without_its_packages_the_command_says_what_to_install(package: str, mon
 def test_find_says_that_it_needs_trl(base_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     assert "find trains with TRL: pip install 'peft-fanlora[cli,trl]'" in refusal("find", base_folder, rows)
+
+
+PROGRAM = """
+import json, os, signal, sys
+from peft import PeftConfig
+if "--signal" in sys.argv:
+    os.kill(os.getpid(), signal.SIGTERM)
+print(json.dumps([sys.argv[1:], __name__, sys.path[0], PeftConfig.from_pretrained(sys.argv[1]).r]))
+sys.exit(3)
+"""
+
+
+def started(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from peft_fanlora.command_line import main; main()", "run", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("form", ["script", "module"])
+@pytest.mark.parametrize("method", ["para", "pruned"])
+def test_run_gives_a_program_both_methods_and_leaves_the_rest_to_it(
+    form: str, method: str, places: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "inside").mkdir()
+    script = tmp_path / "inside" / "evaluate.py"
+    script.write_text(PROGRAM)
+    program = (script,) if form == "script" else ("-m", "inside.evaluate")
+    done = started(*program, places[method], "--model", "-h", "--json", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    arguments, name, path, r = json.loads(done.stdout)
+    assert (arguments, name) == ([str(places[method]), "--model", "-h", "--json"], "__main__")
+    assert Path(path) == (script.parent if form == "script" else tmp_path)
+    assert r == PeftConfig.from_pretrained(places[method]).r
+    assert started(*program, places[method], "--signal", cwd=tmp_path).returncode == -signal.SIGTERM
+
+
+def test_run_knows_installed_commands(places: dict[str, Path], tmp_path: Path) -> None:
+    shown = started("peft-fanlora", "show", places["para"], "--json", cwd=tmp_path)
+    assert json.loads(shown.stdout)["type"] == "PARA adapter"
+    missing = started("no-such-command", cwd=tmp_path)
+    assert missing.returncode == 2
+    assert "no file and no console script 'no-such-command'" in missing.stderr

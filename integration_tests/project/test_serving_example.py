@@ -44,9 +44,12 @@ def test_the_answers_are_those_of_the_exported_adapters(output: Path) -> None:
         for folder, prompt, answer in zip(group["folders"], group["prompts"], group["answers"], strict=True):
             base = AutoModelForCausalLM.from_pretrained(content["base_model"], dtype=torch.float32)
             exported, tokens = PeftModel.from_pretrained(base, folder), torch.tensor([prompt])
+            is_prompt = torch.ones_like(tokens, dtype=torch.bool)
             for _ in answer:
-                following = exported(tokens).logits[:, -1:].argmax(-1)
+                known = {"prompt_mask": is_prompt} if group["name"] == serve_vllm.PARA else {}
+                following = exported(tokens, **known).logits[:, -1:].argmax(-1)
                 tokens = torch.cat((tokens, following), dim=1)
+                is_prompt = torch.cat((is_prompt, torch.zeros_like(following, dtype=torch.bool)), dim=1)
             assert tokens[0, len(prompt) :].tolist() == answer
 
 

@@ -15,6 +15,8 @@ from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
 from peft_fanlora.sharing.writing import STAGE_PREFIX, staged
 
 
+pytestmark = pytest.mark.xdist_group("files_written")  # one worker makes what its tests share
+
 HERE = Path(__file__).parent
 CONFIG, WEIGHTS, SETTING = "adapter_config.json", "adapter_model.safetensors", "fanlora_setting.json"
 State = dict[str, str]

@@ -1,10 +1,15 @@
 """PARA in vLLM answers token for token as in transformers; `make test-vllm` runs these, `make test-vllm-short` the first."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from peft import PeftModel, get_peft_model
 
+from integration_tests.helpers.models import randomize
 from integration_tests.vllm_engine.para_engines import (
     BASE,
     TENANTS,
@@ -21,6 +26,7 @@ from integration_tests.vllm_engine.para_engines import (
     sampling,
     start,
 )
+from peft_fanlora import FanLoraConfig, export_lora
 
 
 pytestmark = pytest.mark.vllm
@@ -208,3 +214,59 @@ def test_aborted_requests_give_their_slots_back(tenants: Tenants) -> None:
     found = drain(engine)
     assert found == {str(index): job.answer for index, job in enumerate(jobs) if str(index) not in aborted}
     check(llm, tenants, jobs)
+
+
+def test_lora_tenants_beside_para_tenants(tenants: Tenants, tmp_path: Path) -> None:
+    lora = export_fanlora(tenants.base, tmp_path)
+    jobs = [*make_jobs(tenants, 27, new_tokens=12, seed=15)]
+    jobs += [Job("lora", prompt, lora_answer(lora, prompt)) for prompt in prompts(9, 16, 40)]
+    tenants = replace(tenants, folders={**tenants.folders, "lora": tmp_path})
+    llm = start(tenants.base, max_loras=9, max_lora_rank=8, additional_config={"para": {"lora": True}})
+    mixed = [jobs[index] for index in torch.randperm(len(jobs), generator=torch.Generator().manual_seed(0)).tolist()]
+    for _ in range(2):
+        check(llm, tenants, mixed)
+    assert {tuple(job.answer) for job in jobs[27:]} - {
+        tuple(tenants.answer(BASE, job.prompt, 12)) for job in jobs[27:]
+    }
+
+
+def export_fanlora(base: Path, folder: Path) -> PeftModel:
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapter = get_peft_model(model, FanLoraConfig(r=4, task_type="CAUSAL_LM"))
+    randomize(adapter, seed=3, std=0.2)
+    export_lora(adapter.eval(), folder)
+    return adapter
+
+
+@torch.no_grad()
+def lora_answer(model: PeftModel, prompt: list[int]) -> list[int]:
+    model.generation_config.eos_token_id = None
+    inputs = torch.tensor([prompt])
+    output = model.generate(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), do_sample=False, pad_token_id=0, max_new_tokens=12
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+def test_bfloat16_is_as_near_to_float32_as_in_transformers(tenants: Tenants) -> None:
+    llm = start(tenants.base, dtype="bfloat16")
+    for name in ("attention", "mean", "rational"):
+        base = transformers.AutoModelForCausalLM.from_pretrained(tenants.base, dtype=torch.bfloat16)
+        in_bfloat16 = replace(
+            tenants, model=PeftModel.from_pretrained(base, tenants.folders[name], adapter_name=name).eval()
+        )
+        jobs = [Job(name, prompt, []) for prompt in prompts(12, 17, 50)]
+        outputs = llm.generate(
+            [{"prompt_token_ids": job.prompt} for job in jobs],
+            sampling(1, logprobs=20),
+            lora_request=[tenants.request(name)] * len(jobs),
+            use_tqdm=False,
+        )
+        found = {"vLLM": [], "transformers": []}
+        for job, output in zip(jobs, outputs, strict=True):
+            exact, rounded = log_probabilities(tenants, job), log_probabilities(in_bfloat16, job).float()
+            for token, of_vllm in output.outputs[0].logprobs[0].items():
+                found["vLLM"].append(abs(of_vllm.logprob - float(exact[token])))
+                found["transformers"].append(abs(float(rounded[token] - exact[token])))
+        distances = {engine: sum(differences) / len(differences) for engine, differences in found.items()}
+        assert distances["vLLM"] < 1.5 * distances["transformers"], (name, distances)

@@ -236,10 +236,11 @@ def test_the_example_trains_and_serves(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     for command in (
         ["train", "--model", tmp_path / "model", "--output", tmp_path / "out", *few],
+        ["http", "--output", tmp_path / "out"],
         ["serve", "--output", tmp_path / "out", "--rounds", "2", "--result", result],
     ):
         done = CliRunner().invoke(app, [str(part) for part in command], catch_exceptions=False)
         assert done.exit_code == 0, done.output
-    assert "2 tenants and the base model in one batch: all tokens are the same as in transformers" in done.output
+    assert "batches of 2 tenants and the base model: all tokens are the same as in transformers" in done.output
     layers = {row["variant"]: row["lora_layers"] for row in json.loads(result.read_text())["results"]}
     assert layers["FanLoRA by role, lora_target_modules"] < layers["LoRA on all linear layers, lora_target_modules"]

@@ -7,7 +7,7 @@ import typer
 
 from ..fanlora.importance import SCORES
 from ..fanlora.scores import Strategy
-from . import benching, exporting, finding, looking, sources
+from . import benching, exporting, finding, looking, running, sources
 from .output import answers_in_one_line, quiet_stdout, show_json
 
 
@@ -176,3 +176,25 @@ def bench(
     shows the measurement noise.
     """
     benching.bench(model, setting, tenants, batch_size, prompt_length, r, rounds, device, json)
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    epilog="**Examples:** `peft-fanlora run lm_eval --model hf --model_args pretrained=my-model,peft=tenants/a --tasks arc_easy`, "
+    "`peft-fanlora run -m my_package.evaluate`, `peft-fanlora run evaluate.py`",
+)
+def run(
+    program: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PROGRAM [ARGUMENTS]...",
+            help="A script, `-m` and a module, or an installed command; then its own arguments.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Run another program that loads adapters with PEFT, with FanLoRA and PARA registered.
+
+    The program keeps its arguments, signals and exit code. Processes that it starts itself do not have the methods.
+    """
+    running.replace_process(program)

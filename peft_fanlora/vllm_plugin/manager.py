@@ -12,7 +12,7 @@ from torch import nn
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.utils import get_adapter_absolute_path
 
-from ..para.targets import DEFAULT_TARGETS
+from ..para.targets import DEFAULT_TARGETS, FUSED_PROJECTIONS
 from .layers import find_layers
 from .layout import install
 from .loading import load_tenant
@@ -36,19 +36,24 @@ class ParaManager:
         self.device = device
         self.capacity = vllm_config.lora_config.max_cpu_loras
         self.model_config = config.hf_config
-        packed = getattr(model, "packed_modules_mapping", None) or {}
+        self.model_type = getattr(config.hf_config, "model_type", "")
+        packed = {
+            layer: modules
+            for layer, modules in (getattr(model, "packed_modules_mapping", None) or {}).items()
+            if (self.model_type, layer) not in FUSED_PROJECTIONS  # which vLLM may say are two
+        }
         self.layout, modules = find_layers(model, packed, scheduler.max_num_seqs + 1, device)
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         self._mapper = mapper.get_rename_mapper() if mapper is not None else None
         self.vectors = Vectors(self.layout.scaled, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, device)
-        self._reserve(getattr(config.hf_config, "model_type", ""))
+        self._reserve()
         install(self.layout, modules, self.vectors)
         self._tenants: OrderedDict[tuple[int, str], Tenant] = OrderedDict()
         self._pinned: set[int] = set()
 
-    def _reserve(self, model_type: str) -> None:
+    def _reserve(self) -> None:
         """Makes the tables of the architecture's default targets, so that vLLM counts their memory when it starts."""
-        targets = DEFAULT_TARGETS.get(model_type, [])
+        targets = DEFAULT_TARGETS.get(self.model_type, [])
         for layer in self.layout.layers if isinstance(targets, list) else ():
             span = layer.span({part.module for part in layer.parts if part.module.rpartition(".")[2] in targets})
             if span is not None:
