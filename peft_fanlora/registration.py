@@ -1,6 +1,6 @@
 """Registers FanLoRA and PARA with PEFT, like its built-in methods.
 
-PEFT identifies methods by `PeftType`, an enumeration that cannot be subclassed. `aenum.extend_enum` adds the members,
+PEFT identifies methods by `PeftType`, an enumeration with a fixed set of members. `aenum.extend_enum` adds the members,
 so that they are listed, compared, hashed and pickled like the built-in ones, and PEFT's `register_peft_method` fills
 its tables. No file or function of PEFT is changed here; `sharing.saving` and `serving.loading` wrap three methods of
 `PeftModel`.

@@ -40,7 +40,7 @@ def export(where: str, output: Path, as_json: bool) -> None:
 
 
 def _bare(adapter: SavedAdapter[FanLoraConfig]) -> Any:
-    """Returns the base model with uninitialized weights that are never written, and so take no memory."""
+    """Returns the base model with uninitialised weights that are never written, and so take no memory."""
     config = adapter.config
     if not config.base_model_name_or_path:
         raise ValueError(

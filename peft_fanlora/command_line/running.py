@@ -1,7 +1,7 @@
-"""`run`: another program in this process, with FanLoRA and PARA registered with PEFT.
+"""The command `run`: runs another program with FanLoRA and PARA registered with PEFT.
 
-Programs that load adapters through PEFT and never import this package stop with `KeyError: 'PARA'`. This module is what
-`peft-fanlora run` executes in its place, by `python -m`, so that the program has its own arguments, signals and exit code.
+Programs that load adapters with PEFT and do not import this package fail with `KeyError: 'PARA'`. `peft-fanlora run`
+replaces itself by `python -m` with this module, so that the program keeps its own arguments, signals and exit code.
 """
 
 import os
@@ -13,16 +13,16 @@ from typing import NoReturn
 
 
 def replace_process(arguments: list[str]) -> NoReturn:
-    """Replaces this process by Python with both methods registered, and then the program.
+    """Replaces this process by a Python process that registers both methods and runs the program.
 
     Args:
-        arguments: what follows `peft-fanlora run`.
+        arguments: the arguments of `peft-fanlora run`.
     """
     os.execv(sys.executable, [sys.executable, "-m", __name__, *arguments])
 
 
 def run(arguments: list[str]) -> None:
-    """Runs a program as Python or the shell would, with `sys.argv` and `sys.path` as they are there.
+    """Runs a program with the same `sys.argv` and `sys.path` as when started by Python or the shell.
 
     Args:
         arguments: a script, `-m` and a module, or the name of an installed console script; then its own arguments.
@@ -44,8 +44,8 @@ def _console_script(name: str) -> EntryPoint:
     found = entry_points(group="console_scripts", name=name)
     if not found:
         print(
-            f"Error: there is no file and no console script {name!r} in this environment: pass a script, -m and a module, "
-            "or the name of an installed command.",
+            f"Error: there is no file and no console script {name!r} in this environment: pass a script, -m and a "
+            "module, or the name of an installed command.",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -100,7 +100,7 @@ class Batches:
 
     A batch is stacked again for each new generation or call, since changes of weights cannot be detected. The stacks
     of the last mixed batch, and of the last call without names, are reused for further tokens of the same generations,
-    which are recognized by their KV caches.
+    which are recognised by their KV caches.
 
     The first batch installs a `LayerForward` in front of the `forward` of the adapted layers, and hooks on the model
     and on modules that are not LoRA layers. They are permanent, since installing them for each token would cost more

@@ -268,10 +268,10 @@ def _forget_removed_parameters(optimizer: torch.optim.Optimizer, model: torch.nn
 
 
 def _wrap_again(trainer: Trainer) -> None:
-    """Initializes DistributedDataParallel again for the remaining parameters.
+    """Initialises DistributedDataParallel again for the remaining parameters.
 
     Its gradient buckets include the removed parameters and would wait for them. The training loop holds a reference to
-    the wrapper, so it is initialized again in place.
+    the wrapper, so it is initialised again in place.
     """
     wrappers = [module for module in trainer.model_wrapped.modules() if isinstance(module, DistributedDataParallel)]
     for wrapper in wrappers:

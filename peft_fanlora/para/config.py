@@ -39,7 +39,7 @@ class ParaConfig(StoredConfig):
             Required for training if the labels do not mark the prompt; `get_prompt_end_token_ids` derives them from a
             tokenizer's chat template.
         para_dropout: the dropout probability of the pooled vector, 0 <= p < 1.
-        init_para_weights: whether to initialize the adapter as the identity, with `up` at zero. With False `up` is
+        init_para_weights: whether to initialise the adapter as the identity, with `up` at zero. With False `up` is
             random, which is useful in tests.
         modules_to_save: names of modules that are trained and saved in full, such as a new classification head.
         trainable_token_indices: the ids of tokens whose embeddings are also trained and saved, such as those of new

@@ -143,4 +143,4 @@ class ParaLayer(nn.Module, BaseTunerLayer):
 
 
 class ParaLinear(ParaLayer):
-    """A `ParaLayer` with the class name by which PEFT recognizes adapted linear layers for "all-linear"."""
+    """A `ParaLayer` with the class name by which PEFT recognises adapted linear layers for "all-linear"."""

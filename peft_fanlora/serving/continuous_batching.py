@@ -190,7 +190,7 @@ class _Manager(ContinuousBatchingManager):
     error: Exception | None
 
     def begin(self, entries: ContinuousBatching, session: tuple[tuple[str, ...], bool], by_request: bool) -> None:
-        """Initializes the state for the first session."""
+        """Initialises the state for the first session."""
         self.entries, self.session, self.by_request = entries, session, by_request
         self.names, self.kept, self.error = {}, {}, None
         if not by_request:

@@ -31,7 +31,6 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: str, query: torch.Te
         (batch, sequences, d), at least float32.
     """
     # Tokens outside of all prompts may contain NaN, and 0 * NaN is not 0.
-    # What lies outside of every prompt may be anything, even NaN, and 0 * NaN is not 0.
     hidden = _precise(hidden.masked_fill(~mask.any(1).unsqueeze(-1), 0))
     entry = POOLINGS[pooling]
     if entry.has_query and query is None:
@@ -124,7 +123,7 @@ def rational(x: torch.Tensor, numerator: torch.Tensor, denominator: torch.Tensor
 
 
 class RationalActivation(nn.Module):
-    """A learned rational function of degrees 6 and 5, initialized to approximate GELU [sister].
+    """A learned rational function of degrees 6 and 5, initialised to approximate GELU [sister].
 
     The initial coefficients are ours: within 0.005 of GELU on [-10, 10].
 
@@ -151,7 +150,7 @@ class VectorGenerator(nn.Module):
     D, (r, d), is shared by the targets of the block, and each target has its own U_m, (outputs, r); there are no
     biases. With one generator per block this is 32·12·(4096 + 4096 + 4096 + 11008) = 8,945,664 parameters on
     LLaMA-2-7B at r=12 [ours, to match the 8.9M of S]; attention pooling adds its query, d per block. U_m is
-    initialized to zero, so that l = 1, and D with standard deviation 1 [ours].
+    initialised to zero, so that l = 1, and D with standard deviation 1 [ours].
 
     The factors 1/√d keep the bottleneck near unit scale and slow down the training of D and w [ours]. Adam moves each
     parameter by about the learning rate, whatever its gradient: without them a step of 0.003 could move a sum of d =
@@ -192,7 +191,7 @@ class VectorGenerator(nn.Module):
         Args:
             name: the target's name, without dots.
             num_outputs: how many of the target's outputs are scaled.
-            identity: whether to initialize it to zero, so that the vector is 1; otherwise random, for tests.
+            identity: whether to initialise it to zero, so that the vector is 1; otherwise random, for tests.
         """
         weight = torch.zeros(num_outputs, self.r) if identity else torch.randn(num_outputs, self.r) * 0.1
         # Registered on this module directly, since offloaded weights are loaded for the module whose forward runs.
@@ -213,7 +212,7 @@ class VectorGenerator(nn.Module):
 
     @property
     def stack_key(self) -> tuple[Any, ...]:
-        """The key of generators that `batched` can compute together."""
+        """A key; `batched` can compute generators with the same key together."""
         if "forward" in vars(self) or self._forward_pre_hooks or self._forward_hooks:
             return (self,)  # a hook, such as the one that loads offloaded weights, needs this module's own forward
         outputs = tuple((name, len(getattr(self, f"up_{name}"))) for name in self.targets)
