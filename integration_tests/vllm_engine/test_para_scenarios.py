@@ -40,3 +40,11 @@ def test_drafted_tokens_change_no_answer(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["two_ranks", "two_ranks_share_heads"])
 def test_ranks_share_a_model(name: str, tmp_path: Path) -> None:
     assert run(name, tmp_path)["misses"] == 0
+
+
+@pytest.mark.parametrize("name", ["compiled", "compiled_in_pieces"])
+def test_the_model_is_compiled(name: str, tmp_path: Path) -> None:
+    found = run(name, tmp_path)
+    assert found["misses"] == 0
+    assert found["layers"] == 4 * 3
+    assert found["calls"] > 100 * found["layers"] / 4
