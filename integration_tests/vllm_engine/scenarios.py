@@ -95,7 +95,10 @@ def let_cpus_compile_with_adapters() -> None:
 
     def update_without_adapters(platform: type, vllm_config: Any) -> None:
         adapters, vllm_config.lora_config = vllm_config.lora_config, None
+        mode = vllm_config.compilation_config.mode
         update(vllm_config)
+        if mode == 3:
+            vllm_config.compilation_config.mode = mode
         vllm_config.lora_config = adapters
 
     CpuPlatform.check_and_update_config = classmethod(update_without_adapters)
