@@ -161,6 +161,20 @@ class ParaManager:
         self._tenants.move_to_end(key)
         return self._tenants[key]
 
+    def lora_inputs(
+        self, of_samples: Sequence[int], of_tokens: Sequence[int], requests: set[Any]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], set[Any]] | None:
+        """Returns what vLLM's LoRA manager needs of a step, without the requests of PARA; None where LoRA is not served."""
+        if self.lora is None:
+            return None
+        requests = {request for request in requests if self.tenant(request) is None}
+        ids = {request.lora_int_id for request in requests}
+        return (
+            tuple(int(adapter) if adapter in ids else 0 for adapter in of_samples),
+            tuple(int(adapter) if adapter in ids else 0 for adapter in of_tokens),
+            requests,
+        )
+
     def begin(self, rows: Sequence[Row], lora: tuple[Sequence[int], Sequence[int], set[Any]] | None = None) -> None:
         """Begins a step.
 

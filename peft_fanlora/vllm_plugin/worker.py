@@ -12,7 +12,7 @@ from torch import nn
 from vllm.model_executor.models import supports_lora
 from vllm.platforms import current_platform
 
-from . import compiled, v1
+from . import compiled, v1, v2
 from .manager import ParaManager
 from .options import Options
 
@@ -47,7 +47,7 @@ def load(
         model = _load_lora(load_lora_model, runner, model, vllm_config, device)
         lora = runner.lora_manager
     runner.lora_manager = ParaManager(vllm_config, model, device, lora)
-    v1.attach(runner, runner.lora_manager)
+    (v2 if vllm_config.use_v2_model_runner else v1).attach(runner, runner.lora_manager)
     return model
 
 
@@ -88,7 +88,6 @@ def _check(vllm_config: Any, model: nn.Module) -> None:
         "kv_sharing_fast_prefill skips prompt tokens in some layers": vllm_config.cache_config.kv_sharing_fast_prefill,
         "kv_transfer_config brings prompts that were computed elsewhere": vllm_config.kv_transfer_config is not None,
         "VLLM_USE_RUST_FRONTEND goes around the checks of requests": _is_set("VLLM_USE_RUST_FRONTEND"),
-        "it runs vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
     }
     if unfit is not None:
         cases[unfit] = True
