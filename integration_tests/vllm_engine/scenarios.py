@@ -95,22 +95,18 @@ def let_cpus_compile_with_adapters() -> None:
 
     def update_without_adapters(platform: type, vllm_config: Any) -> None:
         adapters, vllm_config.lora_config = vllm_config.lora_config, None
-        mode = vllm_config.compilation_config.mode
         update(vllm_config)
-        if mode == 3:
-            vllm_config.compilation_config.mode = mode
         vllm_config.lora_config = adapters
 
     CpuPlatform.check_and_update_config = classmethod(update_without_adapters)
 
 
-def compiled(folder: Path, **compilation: Any) -> dict[str, Any]:
+def compiled(folder: Path) -> dict[str, Any]:
     """The model compiled as vLLM compiles base models on a CPU."""
     let_cpus_compile_with_adapters()
     counts: list[Counter[str]] = []
-    options = {"compilation_config": compilation} if compilation else {}
     llm, found = run(
-        folder, {}, 27, 16, 5, prepare=lambda llm: counts.append(count_operators(llm)), enforce_eager=False, **options
+        folder, {}, 27, 16, 5, prepare=lambda llm: counts.append(count_operators(llm)), enforce_eager=False
     )
     (config,) = llm.collective_rpc(lambda worker: worker.vllm_config.compilation_config)
     return found | {
@@ -121,9 +117,11 @@ def compiled(folder: Path, **compilation: Any) -> dict[str, Any]:
     }
 
 
-def compiled_in_pieces(folder: Path) -> dict[str, Any]:
-    """The model split at attention and at PARA's layers, as vLLM compiles it for CUDA graphs."""
-    return compiled(folder, mode=3, backend="eager", cudagraph_mode="NONE")
+def second_runner(folder: Path) -> dict[str, Any]:
+    """vLLM's second model runner, which needs Triton, with too few blocks for all rows, so that some are preempted."""
+    llm, found = run(folder, {}, 18, 40, 5, num_gpu_blocks_override=14, block_size=32)
+    (runner,) = llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)
+    return found | {"runner": runner}
 
 
 if __name__ == "__main__":
