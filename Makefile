@@ -30,7 +30,7 @@ test-peft: $(READY)
 	$(BIN)/python integration_tests/peft_suite/page.py
 
 # Needs 4 GB: vLLM's CPU build has an environment of its own.
-test-vllm: $(VLLM)/ready
+test-vllm: $(VLLM)/ready $(VLLM)/triton
 	$(VLLM)/bin/python -m pytest -m vllm integration_tests/vllm_engine
 
 # One start of vLLM: eight PARA tenants beside the base model, token for token.
@@ -89,3 +89,7 @@ $(VLLM)/ready: pyproject.toml requirements-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
+
+# Triton, whose interpreter runs vLLM's second model runner in one test; nothing else may find it there.
+$(VLLM)/triton: $(VLLM)/ready
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --upgrade --target $@ triton==3.9.0

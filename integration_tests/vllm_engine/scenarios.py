@@ -7,18 +7,29 @@ are processes, and the second model runner needs Triton.
 import json
 import os
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from integration_tests.vllm_engine.para_engines import answers, count_misses, make_base, make_jobs, make_tenants, start
 
 
-def run(folder: Path, base_options: dict[str, Any], count: int, new_tokens: int, seed: int, **options: Any) -> Any:
+def run(
+    folder: Path,
+    base_options: dict[str, Any],
+    count: int,
+    new_tokens: int,
+    seed: int,
+    prepare: Callable[[Any], Any] = id,
+    **options: Any,
+) -> Any:
     """Serves jobs twice and returns (engine, misses, tokens)."""
     base = make_base(folder / "base", **base_options)
     tenants = make_tenants(base, folder / "tenants")
     jobs = make_jobs(tenants, count, new_tokens, seed)
     llm = start(base, **options)
+    prepare(llm)
     misses = sum(count_misses(answers(llm, tenants, jobs), jobs) for _ in range(2))
     return llm, {"misses": misses, "tokens": 2 * count * new_tokens}
 
@@ -57,6 +68,60 @@ def two_ranks(folder: Path, **base_options: Any) -> dict[str, Any]:
 def two_ranks_share_heads(folder: Path) -> dict[str, Any]:
     """Two ranks of tensor parallelism, which both hold the one key and value head."""
     return two_ranks(folder, num_key_value_heads=1)
+
+
+def count_operators(llm: Any) -> Counter[str]:
+    """Counts how often each layer is scaled by the operator of compiled models, from now on."""
+    (layers,) = llm.collective_rpc(lambda worker: worker.vllm_config.compilation_config.static_forward_context)
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, scale: Callable[..., None]) -> Callable[..., None]:
+        def call(*tensors: Any) -> None:
+            calls[name] += 1
+            scale(*tensors)
+
+        return call
+
+    for name in [name for name in layers if name.startswith("para.")]:
+        layers[name] = counted(name, layers[name])
+    return calls
+
+
+def let_cpus_compile_with_adapters() -> None:
+    """Keeps vLLM from switching compilation off where a CPU serves adapters, so that it can be tried without a card."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config
+
+    def update_without_adapters(platform: type, vllm_config: Any) -> None:
+        adapters, vllm_config.lora_config = vllm_config.lora_config, None
+        update(vllm_config)
+        vllm_config.lora_config = adapters
+
+    CpuPlatform.check_and_update_config = classmethod(update_without_adapters)
+
+
+def compiled(folder: Path) -> dict[str, Any]:
+    """The model compiled as vLLM compiles base models on a CPU."""
+    let_cpus_compile_with_adapters()
+    counts: list[Counter[str]] = []
+    llm, found = run(
+        folder, {}, 27, 16, 5, prepare=lambda llm: counts.append(count_operators(llm)), enforce_eager=False
+    )
+    (config,) = llm.collective_rpc(lambda worker: worker.vllm_config.compilation_config)
+    return found | {
+        "layers": len(counts[0]),
+        "calls": sum(counts[0].values()),
+        "mode": str(config.mode),
+        "split": config.splitting_ops,
+    }
+
+
+def second_runner(folder: Path) -> dict[str, Any]:
+    """vLLM's second model runner, which needs Triton, with too few blocks for all rows, so that some are preempted."""
+    llm, found = run(folder, {}, 18, 40, 5, num_gpu_blocks_override=14, block_size=32)
+    (runner,) = llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)
+    return found | {"runner": runner}
 
 
 if __name__ == "__main__":

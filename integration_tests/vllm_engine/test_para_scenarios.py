@@ -1,6 +1,7 @@
 """PARA with speculative decoding and on several ranks, token for token as in transformers; `make test-vllm` runs these."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,19 +10,26 @@ from typing import Any
 import pytest
 
 from integration_tests.helpers.processes import environment
+from integration_tests.vllm_engine import triton_cpu
 
 
 pytestmark = pytest.mark.vllm
 
 
-def run(name: str, folder: Path) -> dict[str, Any]:
-    """Runs a scenario in a process of its own."""
+TRITON = Path(sys.prefix) / "triton"
+"""Where `make` puts Triton, which vLLM's CPU build must not find anywhere else."""
+
+
+def run(name: str, folder: Path, *paths: Path, **variables: str) -> dict[str, Any]:
+    """Runs a scenario in a process of its own, with more places to import from and more environment variables."""
+    own = environment(OMP_NUM_THREADS="1", **variables)
+    own["PYTHONPATH"] = os.pathsep.join([*map(str, paths), own["PYTHONPATH"]])
     done = subprocess.run(
         [sys.executable, "-m", "integration_tests.vllm_engine.scenarios", name, str(folder)],
         capture_output=True,
         text=True,
         timeout=400,
-        env=environment(OMP_NUM_THREADS="1"),
+        env=own,
         check=False,
     )
     results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -40,3 +48,23 @@ def test_drafted_tokens_change_no_answer(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["two_ranks", "two_ranks_share_heads"])
 def test_ranks_share_a_model(name: str, tmp_path: Path) -> None:
     assert run(name, tmp_path)["misses"] == 0
+
+
+def test_the_model_is_compiled(tmp_path: Path) -> None:
+    found = run("compiled", tmp_path)
+    assert found["misses"] == 0
+    assert found["mode"] != "NONE"
+    assert found["layers"] == 4 * 3
+    assert found["calls"] > 50 * found["layers"]
+
+
+def test_the_second_model_runner(tmp_path: Path) -> None:
+    """Triton's interpreter runs it where there is no card."""
+    backend = tmp_path / "backend" / "triton_cpu-1.dist-info"
+    backend.mkdir(parents=True)
+    (backend / "METADATA").write_text("Metadata-Version: 2.1\nName: triton-cpu\nVersion: 1\n")
+    entry = f"[triton.backends]\ncpu = {triton_cpu.__name__}\n"
+    (backend / "entry_points.txt").write_text(entry)
+    found = run("second_runner", tmp_path, TRITON, backend.parent, TRITON_INTERPRET="1", VLLM_USE_V2_MODEL_RUNNER="1")
+    assert found["misses"] == 0
+    assert found["runner"] == "vllm.v1.worker.cpu.model_runner"

@@ -13,7 +13,6 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-import openai
 import pytest
 
 from integration_tests.helpers.processes import environment
@@ -21,6 +20,7 @@ from integration_tests.vllm_engine.para_engines import TENANTS, Job, Tenants, ma
 from integration_tests.vllm_engine.test_plugin_folders import BAD_FOLDERS
 
 
+openai = pytest.importorskip("openai")  # which vLLM's environment has
 pytestmark = pytest.mark.vllm
 
 START_SECONDS = 240

@@ -12,6 +12,7 @@ TESTED = "0.32"
 """The versions of vLLM that the tests ran on."""
 
 _V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _LORA = "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin"
 _LINEAR = "vllm.model_executor.layers.linear:"
 
@@ -19,6 +20,25 @@ NAMES: dict[str, tuple[str, ...]] = {
     f"{_LORA}.load_lora_model": ("self", "model", "vllm_config", "device"),
     f"{_LORA}.set_active_loras": ("self", "input_batch", "num_scheduled_tokens", "num_sampled_tokens"),
     f"{_V1}.execute_model": ("self", "scheduler_output"),
+    f"{_V2}.finish_requests": ("self", "scheduler_output"),
+    f"{_V2}.add_requests": ("self", "scheduler_output"),
+    f"{_V2}.prepare_inputs": ("self", "scheduler_output"),
+    f"{_LORA}._set_active_loras": ("self", "prompt_lora_mapping", "token_lora_mapping", "lora_requests"),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": (
+        "req_ids",
+        "num_scheduled_tokens",
+        "num_tokens",
+        "num_computed_tokens_np",
+    ),
+    "vllm.v1.core.sched.output:NewRequestData": ("req_id", "prompt_token_ids", "lora_request"),
+    "vllm.v1.core.sched.output:SchedulerOutput": ("finished_req_ids", "preempted_req_ids", "scheduled_new_reqs"),
+    "vllm.utils.torch_utils:direct_register_custom_op": (
+        "op_name",
+        "op_func",
+        "mutates_args",
+        "fake_impl",
+        "target_lib",
+    ),
     "vllm.v1.worker.gpu_input_batch:InputBatch.make_lora_inputs": (
         "self",
         "num_scheduled_tokens",

@@ -5,11 +5,12 @@ Needs no vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import nn
 
 from .vectors import ScaledLayer, Vectors
@@ -71,15 +72,32 @@ class Layout:
         return [layer.scaled for layer in self.layers]
 
 
-def install(layout: Layout, modules: Sequence[nn.Module], vectors: Vectors) -> None:
-    """Lets layers make their vectors and scale their outputs."""
+Compiled = Callable[[torch.Tensor, torch.Tensor, str], None]
+"""Does what a hook does, given a layer's inputs, outputs and name, as an operator that a compiler leaves as it is."""
+
+
+def install(layout: Layout, modules: Sequence[nn.Module], vectors: Vectors, compiled: Compiled | None = None) -> None:
+    """Lets layers make their vectors and scale their outputs.
+
+    Args:
+        layout: the layers.
+        modules: the module of each.
+        vectors: the vectors of the running requests.
+        compiled: what stands for a hook in a compiled model; None where the model is not compiled.
+    """
     for layer, module in zip(layout.layers, modules, strict=True):
-        module.register_forward_hook(_hook(layer.scaled, vectors), with_kwargs=True)
+        module.register_forward_hook(_hook(layer.scaled, vectors, compiled), with_kwargs=True)
 
 
-def _hook(layer: ScaledLayer, vectors: Vectors) -> Any:
+def _hook(layer: ScaledLayer, vectors: Vectors, compiled: Compiled | None) -> Any:
+    name = layer.name
+
     def scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        vectors.make(layer, args[0] if args else next(iter(kwargs.values())))
-        vectors.scale_(layer, output[0] if isinstance(output, tuple) else output)
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        outputs = output[0] if isinstance(output, tuple) else output
+        if compiled is not None and torch.compiler.is_compiling():
+            compiled(inputs, outputs, name)
+        else:
+            vectors.run(layer, inputs, outputs)
 
     return scale

@@ -13,6 +13,7 @@ from vllm.lora.layers import LoRAMapping
 from vllm.lora.utils import get_adapter_absolute_path
 
 from ..para.targets import DEFAULT_TARGETS, FUSED_PROJECTIONS
+from . import compiled
 from .layers import find_layers
 from .layout import install
 from .loading import load_tenant
@@ -47,7 +48,8 @@ class ParaManager:
         self._mapper = mapper.get_rename_mapper() if mapper is not None else None
         self.vectors = Vectors(self.layout.scaled, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, device)
         self._reserve()
-        install(self.layout, modules, self.vectors)
+        compiled.register(vllm_config, self.layout, self.vectors)
+        install(self.layout, modules, self.vectors, compiled.scale_layer)
         self._tenants: OrderedDict[tuple[int, str], Tenant] = OrderedDict()
         self._pinned: set[int] = set()
 
@@ -159,6 +161,20 @@ class ParaManager:
         self._tenants.move_to_end(key)
         return self._tenants[key]
 
+    def lora_inputs(
+        self, of_samples: Sequence[int], of_tokens: Sequence[int], requests: set[Any]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], set[Any]] | None:
+        """Returns what vLLM's LoRA manager needs of a step, without the requests of PARA; None where LoRA is not served."""
+        if self.lora is None:
+            return None
+        requests = {request for request in requests if self.tenant(request) is None}
+        ids = {request.lora_int_id for request in requests}
+        return (
+            tuple(int(adapter) if adapter in ids else 0 for adapter in of_samples),
+            tuple(int(adapter) if adapter in ids else 0 for adapter in of_tokens),
+            requests,
+        )
+
     def begin(self, rows: Sequence[Row], lora: tuple[Sequence[int], Sequence[int], set[Any]] | None = None) -> None:
         """Begins a step.
 
@@ -166,11 +182,6 @@ class ParaManager:
             rows: its requests, in the order of its tokens.
             lora: where LoRA is served too, the adapter id of each sampled token and of each token, and the LoRA requests.
         """
-        if self.vectors.unmade:
-            raise RuntimeError(
-                f"vLLM did not call {self.vectors.unmade[0]!r} in the last step, so that PARA's vectors were not made: this "
-                "version of vLLM computes the model in another way."
-            )
         self.vectors.begin(rows)
         self._forget_least_recently_used()
         if self.lora is not None and lora is not None:

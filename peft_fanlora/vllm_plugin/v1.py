@@ -22,17 +22,8 @@ def attach(runner: Any, manager: ParaManager) -> None:
         input_batch: Any, num_scheduled_tokens: Any, num_sampled_tokens: Any = None, *args: Any, **kwargs: Any
     ) -> None:
         rows = _rows(input_batch, num_scheduled_tokens.tolist(), manager)
-        lora = None
-        if manager.lora is not None:
-            sampled = num_scheduled_tokens.clip(max=1) if num_sampled_tokens is None else num_sampled_tokens
-            of_samples, of_tokens, requests = input_batch.make_lora_inputs(num_scheduled_tokens, sampled)
-            requests = {request for request in requests if manager.tenant(request) is None}
-            ids = {request.lora_int_id for request in requests}
-            lora = (
-                tuple(int(adapter) if adapter in ids else 0 for adapter in of_samples),
-                tuple(int(adapter) if adapter in ids else 0 for adapter in of_tokens),
-                requests,
-            )
+        sampled = num_scheduled_tokens.clip(max=1) if num_sampled_tokens is None else num_sampled_tokens
+        lora = manager.lora_inputs(*input_batch.make_lora_inputs(num_scheduled_tokens, sampled))
         manager.begin(rows, lora)
 
     runner.execute_model = releasing

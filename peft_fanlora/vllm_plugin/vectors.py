@@ -161,6 +161,7 @@ class Vectors:
         self.slot_of_token = torch.zeros(max_tokens, dtype=torch.long, device=device)
         self._owners: dict[int, Tenant] = {}
         self._stacks: dict[ScaledLayer, list[tuple[list[Prompt], list[Block]]]] = {}
+        self._scaled = self._awaited = 0
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Begins a step: gives slots to the requests whose prompts begin in it, and a slot to each of its tokens.
@@ -169,8 +170,10 @@ class Vectors:
             rows: the requests of the step, in the order of its tokens.
 
         Raises:
-            RuntimeError: a prompt is not computed whole in this step, or a request goes on that has no vectors.
+            RuntimeError: a prompt is not computed whole in this step, a request goes on that has no vectors, or the last
+                step left out a layer.
         """
+        self._check_last_step()
         self._stacks = {}
         slots, prompts, start = [], [], 0
         for row in rows:
@@ -193,10 +196,12 @@ class Vectors:
             self.slot_of_token[:start] = torch.repeat_interleave(torch.tensor(slots), counts)
         if prompts:
             self._stack(prompts)
+        self._scaled, self._awaited = 0, sum(layer.users > 0 for layer in self.layers)
 
     def begin_without_requests(self) -> None:
         """Begins a step that serves nobody, such as a warm-up."""
         self._stacks = {}
+        self._awaited = 0
         self.slot_of_token.zero_()
 
     def release(self, requests: Iterable[str]) -> None:
@@ -237,6 +242,11 @@ class Vectors:
                 blocks.append(block)
         self._stacks = {layer: list(of_layer.values()) for layer, of_layer in stacks.items()}
 
+    def run(self, layer: ScaledLayer, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Does what a layer needs after it ran: makes the vectors that read its inputs, and scales its outputs in place."""
+        self.make(layer, inputs)
+        self.scale_(layer, outputs)
+
     def make(self, layer: ScaledLayer, inputs: torch.Tensor) -> None:
         """Makes the vectors of the generators that read a layer's inputs, and writes them into the tables.
 
@@ -255,13 +265,18 @@ class Vectors:
     def scale_(self, layer: ScaledLayer, outputs: torch.Tensor) -> None:
         """Multiplies a layer's outputs, (…, tokens, outputs), by the vectors of their tokens, in place."""
         if layer.users:
+            self._scaled += 1
             covered = outputs[..., layer.start : layer.stop]
             covered.mul_(layer.table.index_select(0, self.slot_of_token[: outputs.shape[-2]]))
 
-    @property
-    def unmade(self) -> list[str]:
-        """The layers that should have made vectors in this step and were not called."""
-        return [layer.name for layer in self._stacks]
+    def _check_last_step(self) -> None:
+        """Raises where the engine left out a layer that some request scales: its answer would be wrong."""
+        if self._stacks or self._scaled < self._awaited:
+            which = next((f" ({layer.name!r} made no vectors)" for layer in self._stacks), "")
+            raise RuntimeError(
+                f"The last step scaled {self._scaled} of {self._awaited} layers{which}: the engine computes them in a way "
+                "that PARA's hooks do not see."
+            )
 
 
 def gather(tokens: torch.Tensor, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.model_executor.models import supports_lora
 from vllm.platforms import current_platform
 
-from . import v1
+from . import compiled, v1, v2
 from .manager import ParaManager
 from .options import Options
 
@@ -48,7 +47,7 @@ def load(
         model = _load_lora(load_lora_model, runner, model, vllm_config, device)
         lora = runner.lora_manager
     runner.lora_manager = ParaManager(vllm_config, model, device, lora)
-    v1.attach(runner, runner.lora_manager)
+    (v2 if vllm_config.use_v2_model_runner else v1).attach(runner, runner.lora_manager)
     return model
 
 
@@ -78,7 +77,7 @@ def _load_lora(
 def _check(vllm_config: Any, model: nn.Module) -> None:
     """Raises where the engine cannot serve PARA exactly."""
     config, parallel = vllm_config.model_config, vllm_config.parallel_config
-    compilation = vllm_config.compilation_config
+    unfit = compiled.refusal(vllm_config.compilation_config, current_platform.is_cpu())
     cases = {
         "the model computes attention from compressed keys (MLA), whose projections are not all layers": config.use_mla,
         "the model has recurrent layers beside attention (Mamba)": config.is_hybrid or config.is_attention_free,
@@ -89,12 +88,9 @@ def _check(vllm_config: Any, model: nn.Module) -> None:
         "kv_sharing_fast_prefill skips prompt tokens in some layers": vllm_config.cache_config.kv_sharing_fast_prefill,
         "kv_transfer_config brings prompts that were computed elsewhere": vllm_config.kv_transfer_config is not None,
         "VLLM_USE_RUST_FRONTEND goes around the checks of requests": _is_set("VLLM_USE_RUST_FRONTEND"),
-        "its steps are compiled or recorded, and what they do then is fixed: pass enforce_eager=True": (
-            compilation.mode not in (None, CompilationMode.NONE)
-            or (not current_platform.is_cpu() and compilation.cudagraph_mode not in (None, CUDAGraphMode.NONE))
-        ),
-        "it runs vLLM's second model runner: set VLLM_USE_V2_MODEL_RUNNER=0": vllm_config.use_v2_model_runner,
     }
+    if unfit is not None:
+        cases[unfit] = True
     for reason, applies in cases.items():
         if applies:
             raise ValueError(f"This engine cannot serve PARA: {reason}. Serve with transformers, or change that.")

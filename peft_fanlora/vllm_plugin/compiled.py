@@ -1,0 +1,67 @@
+"""The scaling of a layer as one operator, which stands in a compiled model for what a hook does.
+
+What it does changes from step to step, so a compiler must not look into it, and CUDA graphs are recorded around it.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.library import Library
+from vllm.config import CompilationMode, CUDAGraphMode
+from vllm.forward_context import get_forward_context
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from .layout import Layout
+from .vectors import Vectors
+
+
+NAMESPACE, NAME, PREFIX = "peft_fanlora", "scale_layer", "para."
+_LIBRARY = Library(NAMESPACE, "FRAGMENT")
+
+
+def _scale_layer(inputs: torch.Tensor, outputs: torch.Tensor, layer: str) -> None:
+    get_forward_context().no_compile_layers[PREFIX + layer](inputs, outputs)
+
+
+def _nothing(inputs: torch.Tensor, outputs: torch.Tensor, layer: str) -> None:
+    return None
+
+
+direct_register_custom_op(NAME, _scale_layer, ["outputs"], _nothing, _LIBRARY)
+
+
+def scale_layer(inputs: torch.Tensor, outputs: torch.Tensor, layer: str) -> None:
+    """Makes the vectors that read a layer's inputs, and scales its outputs in place."""
+    torch.ops.peft_fanlora.scale_layer(inputs, outputs, layer)
+
+
+def register(vllm_config: Any, layout: Layout, vectors: Vectors) -> None:
+    """Lets the operator find the layers of an engine, and splits the compiled model there.
+
+    Args:
+        vllm_config: the engine's configuration.
+        layout: its layers.
+        vectors: the vectors of the running requests.
+    """
+    compilation = vllm_config.compilation_config
+    for layer in layout.layers:
+        compilation.static_forward_context[PREFIX + layer.scaled.name] = partial(vectors.run, layer.scaled)
+    if compilation.mode == CompilationMode.VLLM_COMPILE and compilation.splitting_ops is not None:
+        name = f"{NAMESPACE}::{NAME}"
+        if name not in compilation.splitting_ops:
+            compilation.splitting_ops.append(name)
+
+
+def refusal(compilation: Any, is_cpu: bool) -> str | None:
+    """Returns why an engine cannot serve PARA with its compilation; None where it can."""
+    graphs = compilation.cudagraph_mode
+    if not is_cpu and graphs is not None and graphs.has_full_cudagraphs():
+        return "CUDA graphs record whole steps, and what PARA does changes: pass cudagraph_mode=PIECEWISE or NONE"
+    if not is_cpu and graphs != CUDAGraphMode.NONE and not compilation.splitting_ops:
+        return (
+            "CUDA graphs are recorded without a split at attention: pass cudagraph_mode=NONE, or leave splitting_ops"
+        )
+    if compilation.use_inductor_graph_partition:
+        return "use_inductor_graph_partition was not tried: leave it false"
+    return None
