@@ -69,6 +69,7 @@ def test_each_row_has_the_vectors_of_its_own_generators(method: str) -> None:
         *[{"target_modules": ["up_proj"]}] * 2,
         *[{"target_modules": ["q_proj", "up_proj"], "pooling": "max"}] * 2,
         {"r": 5},
+        *[{"activation": "prelu"}] * 2,  # an activation with a parameter
     ]
     for tenant, kind in enumerate(kinds):
         model.add_adapter(f"t{tenant}", ParaConfig(**{"r": 3, "task_type": "CAUSAL_LM", **kind}))
@@ -78,6 +79,7 @@ def test_each_row_has_the_vectors_of_its_own_generators(method: str) -> None:
         if isinstance(module, ParaLayer) and "t1" in module.para_generator:
             module.para_generator["t1"].register_forward_hook(lambda *call: seen.append(call))
             module.para_generator["t4"].activation.numerator.mul_(3)
+            module.para_generator["t10"].activation.weight.fill_(4)
     model.eval()
     names = [BASE_ROWS, *(f"t{tenant}" for tenant in range(len(kinds))), "t2", "t4", "t1"]
     batch = tokens(len(names), 6)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..para.core.generator import RationalActivation, VectorGenerator
+from ..para.core.generator import VectorGenerator
 from .slots import Slots
 
 
@@ -82,8 +82,7 @@ class Block:
         first: the layer whose input the generator reads.
         generator: makes the vectors of all layers.
         targets: what each of the generator's targets scales.
-        stack_key: what generators that are computed together have in common; those whose activation is learned in another
-            way than the rational function are computed alone.
+        stack_key: what generators that are computed together have in common.
     """
 
     first: ScaledLayer
@@ -92,10 +91,7 @@ class Block:
     stack_key: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        activation = self.generator.activation
-        has_own = not isinstance(activation, RationalActivation) and any(True for _ in activation.parameters())
-        key = self.generator if has_own else self.generator.stack_key
-        object.__setattr__(self, "stack_key", (key, tuple(self.targets.values())))
+        object.__setattr__(self, "stack_key", (self.generator.stack_key, tuple(self.targets.values())))
 
 
 @dataclass(frozen=True, eq=False)

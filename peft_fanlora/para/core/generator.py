@@ -213,8 +213,12 @@ class VectorGenerator(nn.Module):
     @property
     def stack_key(self) -> tuple[Any, ...]:
         """A key; `batched` can compute generators with the same key together."""
-        if "forward" in vars(self) or self._forward_pre_hooks or self._forward_hooks:
-            return (self,)  # a hook, such as the one that loads offloaded weights, needs this module's own forward
+        is_hooked = "forward" in vars(self) or self._forward_pre_hooks or self._forward_hooks
+        is_learned = not isinstance(self.activation, RationalActivation) and next(self.activation.parameters(), None) is not None
+        if is_hooked or is_learned:
+            # A hook, such as the one that loads offloaded weights, needs this module's own forward, and so does an
+            # activation with parameters, such as PReLU, which `batched` cannot stack.
+            return (self,)
         outputs = tuple((name, len(getattr(self, f"up_{name}"))) for name in self.targets)
         shape = self.in_features, self.r, self.down.dtype, self.down.device
         return self.pooling, type(self.activation), self.dropout.p, self.prompt_end, shape, outputs
