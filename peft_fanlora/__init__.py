@@ -6,9 +6,9 @@ when they are loaded. Modules for training and scoring are imported at first use
 
 from typing import TYPE_CHECKING, Any
 
-from . import fanlora
+from . import fanlora, para
 from .fanlora import FanLoraConfig, FanLoraModel, FanLoraSetting
-from .para import ParaConfig, ParaModel, get_prompt_end_token_ids
+from .para import ParaConfig, ParaModel
 from .serving.loading import load_as_saved
 from .serving.tenants import load_tenant
 from .sharing.saving import write_cards
@@ -17,11 +17,12 @@ from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .fanlora import FanLoraCallback, ImportanceScores, export_lora
+    from .para import get_prompt_end_token_ids
 else:
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            return getattr(fanlora, name)
+            return getattr(fanlora if name in fanlora.__all__ else para, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -21,7 +21,7 @@ from integration_tests.helpers.models import (
 )
 from peft_fanlora import ParaConfig
 from peft_fanlora.para import ParaLayer
-from peft_fanlora.para.core.slices import OutputSlices
+from peft_fanlora.para.core.scaling import OutputSlices
 
 
 def close(a, b):

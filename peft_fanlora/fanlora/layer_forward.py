@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..serving.layers import is_observed
+from ..serving.tenants import is_observed
 from .run import CurrentRun, PackedRun, Run
 from .stacks import AdapterStack, SharedAdapter
 

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..serving.tenants import BASE_ROWS
 from .core.generator import VectorGenerator
-from .core.slices import OutputSlices
+from .core.scaling import OutputSlices
 from .state import Call, ParaState, PromptEnd
 
 

@@ -8,13 +8,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..serving.layers import is_observed
+from ..serving.tenants import is_observed
 from .activations import make_activation
 from .blocks import ParaBlock
 from .config import ParaConfig
 from .core.generator import VectorGenerator
-from .core.scaling import scale
-from .core.slices import OutputSlices
+from .core.scaling import OutputSlices, scale
 from .targets import linear_shape
 
 

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .core.slices import OutputSlices
+from .core.scaling import OutputSlices
 
 
 _LLAMA = ["q_proj", "v_proj", "up_proj"]

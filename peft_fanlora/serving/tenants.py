@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from .adapters import require_fit
 from .gate import CallGate
@@ -268,3 +269,8 @@ def adapted_modules(model: nn.Module) -> Iterator[Any]:
             waiting.append(module.original_module)
         else:
             waiting.extend(module.children())
+
+
+def is_observed(layer: Any) -> bool:
+    """Returns whether other code, such as a hook, may keep a layer's output, so that it must not be overwritten."""
+    return bool(layer._forward_hooks or _global_forward_hooks or "forward" in vars(layer))
