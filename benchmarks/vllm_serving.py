@@ -263,11 +263,17 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         contestants = start(base, save_adapters(base, Path(folder)), 32, [1, 8, 32], device)
         results: list[dict[str, Any]] = []
-        for rows in (8, 32):
-            results += summary(f"decode, {rows} rows", rows, decoding(contestants, rows, rounds, clock))
-        results += summary("prefill, 8 x 40", 8, prefill(contestants, [40] * 8, max(rounds // 4, 2), clock))
-        results += summary("prefill, 200", 1, prefill(contestants, [200], max(rounds // 4, 2), clock))
-        results += summary(f"{requests} arrivals", 32, mixed(contestants, requests, loads, clock))
+        several = max(rounds // 4, 2)
+        measures: list[tuple[str, int, Callable[[], Times]]] = [
+            ("decode, 8 rows", 8, lambda: decoding(contestants, 8, rounds, clock)),
+            ("decode, 32 rows", 32, lambda: decoding(contestants, 32, rounds, clock)),
+            ("prefill, 8 x 40", 8, lambda: prefill(contestants, [40] * 8, several, clock)),
+            ("prefill, 200", 1, lambda: prefill(contestants, [200], several, clock)),
+            (f"{requests} arrivals", 32, lambda: mixed(contestants, requests, loads, clock)),
+        ]
+        for measure, rows, times in measures:
+            results += summary(measure, rows, times())
+            show(results[-len(contestants) :])
     show(results)
     if result is not None:
         facts = {
