@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 SETTING = Path(__file__).parent.parent / "examples" / "smollm2-setting"
 BASE, AGAIN = "base model", "base model, again"
 RANK = 8
+ROLES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCAB = 1_000
 """Prompts are random tokens below this id."""
 
@@ -117,16 +118,11 @@ def start(model: str, folders: dict[str, Path], rows: int, tenants: list[int], d
     for count in tenants:
         name = f"PARA, {count} tenant{'s' if count > 1 else ''}"
         found.append(Contestant(name, engine(max_loras=count, **para), requests("para", count)))
-    for method, name in (
-        ("fanlora", "FanLoRA, 8 tenants, lora_target_modules"),
-        ("lora", "LoRA, 8 tenants, all linear"),
-    ):
+    layers = {"fanlora": layers_of_vllm([str(folders["fanlora"])]), "lora": ROLES}
+    names = {"fanlora": "FanLoRA, 8 tenants, lora_target_modules", "lora": "LoRA, 8 tenants, all linear"}
+    for method, name in names.items():
         # On a CPU, vLLM gives requests without an adapter the one in the last slot: that one stays empty.
-        options = {
-            "max_loras": 9,
-            "max_lora_rank": RANK,
-            "lora_target_modules": layers_of_vllm([str(folders[method])]),
-        }
+        options = {"max_loras": 9, "max_lora_rank": RANK, "lora_target_modules": layers[method]}
         found.append(Contestant(name, engine(enable_lora=True, **options), requests(method, 8)))
     return found
 

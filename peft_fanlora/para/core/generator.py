@@ -214,7 +214,10 @@ class VectorGenerator(nn.Module):
     def stack_key(self) -> tuple[Any, ...]:
         """A key; `batched` can compute generators with the same key together."""
         is_hooked = "forward" in vars(self) or self._forward_pre_hooks or self._forward_hooks
-        is_learned = not isinstance(self.activation, RationalActivation) and next(self.activation.parameters(), None) is not None
+        is_learned = (
+            not isinstance(self.activation, RationalActivation)
+            and next(self.activation.parameters(), None) is not None
+        )
         if is_hooked or is_learned:
             # A hook, such as the one that loads offloaded weights, needs this module's own forward, and so does an
             # activation with parameters, such as PReLU, which `batched` cannot stack.
