@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 SETTING = Path(__file__).parent.parent / "examples" / "smollm2-setting"
 BASE, AGAIN = "base model", "base model, again"
 RANK = 8
+ROLES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VOCAB = 1_000
 """Prompts are random tokens below this id."""
 
@@ -117,16 +118,11 @@ def start(model: str, folders: dict[str, Path], rows: int, tenants: list[int], d
     for count in tenants:
         name = f"PARA, {count} tenant{'s' if count > 1 else ''}"
         found.append(Contestant(name, engine(max_loras=count, **para), requests("para", count)))
-    for method, name in (
-        ("fanlora", "FanLoRA, 8 tenants, lora_target_modules"),
-        ("lora", "LoRA, 8 tenants, all linear"),
-    ):
+    layers = {"fanlora": layers_of_vllm([str(folders["fanlora"])]), "lora": ROLES}
+    names = {"fanlora": "FanLoRA, 8 tenants, lora_target_modules", "lora": "LoRA, 8 tenants, all linear"}
+    for method, name in names.items():
         # On a CPU, vLLM gives requests without an adapter the one in the last slot: that one stays empty.
-        options = {
-            "max_loras": 9,
-            "max_lora_rank": RANK,
-            "lora_target_modules": layers_of_vllm([str(folders[method])]),
-        }
+        options = {"max_loras": 9, "max_lora_rank": RANK, "lora_target_modules": layers[method]}
         found.append(Contestant(name, engine(enable_lora=True, **options), requests(method, 8)))
     return found
 
@@ -263,11 +259,17 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         contestants = start(base, save_adapters(base, Path(folder)), 32, [1, 8, 32], device)
         results: list[dict[str, Any]] = []
-        for rows in (8, 32):
-            results += summary(f"decode, {rows} rows", rows, decoding(contestants, rows, rounds, clock))
-        results += summary("prefill, 8 x 40", 8, prefill(contestants, [40] * 8, max(rounds // 4, 2), clock))
-        results += summary("prefill, 200", 1, prefill(contestants, [200], max(rounds // 4, 2), clock))
-        results += summary(f"{requests} arrivals", 32, mixed(contestants, requests, loads, clock))
+        several = max(rounds // 4, 2)
+        measures: list[tuple[str, int, Callable[[], Times]]] = [
+            ("decode, 8 rows", 8, lambda: decoding(contestants, 8, rounds, clock)),
+            ("decode, 32 rows", 32, lambda: decoding(contestants, 32, rounds, clock)),
+            ("prefill, 8 x 40", 8, lambda: prefill(contestants, [40] * 8, several, clock)),
+            ("prefill, 200", 1, lambda: prefill(contestants, [200], several, clock)),
+            (f"{requests} arrivals", 32, lambda: mixed(contestants, requests, loads, clock)),
+        ]
+        for measure, rows, times in measures:
+            results += summary(measure, rows, times())
+            show(results[-len(contestants) :])
     show(results)
     if result is not None:
         facts = {
