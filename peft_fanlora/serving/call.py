@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -27,7 +27,7 @@ Shape = tuple[int | None, int | None]
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of a model's forward or of `generate`, and values derived from them, which are computed once.
+    """The arguments of a model's forward or of `generate`, and values derived from them.
 
     The inputs of a multiple-choice model, (batch, choices, tokens), are stored with one row per choice.
 
@@ -47,17 +47,17 @@ class Arguments:
         named = kwargs if not args else {**dict(zip(_names(cast(Any, type(model))), args, strict=False)), **kwargs}
         return cls(model, *_choices_as_rows(model, named))
 
-    @cached_property
+    @property
     def rows(self) -> int | None:
         """The number of rows that the layers see: those of the text if there is one, else of the main input."""
         return self._shape[0]
 
-    @cached_property
+    @property
     def tokens(self) -> int | None:
         """The number of tokens per row."""
         return self._shape[1]
 
-    @cached_property
+    @property
     def _shape(self) -> Shape:
         text = self._first_text((*_DECODED, *_TEXT))
         if text is not None:
@@ -67,7 +67,7 @@ class Arguments:
         first = next(values, None)
         return (None, None) if first is None else (len(first), first.shape[1] if first.dim() == 3 else None)
 
-    @cached_property
+    @property
     def text_shape(self) -> Shape:
         """(rows, tokens) of the text that contains the prompt; for decoder inputs only the rows."""
         text = self._first_text(_TEXT)
@@ -87,7 +87,7 @@ class Arguments:
         """The token ids, (rows, tokens)."""
         return self.named.get("input_ids")
 
-    @cached_property
+    @property
     def cache(self) -> Any:
         """The KV cache that the call continues or fills."""
         return cache_in(self.named)
@@ -97,13 +97,13 @@ class Arguments:
         """Whether it is a call of continuous batching, according to its cache."""
         return isinstance(self.named.get("cache"), PagedAttentionCache)
 
-    @cached_property
+    @property
     def memory(self) -> torch.Tensor | None:
         """The encoder's output in the arguments, (rows, tokens, d)."""
         memory = first_not_none(self.named.get("encoder_hidden_states"), self.named.get("encoder_outputs"))
         return memory if memory is None or isinstance(memory, torch.Tensor) else memory[0]
 
-    @cached_property
+    @property
     def given_rows(self) -> int | None:
         """The number of rows that the caller passes to forward or `generate`; None if PEFT does not pass them on."""
         if not isinstance(self.model, PreTrainedModel):
@@ -112,7 +112,7 @@ class Arguments:
         values = (self.named[name] for name in names if isinstance(self.named.get(name), torch.Tensor))
         return next((len(value) // self.choices for value in values), None)
 
-    @cached_property
+    @property
     def expansion(self) -> int:
         """How often `generate` repeats each row, one after the other; guidance may repeat the whole batch instead."""
         given = next((value for value in self.named.values() if isinstance(value, GenerationConfig)), None)
