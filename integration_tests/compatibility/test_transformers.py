@@ -84,7 +84,7 @@ def test_pipeline(method: str, tmp_path: Path) -> None:
     words.save_pretrained(base)
     model = adapted(method, base=tf.AutoModelForCausalLM.from_pretrained(base))
     model.save_pretrained(tmp_path / "adapter")
-    tokenizer.save_pretrained(tmp_path / "adapter")
+    words.save_pretrained(tmp_path / "adapter")
     prompts = ["w7 w8 w9", "w20 w3"]
     arguments = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
 
@@ -93,14 +93,14 @@ def test_pipeline(method: str, tmp_path: Path) -> None:
 
     expected = []
     for prompt in prompts:
-        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        ids = torch.tensor([words(prompt)["input_ids"]])
         answer = generated(model, ids, max_new_tokens=5, min_new_tokens=5)[0]
         # the pipeline puts the answer's text right behind the prompt's
-        expected.append(prompt + tokenizer.decode(answer[len(ids[0]) :], skip_special_tokens=True))
-    assert texts(tf.pipeline("text-generation", model, tokenizer=tokenizer)) == expected
+        expected.append(prompt + words.decode(answer[len(ids[0]) :], skip_special_tokens=True))
+    assert texts(tf.pipeline("text-generation", model, tokenizer=words)) == expected
     # the folder of an adapter, which transformers loads onto its base by itself
     assert texts(tf.pipeline("text-generation", str(tmp_path / "adapter"))) == expected
-    padded = tf.pipeline("text-generation", model, tokenizer=tokenizer, batch_size=2)
+    padded = tf.pipeline("text-generation", model, tokenizer=words, batch_size=2)
     padded.tokenizer.padding_side = "left"
     assert texts(padded) == expected
 
