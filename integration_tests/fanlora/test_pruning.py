@@ -212,7 +212,7 @@ class TestRefusals:
         self.refused(model, setting, ValueError, "unmerge_adapter")
 
     def test_no_setting(self) -> None:
-        self.refused(fanlora(), ["up_proj"], ValueError, "`setting` is a list; pass what")
+        self.refused(fanlora(), ["up_proj"], ValueError, "`setting` is a list; pass the result of")
 
     def test_unknown_adapter(self) -> None:
         model = fanlora()

@@ -222,7 +222,7 @@ LISTS = r"`input_ids` of a calibration batch is a list instead of a tensor, as i
         ({"adapter_name": "nobody"}, "There is no adapter 'nobody'; this model has"),
         ({"dataloader": None}, "needs calibration data"),
         ({"dataloader": []}, "no label tokens"),
-        ({"dataloader": TINY["llama"].batch()}, r"gave a str instead of a dict .* score_modules\(\[batch\]\)"),
+        ({"dataloader": TINY["llama"].batch()}, r"returned a str instead of a dict .* score_modules\(\[batch\]\)"),
         ({"dataloader": "my-data"}, "`dataloader` is 'my-data'; pass an iterable of batches"),
         ({"dataloader": 3}, "`dataloader` is 3; pass an iterable of batches"),
         ({"dataloader": (batch for batch in ())}, "is empty, as a generator is after its first use"),
@@ -234,10 +234,16 @@ LISTS = r"`input_ids` of a calibration batch is a list instead of a tensor, as i
             r"shape \(3,\), that of a single row",
         ),
         ({"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(3, 3).long()}]}, "has 2 rows"),
-        ({"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2, 4).long()}]}, "each token"),
-        ({"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2).long()}]}, "each token"),
+        (
+            {"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2, 4).long()}]},
+            "one label per token",
+        ),
+        (
+            {"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2).long()}]},
+            "one label per token",
+        ),
         ({"dataloader": [{"input_ids": torch.ones(2, 3).long(), "labels": torch.tensor(1)}]}, "has 2 rows"),
-        ({"dataloader": [(torch.ones(1, 3), torch.ones(1, 3))]}, "gave a tuple instead of a dict"),
+        ({"dataloader": [(torch.ones(1, 3), torch.ones(1, 3))]}, "returned a tuple instead of a dict"),
         ({"dataloader": [{"input_ids": torch.ones(1, 3, dtype=torch.long)}]}, "no `labels`, only"),
     ],
 )

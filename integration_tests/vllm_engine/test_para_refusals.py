@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+from integration_tests.helpers.bad_folders import BAD_FOLDERS, set_config
 from integration_tests.helpers.models import randomize
 from integration_tests.vllm_engine.para_engines import (
     BASE,
@@ -22,7 +23,6 @@ from integration_tests.vllm_engine.para_engines import (
     sampling,
     start,
 )
-from integration_tests.vllm_engine.test_plugin_folders import BAD_FOLDERS, set_config
 
 
 pytestmark = pytest.mark.vllm

@@ -15,9 +15,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from integration_tests.helpers.bad_folders import BAD_FOLDERS
 from integration_tests.helpers.processes import environment
 from integration_tests.vllm_engine.para_engines import TENANTS, Job, Tenants, make_base, make_jobs, make_tenants
-from integration_tests.vllm_engine.test_plugin_folders import BAD_FOLDERS
 
 
 openai = pytest.importorskip("openai")  # which vLLM's environment has

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from ..para.activations import is_activation, make_activation
 from ..para.core.generator import POOLINGS
 from ..para.targets import scaled_outputs
+from ..sharing import reading
 
 
 CONFIG_NAME = "adapter_config.json"
@@ -83,12 +83,12 @@ def read_json(folder: str | Path) -> dict[str, Any]:
         raise TenantError(
             f"The adapter folder {str(folder)!r} does not exist: pass the folder that save_pretrained made."
         )
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
+    if not file.exists():
         raise TenantError(
             f"{str(folder)!r} has no {CONFIG_NAME}, so it is no adapter's folder: pass the one that save_pretrained made."
-        ) from None
+        )
+    try:
+        content = reading.read_json(file)
     except (OSError, ValueError) as error:
         raise TenantError(f"{str(file)!r} cannot be read ({error}): save the adapter again.") from error
     if not isinstance(content, dict):
