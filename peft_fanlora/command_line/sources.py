@@ -25,15 +25,8 @@ def adapter_or_setting(where: str) -> SavedAdapter[Any] | FanLoraSetting:
     Raises:
         ValueError: there is neither, an adapter of another method, or a file with invalid content.
     """
-    folder = Path(where)
-    if not folder.is_dir():
-        try:
-            file = hf_hub_download(where, CONFIG_NAME)
-            hf_hub_download(where, SAFETENSORS_WEIGHTS_NAME)
-        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
-            return _setting(where)
-        folder = Path(file).parent
-    elif not (folder / CONFIG_NAME).exists():
+    folder = _adapter_folder(where)
+    if folder is None:
         return _setting(where)
     content = FanLoraConfig.from_json_file(str(folder / CONFIG_NAME))
     peft_type = content.get("peft_type")
@@ -53,16 +46,32 @@ def adapter_config(where: str) -> FanLoraConfig:
     """Returns the configuration for scoring a LoRA or FanLoRA adapter.
 
     Raises:
-        ValueError: there is no such adapter.
+        ValueError: there is no such adapter, or its configuration has invalid content.
     """
-    try:
-        config = PeftConfig.from_pretrained(where)
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    folder = _adapter_folder(where)
+    if folder is None:
         raise ValueError(
             f"There is no adapter at {where!r}: it is neither a folder with a {CONFIG_NAME} nor a readable Hub "
             "repository. For a private repository, log in with `hf auth login`."
-        ) from error
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME}: {error}") from error
     return config if isinstance(config, FanLoraConfig) else FanLoraConfig.from_lora(config)
+
+
+def _adapter_folder(where: str) -> Path | None:
+    """Returns the folder of the adapter at a path or Hub id, after a download if needed; None if there is none."""
+    folder = Path(where)
+    if not folder.is_dir():
+        try:
+            file = hf_hub_download(where, CONFIG_NAME)
+            hf_hub_download(where, SAFETENSORS_WEIGHTS_NAME)
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+            return None
+        return Path(file).parent
+    return folder if (folder / CONFIG_NAME).exists() else None
 
 
 def base_model_of(adapter: str) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.library import Library
+from torch import library
 from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -17,7 +17,7 @@ from .vectors import Vectors
 
 
 NAMESPACE, NAME, PREFIX = "peft_fanlora", "scale_layer", "para."
-_LIBRARY = Library(NAMESPACE, "FRAGMENT")
+_LIBRARY = library.Library(NAMESPACE, "FRAGMENT")
 
 
 def _scale_layer(inputs: torch.Tensor, outputs: torch.Tensor, layer: str) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..para.activations import is_activation, make_activation
 from ..para.core.generator import POOLINGS
-from ..para.targets import scaled_outputs
+from ..para.targets import linear_shape, scaled_outputs
 from ..sharing import reading
 
 
@@ -281,8 +281,6 @@ def prompt_length(tokens: Sequence[int], end: tuple[int, ...] | None) -> int:
 
 def linear_shapes(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """Returns the (inputs, outputs) of the linear layers of a model of transformers by their names."""
-    from ..para.targets import linear_shape
-
     shapes = {}
     for name, module in model.named_modules():
         if name and isinstance(getattr(module, "weight", None), torch.Tensor):
