@@ -5,10 +5,12 @@ as the reader's own model, comes from `GIVEN`.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -30,6 +32,8 @@ from peft_fanlora import (
     export_lora,
     get_prompt_end_token_ids,
 )
+from peft_fanlora.fanlora.importance import SCORES
+from peft_fanlora.para.core.generator import POOLINGS
 
 
 pytestmark = pytest.mark.xdist_group("docs_code")  # one worker makes what its tests share
@@ -158,8 +162,6 @@ UPLOADS = re.compile(r"^model\.push_to_hub\(", re.MULTILINE)
 def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Runs the Python of a page in a folder, and returns the names that it leaves."""
     monkeypatch.chdir(folder)
-    for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
-        mapping.pop("TOY", None)  # the method of an earlier run
     names = {"__name__": page, **GIVEN[page]()}
     for line, code in blocks(page, "python"):
         compiled = compile("\n" * line + code, str(PAGES[page]), "exec")
@@ -169,6 +171,24 @@ def run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
         if not needs_vllm and not UPLOADS.search(code):
             exec(compiled, names)
     return names
+
+
+REGISTRIES: list[dict[Any, Any]] = [
+    SCORES,
+    POOLINGS,
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+]
+
+
+@pytest.fixture(autouse=True)
+def same_registries() -> Iterator[None]:
+    """Removes what a page registers: other tests list the scores and the poolings of this package."""
+    with ExitStack() as stack:
+        for registry in REGISTRIES:
+            stack.enter_context(patch.dict(registry))
+        yield
 
 
 @pytest.fixture
