@@ -1,4 +1,4 @@
-"""Changes of a PARA adapter's folder after which no engine can serve it, and what the error names."""
+"""Changes to a PARA adapter's folder that make it invalid, and a pattern of the error message for each."""
 
 import json
 from collections.abc import Callable
@@ -75,7 +75,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a deeply nested configuration": (replace(CONFIG_NAME, b"[" * 100_000), "cannot be read"),
     "a key twice": (replace(CONFIG_NAME, b'{"peft_type": "PARA", "peft_type": "LORA"}'), "cannot be read"),
     "binary configuration": (replace(CONFIG_NAME, b"\xff\xfe\x00"), "cannot be read"),
-    "a list": (replace(CONFIG_NAME, b"[1]"), "holds list"),
+    "a list": (replace(CONFIG_NAME, b"[1]"), "contains a list"),
     "no method": (replace(CONFIG_NAME, b"{}"), "None"),
     "LoRA's method": (set_config(peft_type="LORA"), "'LORA'"),
     "FanLoRA's method": (set_config(peft_type="FANLORA"), "'FANLORA'"),
@@ -106,7 +106,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "text as weights": (replace(WEIGHTS_NAME, b"not weights at all, really"), "damaged"),
     "no tensors": (set_tensors(dict.clear), "no generator"),
     "a trained head": (add("base_model.model.lm_head.weight"), "lm_head"),
-    "LoRA's tensors": (rename("para_generator.down", "lora_A.weight"), "no part of a PARA generator"),
+    "LoRA's tensors": (rename("para_generator.down", "lora_A.weight"), "not a parameter of a PARA generator"),
     "no down-projection": (drop("down"), "lacks 'down'"),
     "no query": (drop("query"), "lacks 'query'"),
     "no up-projection left": (

@@ -203,7 +203,7 @@ def test_a_prompt_in_pieces_is_an_error(tmp_path: Path) -> None:
 def test_a_request_without_vectors_is_an_error(tmp_path: Path) -> None:
     para().save_pretrained(tmp_path)
     engine = Engine()
-    with pytest.raises(RuntimeError, match="no vectors were made"):
+    with pytest.raises(RuntimeError, match="'a' has no vectors"):
         engine.vectors.begin([Row("a", engine.load(tmp_path), 1)])
 
 

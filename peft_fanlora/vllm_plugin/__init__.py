@@ -1,17 +1,16 @@
-"""PARA in vLLM: adapters that see the prompt, served beside LoRA adapters and the base model in one batch.
+"""vLLM plugin for PARA: PARA adapters, LoRA adapters and the base model in one batch.
 
-vLLM finds `register` through its entry point `vllm.general_plugins` and calls it in each of its processes. An engine
-serves PARA where `additional_config` has the key "para"; for all others nothing changes.
+vLLM calls `register` in each of its processes, through the entry point group `vllm.general_plugins`. An engine serves
+PARA if `additional_config` has the key "para". Other engines are unchanged.
 """
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Puts PARA into vLLM; to do so again does nothing.
+    """Patches vLLM to serve PARA. Further calls do nothing.
 
-    Where this version of vLLM lacks something that PARA needs, nothing is put in, and an engine that asks for PARA says so
-    when it starts.
+    If this version of vLLM is not compatible, engines with the "para" option fail at startup.
     """
     from . import compatibility, hooks
 

@@ -1,4 +1,4 @@
-"""The names and signatures of vLLM that PARA relies on, checked when the plugin registers."""
+"""Checks at registration that vLLM has the names and signatures that the plugin uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 TESTED = "0.32"
-"""The versions of vLLM that the tests ran on."""
+"""The version of vLLM that the plugin was tested with."""
 
 _V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
@@ -84,11 +84,11 @@ NAMES: dict[str, tuple[str, ...]] = {
     f"{_LINEAR}RowParallelLinear": ("reduce_results",),
     f"{_LINEAR}ReplicatedLinear": ("input_size", "output_size"),
 }
-"""What is wrapped, called or read, and the parameters by which that is done."""
+"""The functions and classes that the plugin wraps, calls or reads, with the parameters or fields that it uses."""
 
 
 def problems(names: dict[str, tuple[str, ...]] = NAMES) -> list[str]:
-    """Returns what this version of vLLM does not have, one sentence each; nothing where all is there."""
+    """Returns one message for each name or parameter that the installed vLLM lacks; empty if it is compatible."""
     found = []
     for name, parameters in names.items():
         try:
@@ -103,11 +103,15 @@ def problems(names: dict[str, tuple[str, ...]] = NAMES) -> list[str]:
 
 
 def refusal(found: list[str]) -> str:
-    """Returns what an engine that asks for PARA says where something is missing."""
+    """Returns the error message of an engine with the "para" option on an incompatible vLLM.
+
+    Args:
+        found: the messages of `problems`, at least one.
+    """
     import vllm
 
     return (
-        f"vLLM {vllm.__version__} has moved on from what peft-fanlora's plugin knows (tested with {TESTED}), so that it cannot "
-        f"serve PARA: {found[0]}{f', and {len(found) - 1} more' if len(found) > 1 else ''}. Install vLLM {TESTED}, or "
-        "a newer peft-fanlora."
+        f"vLLM {vllm.__version__} is not compatible with peft-fanlora's plugin (tested with {TESTED}): "
+        f"{found[0]}{f', and {len(found) - 1} more' if len(found) > 1 else ''}. Install vLLM {TESTED}, or a newer "
+        "peft-fanlora."
     )

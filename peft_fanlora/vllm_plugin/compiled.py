@@ -1,6 +1,6 @@
-"""The scaling of a layer as one operator, which stands in a compiled model for what a hook does.
+"""A custom operator that scales the outputs of a layer, used by the hooks in compiled models.
 
-What it does changes from step to step, so a compiler must not look into it, and CUDA graphs are recorded around it.
+Its work differs between steps, so it is opaque to torch.compile, and the graph is split at it, outside of CUDA graphs.
 """
 
 from functools import partial
@@ -32,15 +32,15 @@ direct_register_custom_op(NAME, _scale_layer, ["outputs"], _nothing, _LIBRARY)
 
 
 def scale_layer(inputs: torch.Tensor, outputs: torch.Tensor, layer: str) -> None:
-    """Makes the vectors that read a layer's inputs, and scales its outputs in place."""
+    """Generates the vectors that depend on a layer's inputs, and scales its outputs in place."""
     torch.ops.peft_fanlora.scale_layer(inputs, outputs, layer)
 
 
 def register(vllm_config: Any, layout: Layout, vectors: Vectors) -> None:
-    """Lets the operator find the layers of an engine, and splits the compiled model there.
+    """Adds the layers to the forward context, where the operator looks them up, and the operator to the splitting ops.
 
     Args:
-        vllm_config: the engine's configuration.
+        vllm_config: configuration of the engine.
         layout: its layers.
         vectors: the vectors of the running requests.
     """
@@ -54,14 +54,12 @@ def register(vllm_config: Any, layout: Layout, vectors: Vectors) -> None:
 
 
 def refusal(compilation: Any, is_cpu: bool) -> str | None:
-    """Returns why an engine cannot serve PARA with its compilation; None where it can."""
+    """Returns the reason why a compilation config cannot be used with PARA; None if it can."""
     graphs = compilation.cudagraph_mode
     if not is_cpu and graphs is not None and graphs.has_full_cudagraphs():
-        return "CUDA graphs record whole steps, and what PARA does changes: pass cudagraph_mode=PIECEWISE or NONE"
+        return "full CUDA graphs cannot contain PARA's operator: set cudagraph_mode=PIECEWISE or NONE"
     if not is_cpu and graphs != CUDAGraphMode.NONE and not compilation.splitting_ops:
-        return (
-            "CUDA graphs are recorded without a split at attention: pass cudagraph_mode=NONE, or leave splitting_ops"
-        )
+        return "CUDA graphs are not split at attention: set cudagraph_mode=NONE, or keep the default splitting_ops"
     if compilation.use_inductor_graph_partition:
-        return "use_inductor_graph_partition was not tried: leave it false"
+        return "use_inductor_graph_partition=True was not tested: set it to False"
     return None

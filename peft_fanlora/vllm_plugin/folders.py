@@ -1,4 +1,4 @@
-"""What the process that takes requests knows of an adapter's folder, read once for each state of its files."""
+"""Cached look-ups of adapter folders in the front-end process and the scheduler."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ State = tuple[tuple[int, int] | None, ...]
 
 
 def state_of(folder: str) -> State:
-    """Returns when the files of an adapter were written, and their sizes; None for a missing file."""
+    """Returns modification time (ns) and size (bytes) of an adapter's config and weights; None for a missing file."""
     return tuple(_written(Path(folder) / name) for name in (CONFIG_NAME, WEIGHTS_NAME))
 
 
@@ -28,27 +28,30 @@ def _written(file: Path) -> tuple[int, int] | None:
 
 @lru_cache(maxsize=4096)
 def peft_type_in(folder: str, state: State) -> str:
-    """Returns the method of a saved adapter in a state of its files."""
+    """Returns the `peft_type` of a saved adapter, cached until its files change."""
     return peft_type_of(folder)
 
 
 @lru_cache(maxsize=4096)
 def resolve(path: str) -> str:
-    """Returns the folder of an adapter, which vLLM downloads where the path is the name of a repository.
+    """Returns the local folder of an adapter; vLLM downloads it if the path is a repository id.
 
     Raises:
-        TenantError: there is neither a folder nor a repository.
+        TenantError: the path is neither a folder nor a repository.
     """
     from vllm.lora.utils import get_adapter_absolute_path
 
     folder = get_adapter_absolute_path(path)
     if not os.path.isdir(folder):
-        raise TenantError(f"The adapter {path!r} is neither a folder nor a repository that can be downloaded.")
+        raise TenantError(
+            f"The adapter path {path!r} is neither a folder nor a repository that can be downloaded: pass the folder "
+            "that save_pretrained wrote."
+        )
     return folder
 
 
 def is_para(request: Any) -> bool:
-    """Whether a `LoRARequest` names a PARA adapter; None and unreadable folders are none."""
+    """Returns whether a `LoRARequest` names a PARA adapter; False for None and for unreadable folders."""
     if request is None:
         return False
     try:

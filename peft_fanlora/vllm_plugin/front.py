@@ -1,4 +1,4 @@
-"""What is refused before it reaches the engine, so that a bad request or folder harms no other."""
+"""Checks requests and adapter folders before they reach the engine core, so that a bad one does not affect others."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .tenants import TenantError, check_blocks, linear_shapes, read_blocks, read
 
 
 class RefusedRequest(VLLMValidationError, ValueError):
-    """A request that PARA cannot serve; vLLM's server answers it with HTTP 400."""
+    """Raised for a request or adapter that cannot be served; vLLM's server returns HTTP 400."""
 
 
 class Front:
-    """Checks the requests and folders of one engine.
+    """Checks the requests and adapter folders of one engine.
 
     Args:
-        vllm_config: its configuration.
-        options: what it was asked to do for PARA.
+        vllm_config: configuration of the engine.
+        options: its PARA options.
     """
 
     def __init__(self, vllm_config: Any, options: Options) -> None:
@@ -39,7 +39,7 @@ class Front:
         """Returns whether a `LoRARequest` names a PARA adapter.
 
         Raises:
-            RefusedRequest: its folder cannot be served by this engine.
+            RefusedRequest: this engine cannot serve the adapter.
         """
         try:
             folder = resolve(request.lora_path)
@@ -58,61 +58,65 @@ class Front:
             )
             return True
         if method != "LORA":
-            way = "export it with export_lora" if method == "FANLORA" else "vLLM serves LoRA, and this plugin PARA"
-            raise TenantError(f"{folder!r} is of the method {method!r}: {way}.")
+            way = "export it with export_lora" if method == "FANLORA" else "pass a LoRA or PARA adapter"
+            raise TenantError(f"{folder!r} has peft_type {method!r}, which this engine cannot serve: {way}.")
         if not self.options.lora:
             raise TenantError(
-                f"{folder!r} is a LoRA adapter, and this engine serves PARA alone: start it with "
+                f"{folder!r} is a LoRA adapter, but this engine serves only PARA: start it with "
                 'additional_config={"para": {"lora": true}}.'
             )
         if state[1] is None:
-            raise TenantError(f"{folder!r} has no weights in safetensors: save the adapter again.")
+            raise TenantError(f"{folder!r} has no adapter_model.safetensors: save the adapter again.")
         PEFTHelper.from_local_dir(folder, None).validate_legal(self.config.lora_config)
         return False
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """The linear layers of the served model as transformers builds it, where adapters are trained."""
+        """The (inputs, outputs) of each linear layer of the served model, by its name in transformers."""
         if self._shapes is None:
             config = copy.deepcopy(self.config.model_config.hf_config)
             architecture = next(iter(getattr(config, "architectures", None) or ()), "")
             model_class: Any = getattr(transformers, architecture, None)
             if model_class is None:
                 raise TenantError(
-                    f"transformers has no {architecture!r}, so that no adapter can be compared with the served model."
+                    f"transformers has no model class {architecture!r}, so that adapters cannot be checked against "
+                    "the served model: install a version of transformers that has it."
                 )
-            # Where the engine runs in this process on vLLM's Transformers backend, it has changed these classes.
+            # vLLM's Transformers backend patches these classes if the engine runs in this process.
             with set_current_vllm_config(self.config), torch.device("meta"):
                 self._shapes = linear_shapes(model_class(config))
         return self._shapes
 
     def check_request(self, request: Any) -> None:
-        """Checks a request of a PARA adapter as vLLM has prepared it for the engine.
+        """Checks a processed request for a PARA adapter.
 
         Raises:
-            RefusedRequest: it asks for something that PARA cannot do.
+            RefusedRequest: the request has a feature that PARA does not support, or a prompt that does not fit into
+                one step.
         """
         if request.pooling_params is not None:
-            raise RefusedRequest("PARA adapters generate; a pooling request goes to the base model.")
+            raise RefusedRequest("PARA adapters do not support pooling requests: send it to the base model.")
         if request.prompt_token_ids is None or request.prompt_embeds is not None:
             raise RefusedRequest(
-                "A PARA adapter needs the prompt's tokens, and prompt_embeds has none: pass text or tokens."
+                "PARA adapters do not support prompt_embeds, since they need the token ids: pass text or token ids."
             )
         if request.mm_features:
-            raise RefusedRequest("PARA adapters are served for text alone: send images and sounds to the base model.")
+            raise RefusedRequest(
+                "PARA adapters support only text: send requests with images or audio to the base model."
+            )
         if request.resumable:
             raise RefusedRequest(
-                "The prompt of a PARA adapter must be complete, and this request streams its input: send it in one piece."
+                "This request streams its input, but PARA adapters need the complete prompt: send it in one piece."
             )
         length, limit, option = len(request.prompt_token_ids), *self._longest_prompt()
         if length > limit:
             raise RefusedRequest(
-                f"The prompt has {length} tokens, and PARA computes a prompt in one step, which may hold {limit} "
-                f"({option}): raise {option}, or shorten the prompt."
+                f"The prompt has {length} tokens, but PARA computes a prompt in one step, which has at most {limit} "
+                f"tokens of a request ({option}): raise {option}, or shorten the prompt."
             )
 
     def _longest_prompt(self) -> tuple[int, str]:
-        """Returns how many prompt tokens one step may compute of a request, and the option that says so."""
+        """Returns the maximum number of prompt tokens per request and step, and the option that sets it."""
         scheduler, spec = self.config.scheduler_config, self.config.speculative_config
         drafts = spec.max_num_new_slots_for_drafting if spec is not None else 0
         limits = [(scheduler.max_num_batched_tokens - drafts, "max_num_batched_tokens")]
@@ -124,6 +128,6 @@ class Front:
 
 
 BEAM_SEARCH_REFUSAL = (
-    "vLLM's beam search passes each beam as a new prompt, from which a PARA adapter would make other vectors: use n for "
-    "several answers, or beam search without an adapter."
+    "PARA adapters do not support beam search, because vLLM submits each beam as a new prompt, which would change the "
+    "vectors: use n for several answers, or beam search without an adapter."
 )

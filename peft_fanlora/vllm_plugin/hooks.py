@@ -1,6 +1,6 @@
-"""Puts PARA into vLLM: each function of vLLM's that is wrapped, and what is done around it.
+"""Wrappers around the functions of vLLM that PARA changes.
 
-All of them do what they did before in an engine that does not ask for PARA.
+In an engine without the "para" option, all of them call the original function only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .options import Options, read_options
 
 
 def install() -> None:
-    """Wraps vLLM's functions; to do so again does nothing."""
+    """Wraps vLLM's functions. Further calls do nothing."""
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -32,10 +32,10 @@ def install() -> None:
 
 
 def refuse(message: str) -> None:
-    """Lets engines that ask for PARA refuse to start, where vLLM cannot serve it.
+    """Makes engines with the "para" option fail at startup with an `ImportError`.
 
     Args:
-        message: says why.
+        message: the message of the error.
     """
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
@@ -64,7 +64,7 @@ def _options(vllm_config: Any) -> Options | None:
     return read_options(vllm_config.additional_config)
 
 
-# In the worker
+# Worker
 
 
 def _load_lora_model(original: Any, runner: Any, model: Any, vllm_config: Any, device: Any) -> Any:
@@ -76,7 +76,7 @@ def _load_lora_model(original: Any, runner: Any, model: Any, vllm_config: Any, d
     return worker.load(original, runner, model, vllm_config, device, options)
 
 
-# In the engine's core
+# Engine core
 
 
 def _add_request(original: Any, scheduler: Any, request: Any) -> Any:
@@ -95,11 +95,11 @@ def _reserve_prefill_lookahead(
     return scheduling.whole_prompt(request, num_computed_tokens, num_new_tokens)
 
 
-# In the process that takes requests
+# Front end
 
 
 def _front(processor: Any) -> Any:
-    """Returns what checks an engine's requests; None where it does not serve PARA."""
+    """Returns the `Front` of an input processor, created at the first call; None if the engine does not serve PARA."""
     options = _options(processor.vllm_config)
     if options is None:
         return None

@@ -1,4 +1,4 @@
-"""The linear layers of a model of vLLM, the modules of transformers that each computes."""
+"""Maps the linear layers of a vLLM model to the modules of transformers that each of them computes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .vectors import ScaledLayer
 def find_layers(
     model: nn.Module, packed_modules: Mapping[str, Sequence[str]], num_slots: int, device: torch.device
 ) -> tuple[Layout, list[nn.Module]]:
-    """Returns the linear layers of a model that can be scaled, and the module of each.
+    """Returns the linear layers of a model that can be scaled, and the torch module of each.
 
     Args:
-        model: the model as vLLM made it, with or without LoRA.
-        packed_modules: which modules of transformers each packed layer computes, by the last parts of their names.
-        num_slots: the rows of the tables.
-        device: where the engine computes.
+        model: vLLM's model, with or without LoRA layers.
+        packed_modules: packed layer -> modules of transformers that it computes, by the last part of their names.
+        num_slots: number of rows of the tables, one more than requests in a batch.
+        device: device of the tables.
     """
     layers: list[EngineLayer] = []
     shapes: dict[str, tuple[int, int]] = {}
     modules: list[nn.Module] = []
     inside = "."
     for name, module in model.named_modules():
-        base = getattr(module, "base_layer", module)  # of vLLM's own wrappers for LoRA
+        base = getattr(module, "base_layer", module)  # vLLM's LoRA layers wrap it
         if not isinstance(base, LinearBase) or name.startswith(inside):
             continue
         inside = name + "."
@@ -54,10 +54,13 @@ def find_layers(
 def _parts(
     name: str, layer: LinearBase, packed_modules: Mapping[str, Sequence[str]]
 ) -> tuple[list[Part], dict[str, int]] | None:
-    """Returns the parts of a layer on this rank, and the number of outputs of each module; None for unknown layers."""
+    """Returns the parts of a layer on this tensor-parallel rank, and the outputs of each module over all ranks.
+
+    None for layers that cannot be scaled.
+    """
     parent, _, leaf = name.rpartition(".")
     rank = layer.tp_rank
-    # (all outputs of the part, those of this rank, the place of this rank's among all)
+    # (outputs over all ranks, outputs on this rank, offset of this rank)
     sizes: list[tuple[int, int, int]]
     if isinstance(layer, QKVParallelLinear):
         if layer.v_head_size != layer.head_size or type(layer).forward is not ColumnParallelLinear.forward:
@@ -88,7 +91,7 @@ def _parts(
         )
     if len(names) > 1:
         return None
-    # Fused in transformers too: the parts lie one after the other there.
+    # Fused in transformers too, where the parts are concatenated.
     parts, before = [], 0
     for size, share, start in sizes:
         parts.append(Part(prefix + names[0], share, before + start))

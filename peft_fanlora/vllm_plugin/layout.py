@@ -1,6 +1,6 @@
-"""Which outputs of the engine's layers are those of which module of transformers, and the hooks that scale them.
+"""Layout of vLLM's packed and sharded layers in terms of the modules of transformers, and the hooks that scale them.
 
-Needs no vLLM.
+Does not import vLLM.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .vectors import ScaledLayer, Vectors
 
 @dataclass(frozen=True)
 class Part:
-    """A run of a layer's outputs on this rank, and where it lies among the outputs of a module of transformers.
+    """A range of a layer's outputs on this tensor-parallel rank that belongs to one module of transformers.
 
     Attributes:
-        module: the module's full name, with vLLM's name of what contains it.
-        size: how many outputs.
-        start: the first of them in the module.
+        module: full name of the module: vLLM's name of its parent, and its own last part.
+        size: number of outputs.
+        start: offset of the range in the outputs of the module.
     """
 
     module: str
@@ -33,13 +33,13 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class EngineLayer:
-    """A linear layer of the engine.
+    """A linear layer of vLLM's model, which may be packed and sharded.
 
     Attributes:
-        scaled: its table.
-        num_inputs: the width of its whole input, over all ranks.
-        parts: what its outputs are, in order.
-        reads_whole_input: whether this rank sees all of the input.
+        scaled: the layer's table of vectors.
+        num_inputs: number of input features over all ranks.
+        parts: the parts of its outputs on this rank, in order.
+        reads_whole_input: whether the input is not sharded between ranks.
     """
 
     scaled: ScaledLayer
@@ -48,7 +48,7 @@ class EngineLayer:
     reads_whole_input: bool
 
     def span(self, modules: Container[str]) -> tuple[int, int] | None:
-        """Returns the run of outputs that holds those of some modules; None where there are none."""
+        """Returns the smallest range of outputs that contains those of the given modules; None if there are none."""
         ends = list(accumulate((part.size for part in self.parts), initial=0))
         held = [index for index, part in enumerate(self.parts) if part.module in modules]
         return (ends[held[0]], ends[held[-1] + 1]) if held else None
@@ -56,11 +56,11 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class Layout:
-    """All layers of an engine that can be scaled.
+    """All layers of vLLM's model that can be scaled.
 
     Attributes:
-        layers: the layers, in the order in which a call of the model reaches them inside of a block.
-        shapes: the (inputs, outputs) of each module of transformers that they compute, over all ranks.
+        layers: the layers, in the order of a forward pass within each block.
+        shapes: (inputs, outputs) over all ranks of each module of transformers that they compute.
     """
 
     layers: Sequence[EngineLayer]
@@ -68,22 +68,22 @@ class Layout:
 
     @property
     def scaled(self) -> list[ScaledLayer]:
-        """The layers' tables."""
+        """The tables of the layers."""
         return [layer.scaled for layer in self.layers]
 
 
 Compiled = Callable[[torch.Tensor, torch.Tensor, str], None]
-"""Does what a hook does, given a layer's inputs, outputs and name, as an operator that a compiler leaves as it is."""
+"""Operator for compiled models with the arguments (inputs, outputs, layer name), which calls `Vectors.run`."""
 
 
 def install(layout: Layout, modules: Sequence[nn.Module], vectors: Vectors, compiled: Compiled | None = None) -> None:
-    """Lets layers make their vectors and scale their outputs.
+    """Registers the forward hooks that generate vectors and scale the outputs of layers.
 
     Args:
         layout: the layers.
-        modules: the module of each.
+        modules: the torch module of each layer.
         vectors: the vectors of the running requests.
-        compiled: what stands for a hook in a compiled model; None where the model is not compiled.
+        compiled: the operator that a hook calls while it is compiled; None if the model is never compiled.
     """
     for layer, module in zip(layout.layers, modules, strict=True):
         module.register_forward_hook(_hook(layer.scaled, vectors, compiled), with_kwargs=True)

@@ -1,4 +1,4 @@
-"""Makes a tenant from a folder: cuts its generators to the layers of the engine and to this rank's outputs; needs no vLLM."""
+"""Loads a PARA adapter and maps its generators to the layers of vLLM on this rank; does not import vLLM."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def load_tenant(
     device: torch.device,
     rename: Callable[[str], str] = str,
 ) -> Tenant:
-    """Returns the adapter in a folder, ready to serve; nothing changes if it cannot be.
+    """Returns the PARA adapter in a folder, ready to serve. A failed call does not affect other adapters.
 
     Args:
-        folder: where `save_pretrained` put it.
+        folder: folder that `save_pretrained` wrote.
         layout: the layers of the engine.
-        model_config: the model's configuration in transformers.
-        device: where the engine computes.
-        rename: returns vLLM's name of a module of transformers.
+        model_config: the configuration of the model in transformers.
+        device: device of the engine.
+        rename: maps the name of a module in transformers to its name in vLLM.
 
     Raises:
-        TenantError: the folder cannot be read, or does not belong to this model.
+        TenantError: the folder cannot be read, or the adapter does not fit the model.
     """
     config = read_config(folder)
     modules = check_blocks(read_blocks(folder, shapes_only=True), config, layout.shapes, model_config, folder, rename)
@@ -66,13 +66,14 @@ def _block(
     owner = saved.owner.removeprefix(saved.prefix)
     if not any(part.module.endswith(owner) for part in first.parts):
         raise TenantError(
-            f"{str(folder)!r} begins at {saved.owner!r}, but vLLM reaches {first.scaled.name!r} before: serve this adapter "
-            "with transformers."
+            f"The adapter in {str(folder)!r} has a generator at {saved.owner!r}, but the first target that vLLM "
+            f"computes in this block is {first.scaled.name!r}: serve this adapter with transformers."
         )
     if not first.reads_whole_input:
         raise TenantError(
-            f"{str(folder)!r} begins at {first.scaled.name!r}, of whose input each rank has a part: serve it with "
-            "tensor_parallel_size=1, or train it with a target before that layer, such as the query projection."
+            f"The adapter in {str(folder)!r} has a generator at {first.scaled.name!r}, whose input is sharded between "
+            "tensor-parallel ranks: serve it with tensor_parallel_size=1, or train it with a target before that "
+            "layer, such as the query projection."
         )
     generator = VectorGenerator(
         first.num_inputs, config.r, config.pooling, make_activation(config.activation), prompt_end=config.prompt_end
@@ -91,7 +92,7 @@ def _block(
 
 
 def _rows_of(layer: EngineLayer, ups: dict[str, torch.Tensor], r: int) -> torch.Tensor:
-    """Returns the up-projection of a layer's outputs on this rank, zero where nothing is scaled."""
+    """Returns the up-projection of a layer's outputs on this rank, (outputs, r), zero where nothing is scaled."""
     parts = [
         ups[part.module][part.start : part.start + part.size] if part.module in ups else torch.zeros(part.size, r)
         for part in layer.parts

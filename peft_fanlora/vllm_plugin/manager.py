@@ -1,4 +1,4 @@
-"""The adapters of a worker: takes the place of vLLM's LoRA manager, which it asks for LoRA adapters."""
+"""Adapter manager of a worker: replaces vLLM's LoRA manager and forwards LoRA adapters to it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from .vectors import Row, Tenant, Vectors
 
 
 class ParaManager:
-    """Loads and drops the adapters of a worker, and begins its steps.
+    """Loads and removes the adapters of a worker, and prepares the vectors for each step.
 
     Args:
-        vllm_config: the engine's configuration.
+        vllm_config: configuration of the engine.
         model: the loaded model.
-        device: where it computes.
-        lora: vLLM's own manager, which serves LoRA adapters; None where the engine serves PARA alone.
+        device: device of the model.
+        lora: vLLM's manager for LoRA adapters; None if the engine serves only PARA.
     """
 
     def __init__(self, vllm_config: Any, model: nn.Module, device: torch.device, lora: Any = None) -> None:
@@ -41,7 +41,7 @@ class ParaManager:
         packed = {
             layer: modules
             for layer, modules in (getattr(model, "packed_modules_mapping", None) or {}).items()
-            if (self.model_type, layer) not in FUSED_PROJECTIONS  # which vLLM may say are two
+            if (self.model_type, layer) not in FUSED_PROJECTIONS  # vLLM may list these as two modules
         }
         self.layout, modules = find_layers(model, packed, scheduler.max_num_seqs + 1, device)
         mapper = getattr(model, "hf_to_vllm_mapper", None)
@@ -54,7 +54,7 @@ class ParaManager:
         self._pinned: set[int] = set()
 
     def _reserve(self) -> None:
-        """Makes the tables of the architecture's default targets, so that vLLM counts their memory when it starts."""
+        """Allocates the tables of the default targets, so that vLLM includes them in its memory profile at startup."""
         targets = DEFAULT_TARGETS.get(self.model_type, [])
         for layer in self.layout.layers if isinstance(targets, list) else ():
             span = layer.span({part.module for part in layer.parts if part.module.rpartition(".")[2] in targets})
@@ -62,16 +62,23 @@ class ParaManager:
                 layer.scaled.cover(*span)
 
     def _rename(self, module: str) -> str:
-        """Returns vLLM's name of a module of transformers, or of the beginning of its name."""
+        """Returns vLLM's name of a module in transformers, or of a prefix of such a name."""
         if self._mapper is None or not module:
             return module
         (name,) = self._mapper.apply_list([module]) or [module]
         return name
 
-    # What vLLM calls
+    # Interface of vLLM's LoRA manager
 
     def add_adapter(self, request: Any) -> bool:
-        """Loads the adapter of a request, again where it says `load_inplace`; returns whether it is there."""
+        """Loads an adapter unless it is loaded, or reloads it if the request has `load_inplace`.
+
+        Returns:
+            Whether the adapter is loaded.
+
+        Raises:
+            TenantError: the adapter cannot be served. An adapter that was loaded before is kept.
+        """
         key = _key(request)
         if key not in self._tenants or request.load_inplace:
             folder = get_adapter_absolute_path(request.lora_path)
@@ -86,14 +93,14 @@ class ParaManager:
     def _add_lora(self, request: Any, folder: str) -> bool:
         if self.lora is None:
             raise TenantError(
-                f"{folder!r} is a {peft_type_of(folder)} adapter, and this engine serves PARA alone: start it with "
+                f"{folder!r} is a {peft_type_of(folder)} adapter, but this engine serves only PARA: start it with "
                 'additional_config={"para": {"lora": true}}.'
             )
         self._drop(request.lora_int_id)
         return bool(self.lora.add_adapter(request))
 
     def remove_adapter(self, adapter_id: int) -> bool:
-        """Drops an adapter; its running requests keep their vectors. Returns whether it was there."""
+        """Removes an adapter and returns whether it was loaded. Its running requests keep their vectors."""
         found = self._drop(adapter_id)
         return bool(self.lora is not None and self.lora.remove_adapter(adapter_id)) or found
 
@@ -105,50 +112,50 @@ class ParaManager:
         return bool(keys)
 
     def remove_all_adapters(self) -> None:
-        """Drops all adapters."""
+        """Removes all adapters."""
         self._tenants.clear()
         self._pinned.clear()
         if self.lora is not None:
             self.lora.remove_all_adapters()
 
     def list_adapters(self) -> set[int]:
-        """Returns the ids of the loaded adapters."""
+        """Returns the ids of the loaded PARA and LoRA adapters."""
         ids = {adapter_id for adapter_id, _ in self._tenants}
         return ids if self.lora is None else ids | self.lora.list_adapters()
 
     def pin_adapter(self, adapter_id: int) -> bool:
-        """Keeps an adapter loaded however many others are."""
+        """Excludes an adapter from eviction and returns whether it is loaded."""
         if any(key[0] == adapter_id for key in self._tenants):
             self._pinned.add(adapter_id)
             return True
         return bool(self.lora is not None and self.lora.pin_adapter(adapter_id))
 
     def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
-        """Begins a step of a warm-up, which serves no request."""
+        """Prepares a warm-up step, which has no requests."""
         self.vectors.begin_without_requests()
         if self.lora is not None:
             self.lora.set_active_adapters(requests, mapping)
 
     def add_dummy_lora(self, request: Any, rank: int) -> bool:
-        """Adds an adapter of vLLM's warm-up, which PARA has no need of."""
+        """Adds a dummy LoRA adapter for vLLM's warm-up; PARA needs none."""
         return self.lora is None or bool(self.lora.add_dummy_lora(request, rank=rank))
 
     def dummy_lora_cache(self) -> Any:
-        """Returns the context in which vLLM makes adapters for a warm-up."""
+        """Returns the context manager in which vLLM creates dummy LoRA adapters."""
         return nullcontext() if self.lora is None else self.lora.dummy_lora_cache()
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
-        """Returns the rank of adapters of a warm-up."""
+        """Returns the rank of the dummy LoRA adapters."""
         return default_rank if self.lora is None else int(self.lora.get_dummy_lora_warmup_rank(default_rank))
 
     def supports_tower_connector_lora(self) -> bool:
-        """Whether adapters reach what reads images."""
+        """Returns whether LoRA adapters apply to the vision tower and the connector."""
         return self.lora is not None and bool(self.lora.supports_tower_connector_lora())
 
-    # What the model runners call
+    # Interface for the model runners
 
     def tenant(self, request: Any) -> Tenant | None:
-        """Returns the PARA adapter of a request, loading it at its first use; None for LoRA and the base model."""
+        """Returns the PARA adapter of a `LoRARequest`, loaded at its first use; None for LoRA and the base model."""
         if request is None:
             return None
         key = _key(request)
@@ -164,7 +171,16 @@ class ParaManager:
     def lora_inputs(
         self, of_samples: Sequence[int], of_tokens: Sequence[int], requests: set[Any]
     ) -> tuple[tuple[int, ...], tuple[int, ...], set[Any]] | None:
-        """Returns what vLLM's LoRA manager needs of a step, without the requests of PARA; None where LoRA is not served."""
+        """Returns the LoRA mapping of a step without the PARA adapters; None if the engine serves only PARA.
+
+        Args:
+            of_samples: adapter id of each sampled token, 0 for the base model.
+            of_tokens: adapter id of each token.
+            requests: the `LoRARequest`s of the step.
+
+        Returns:
+            The same three, with 0 in place of PARA adapters.
+        """
         if self.lora is None:
             return None
         requests = {request for request in requests if self.tenant(request) is None}
@@ -176,11 +192,11 @@ class ParaManager:
         )
 
     def begin(self, rows: Sequence[Row], lora: tuple[Sequence[int], Sequence[int], set[Any]] | None = None) -> None:
-        """Begins a step.
+        """Prepares the vectors and the LoRA adapters for a step, and evicts adapters beyond `max_cpu_loras`.
 
         Args:
-            rows: its requests, in the order of its tokens.
-            lora: where LoRA is served too, the adapter id of each sampled token and of each token, and the LoRA requests.
+            rows: the requests of the step, in the order of its tokens.
+            lora: the result of `lora_inputs`.
         """
         self.vectors.begin(rows)
         self._forget_least_recently_used()

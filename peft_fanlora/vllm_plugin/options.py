@@ -1,4 +1,4 @@
-"""What an engine was asked to do for PARA: `additional_config={"para": {...}}`."""
+"""The PARA options of an engine: `additional_config={"para": {...}}`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ KEY = "para"
 
 @dataclass(frozen=True)
 class Options:
-    """The options of an engine that serves PARA.
+    """Options of an engine that serves PARA.
 
     Attributes:
-        lora: whether it also serves LoRA adapters, at vLLM's cost for every row.
+        lora: whether the engine also serves LoRA adapters. vLLM then computes LoRA for every row.
     """
 
     lora: bool = False
 
 
 def read_options(additional_config: Any) -> Options | None:
-    """Returns the options in vLLM's `additional_config`; None where it does not ask for PARA.
+    """Returns the PARA options in vLLM's `additional_config`; None if it has no key "para".
 
     Raises:
-        ValueError: there is an option that does not exist, or one of another type.
+        ValueError: an option is unknown or has the wrong type.
     """
     if not isinstance(additional_config, dict) or KEY not in additional_config:
         return None

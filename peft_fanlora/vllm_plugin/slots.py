@@ -1,4 +1,4 @@
-"""Which slot of the tables each running request has."""
+"""Assignment of running requests to slots of the tables."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 
 class Slots:
-    """Hands out slots 1, 2, …; slot 0 belongs to the rows without vectors.
+    """Assigns the slots 1 to `count` to requests. Slot 0 is reserved for requests without vectors.
 
     Args:
-        count: how many requests may run at the same time.
+        count: maximum number of requests with a slot at the same time.
     """
 
     def __init__(self, count: int) -> None:
@@ -18,32 +18,36 @@ class Slots:
         self._taken: dict[str, int] = {}
 
     def take(self, request: str) -> int:
-        """Returns the slot of a request, a free one where it has none.
+        """Returns the slot of a request; assigns a free one if it has none.
 
         Raises:
-            RuntimeError: all slots are taken.
+            RuntimeError: no slot is free.
         """
         if request not in self._taken:
             if not self._free:
                 raise RuntimeError(
-                    f"{self.count} requests have vectors and none of their slots is free for {request!r}: vLLM runs more "
-                    "requests than max_num_seqs, or no longer reports which have ended."
+                    f"No slot is free for request {request!r}: all {self.count} slots (max_num_seqs) are in use. "
+                    "Either vLLM runs more requests than max_num_seqs, or it does not report finished requests: use "
+                    "the tested version of vLLM, and report this."
                 )
             self._taken[request] = self._free.pop()
         return self._taken[request]
 
     def of(self, request: str) -> int:
-        """Returns the slot of a request that has one.
+        """Returns the slot of a request.
 
         Raises:
-            RuntimeError: the request has none, so that its prompt never passed.
+            RuntimeError: the request has no slot, since its prompt was not computed in an earlier step.
         """
         if request not in self._taken:
-            raise RuntimeError(f"The request {request!r} goes on after its prompt, but no vectors were made for it.")
+            raise RuntimeError(
+                f"Request {request!r} has no vectors, because the plugin did not see its prompt: use the tested "
+                "version of vLLM, and report this."
+            )
         return self._taken[request]
 
     def release(self, request: str) -> int | None:
-        """Frees the slot of a request and returns it; None where it has none."""
+        """Frees the slot of a request and returns it; None if it has none."""
         slot = self._taken.pop(request, None)
         if slot is not None:
             self._free.append(slot)

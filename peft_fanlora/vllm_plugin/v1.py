@@ -1,4 +1,4 @@
-"""The steps of vLLM's model runner V1."""
+"""Connects the manager to vLLM's model runner V1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from .vectors import Row
 
 
 def attach(runner: Any, manager: ParaManager) -> None:
-    """Lets a runner of the class `vllm.v1.worker.gpu_model_runner.GPUModelRunner` tell a manager of its steps."""
+    """Wraps two methods of a runner, so that each step frees and assigns slots.
+
+    Args:
+        runner: a `vllm.v1.worker.gpu_model_runner.GPUModelRunner`.
+        manager: the manager of its adapters.
+    """
     execute_model = runner.execute_model
 
     def releasing(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The steps of vLLM's model runner V2."""
+"""Connects the manager to vLLM's model runner V2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from .vectors import Row
 
 
 def attach(runner: Any, manager: ParaManager) -> None:
-    """Lets a runner of the class `vllm.v1.worker.gpu.model_runner.GPUModelRunner` tell a manager of its steps."""
+    """Wraps four methods of a runner, so that each step frees and assigns slots.
+
+    Args:
+        runner: a `vllm.v1.worker.gpu.model_runner.GPUModelRunner`.
+        manager: the manager of its adapters.
+    """
     finish_requests, add_requests = runner.finish_requests, runner.add_requests
     prepare_inputs, activate = runner.prepare_inputs, runner._set_active_loras
     known: dict[str, Any] = {}
@@ -32,7 +37,7 @@ def attach(runner: Any, manager: ParaManager) -> None:
         return batch
 
     def set_active_loras(of_samples: Any, of_tokens: Any, requests: Any, *args: Any, **kwargs: Any) -> None:
-        if begun:  # otherwise a warm-up
+        if begun:  # empty in a warm-up step
             manager.begin(begun.pop(), manager.lora_inputs(of_samples, of_tokens, requests))
         else:
             activate(of_samples, of_tokens, requests, *args, **kwargs)
@@ -45,7 +50,9 @@ def _rows(batch: Any, known: dict[str, Any], manager: ParaManager) -> list[Row]:
     num_tokens = batch.num_scheduled_tokens.tolist()
     if batch.num_tokens < sum(num_tokens):
         raise RuntimeError(
-            "The engine chooses on the card which drafts to verify, so that PARA cannot tell whose tokens are."
+            f"The batch has {batch.num_tokens} of the {sum(num_tokens)} scheduled tokens: vLLM dropped draft tokens "
+            "on the GPU, so that PARA cannot map tokens to requests: set enable_adaptive_verification to False in "
+            "speculative_config."
         )
     rows = []
     for index, (request, tokens) in enumerate(zip(batch.req_ids, num_tokens, strict=True)):

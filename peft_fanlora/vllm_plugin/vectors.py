@@ -1,7 +1,8 @@
-"""The adjusting vectors of the running requests: made when a prompt passes, read at every later step; needs no vLLM.
+"""The vectors of the running requests, generated in the prefill step and read in decoding steps; does not import vLLM.
 
-Each layer of the engine has a table with one row for each slot. A step tells which slot each of its tokens has, and the
-prompts that begin in it. The layer that a block's generator reads from makes the vectors of its block.
+Each layer has a table with one row per slot. For each step, `Vectors.begin` sets the slot of each token and the
+prompts to generate vectors for. The vectors of a block are generated at its first target, whose inputs the generator
+reads.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from .slots import Slots
 
 
 class ScaledLayer:
-    """A linear layer of the engine whose outputs can be scaled.
+    """A linear layer of vLLM's model with a table of vectors.
 
-    Its table covers the outputs that some adapter scales, and grows with the adapters.
+    The table covers a range of the outputs, which grows when an adapter that scales further outputs is loaded.
 
     Attributes:
-        name: its name in the engine's model.
-        start: the first output that the table covers.
+        name: name of the layer in vLLM's model.
+        start: first output that the table covers.
         table: the vector of each slot, float32 (slots, covered outputs); ones where nothing is scaled.
-        users: how many running requests scale this layer.
-        written: the slots whose row is not ones.
+        users: number of running requests that scale this layer.
+        written: slots whose row may differ from ones.
     """
 
     def __init__(self, name: str, num_slots: int, device: torch.device | str = "cpu") -> None:
@@ -39,11 +40,11 @@ class ScaledLayer:
 
     @property
     def stop(self) -> int:
-        """The output after the last one that the table covers."""
+        """The end (exclusive) of the outputs that the table covers."""
         return self.start + self.table.shape[1]
 
     def cover(self, start: int, stop: int) -> None:
-        """Lets the table cover the outputs from `start` to `stop`, and those between them and what it covers."""
+        """Extends the table to include the outputs from `start` to `stop` (exclusive), filled with ones."""
         if not self.table.shape[1]:
             self.start = start
         lower, upper = min(start, self.start), max(stop, self.stop)
@@ -53,7 +54,7 @@ class ScaledLayer:
             self.start, self.table = lower, table
 
     def write(self, slots: Sequence[int], vectors: torch.Tensor, start: int) -> None:
-        """Puts vectors, (slots, outputs), for the outputs from `start` on, into the rows of some slots."""
+        """Writes vectors, (slots, outputs), to the rows of the given slots, for the outputs from `start` on."""
         rows = torch.tensor(slots, device=self.table.device)
         if vectors.shape[1] < self.table.shape[1]:
             self.table[rows] = 1.0
@@ -61,14 +62,14 @@ class ScaledLayer:
         self.written.update(slots)
 
     def clear(self, slot: int) -> None:
-        """Makes a row ones again, where another request left its vector."""
+        """Resets the row of a slot to ones, if it was written."""
         if slot in self.written:
             self.table[slot] = 1.0
             self.written.discard(slot)
 
 
 class Scaled(NamedTuple):
-    """What a target of a generator scales: a layer's outputs from `start` on."""
+    """The outputs that a target of a generator scales: those of `layer` from `start` on."""
 
     layer: ScaledLayer
     start: int
@@ -76,13 +77,13 @@ class Scaled(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One Transformer block of a tenant.
+    """The generator of one Transformer block of an adapter.
 
     Attributes:
-        first: the layer whose input the generator reads.
-        generator: makes the vectors of all layers.
-        targets: what each of the generator's targets scales.
-        stack_key: what generators that are computed together have in common.
+        first: the layer whose inputs the generator reads.
+        generator: the vector generator of the block.
+        targets: target name -> outputs that it scales.
+        stack_key: equal for generators that can be computed as one batch.
     """
 
     first: ScaledLayer
@@ -96,11 +97,11 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Tenant:
-    """A PARA adapter, ready to serve.
+    """A loaded PARA adapter.
 
     Attributes:
         blocks: its generators.
-        prompt_end: the token ids with which its prompts end, if it looks for them.
+        prompt_end: token ids that end its prompts; None if the whole prompt of a request is used.
         layers: all layers that it scales.
     """
 
@@ -118,10 +119,10 @@ class Row:
     """One request of a step.
 
     Attributes:
-        request: its id.
-        tenant: its adapter; None for the base model and for LoRA.
-        num_tokens: how many of its tokens the step computes.
-        num_prompt_tokens: how many tokens make its vectors, where they begin in this step; otherwise 0.
+        request: the request id.
+        tenant: its PARA adapter; None for the base model and for LoRA.
+        num_tokens: number of its tokens in the step.
+        num_prompt_tokens: number of tokens that are pooled for its vectors; 0 if its prompt is not in this step.
     """
 
     request: str
@@ -132,7 +133,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt that begins in the step: where it stands among the step's tokens, and where its vectors go."""
+    """A prompt in the current step.
+
+    Attributes:
+        slot: slot of the request, to which its vectors are written.
+        start: index of its first token among the tokens of the step.
+        length: number of its tokens that are pooled.
+    """
 
     slot: int
     start: int
@@ -140,13 +147,13 @@ class Prompt:
 
 
 class Vectors:
-    """The vectors of all running requests, and what the current step needs of them.
+    """The vectors of all running requests, and the state of the current step.
 
     Args:
         layers: the layers that can be scaled.
-        max_requests: how many requests may run at the same time.
-        max_tokens: how many tokens a step may have.
-        device: where the engine computes.
+        max_requests: maximum number of running requests.
+        max_tokens: maximum number of tokens in a step.
+        device: device of the engine.
     """
 
     def __init__(
@@ -160,14 +167,14 @@ class Vectors:
         self._scaled = self._awaited = 0
 
     def begin(self, rows: Sequence[Row]) -> None:
-        """Begins a step: gives slots to the requests whose prompts begin in it, and a slot to each of its tokens.
+        """Begins a step: assigns slots to requests whose prompt is in the step, and sets the slot of each token.
 
         Args:
             rows: the requests of the step, in the order of its tokens.
 
         Raises:
-            RuntimeError: a prompt is not computed whole in this step, a request goes on that has no vectors, or the last
-                step left out a layer.
+            RuntimeError: the step has only a part of a prompt, a decoding request has no vectors, or the previous step
+                did not scale all layers.
         """
         self._check_last_step()
         self._stacks = {}
@@ -178,8 +185,9 @@ class Vectors:
             elif row.num_prompt_tokens:
                 if row.num_tokens < row.num_prompt_tokens:
                     raise RuntimeError(
-                        f"{row.num_tokens} of the {row.num_prompt_tokens} prompt tokens of {row.request!r} were scheduled: "
-                        "PARA's vectors need the whole prompt in one step, and vLLM's scheduler no longer asks for that."
+                        f"{row.num_tokens} of the {row.num_prompt_tokens} prompt tokens of {row.request!r} were "
+                        "scheduled, but PARA needs the whole prompt in one step: use the tested version of vLLM, and "
+                        "report this."
                     )
                 slot = self._assign(row.request, row.tenant)
                 prompts.append((row.tenant, Prompt(slot, start, row.num_prompt_tokens)))
@@ -195,13 +203,13 @@ class Vectors:
         self._scaled, self._awaited = 0, sum(layer.users > 0 for layer in self.layers)
 
     def begin_without_requests(self) -> None:
-        """Begins a step that serves nobody, such as a warm-up."""
+        """Begins a step without requests, such as a warm-up."""
         self._stacks = {}
         self._awaited = 0
         self.slot_of_token.zero_()
 
     def release(self, requests: Iterable[str]) -> None:
-        """Frees the slots of requests that have ended or were preempted, which makes their vectors again."""
+        """Frees the slots of finished and preempted requests. A preempted request recomputes its vectors."""
         for request in requests:
             slot = self.slots.release(request)
             if slot is not None:
@@ -224,10 +232,10 @@ class Vectors:
             layer.users -= 1
 
     def _stack(self, prompts: Sequence[tuple[Tenant, Prompt]]) -> None:
-        """Sorts the prompts' generators by the layer where they run, into stacks that are computed together.
+        """Groups the generators of the prompts by the layer where they run, into stacks computed as one batch.
 
-        Prompts of a stack are padded to the longest; their lengths differ by less than a factor of two, so that a step of
-        one long and many short prompts does not take the memory of as many long ones.
+        The prompts of a stack are padded to the longest one. Their lengths differ by less than a factor of two, which
+        limits the memory of a step with one long and many short prompts.
         """
         stacks: dict[ScaledLayer, dict[Any, tuple[list[Prompt], list[Block]]]] = defaultdict(dict)
         for tenant, prompt in prompts:
@@ -239,17 +247,12 @@ class Vectors:
         self._stacks = {layer: list(of_layer.values()) for layer, of_layer in stacks.items()}
 
     def run(self, layer: ScaledLayer, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Does what a layer needs after it ran: makes the vectors that read its inputs, and scales its outputs in place."""
+        """Generates the vectors that depend on a layer's inputs, and scales its outputs in place."""
         self.make(layer, inputs)
         self.scale_(layer, outputs)
 
     def make(self, layer: ScaledLayer, inputs: torch.Tensor) -> None:
-        """Makes the vectors of the generators that read a layer's inputs, and writes them into the tables.
-
-        Args:
-            layer: the layer.
-            inputs: its inputs in this step, (…, tokens, d).
-        """
+        """Runs the generators that read a layer's inputs, (…, tokens, d), and writes their vectors to the tables."""
         for prompts, blocks in self._stacks.pop(layer, ()):
             hidden, mask = gather(inputs.reshape(-1, inputs.shape[-1]), prompts)
             made = VectorGenerator.batched([block.generator for block in blocks], hidden, mask)
@@ -259,31 +262,31 @@ class Vectors:
                 layer.write(slots, vectors[:, 0], start)
 
     def scale_(self, layer: ScaledLayer, outputs: torch.Tensor) -> None:
-        """Multiplies a layer's outputs, (…, tokens, outputs), by the vectors of their tokens, in place."""
+        """Multiplies a layer's outputs, (…, tokens, outputs), in place by the vectors of the tokens' slots."""
         if layer.users:
             self._scaled += 1
             covered = outputs[..., layer.start : layer.stop]
             covered.mul_(layer.table.index_select(0, self.slot_of_token[: outputs.shape[-2]]))
 
     def _check_last_step(self) -> None:
-        """Raises where the engine left out a layer that some request scales: its answer would be wrong."""
+        """Raises a `RuntimeError` if the previous step did not scale all layers, since its outputs would be wrong."""
         if self._stacks or self._scaled < self._awaited:
-            which = next((f" ({layer.name!r} made no vectors)" for layer in self._stacks), "")
+            which = next((f" (the generators at {layer.name!r} did not run)" for layer in self._stacks), "")
             raise RuntimeError(
-                f"The last step scaled {self._scaled} of {self._awaited} layers{which}: the engine computes them in a way "
-                "that PARA's hooks do not see."
+                f"The previous step scaled {self._scaled} of {self._awaited} layers{which}: vLLM computed the others "
+                "without calling their forward hooks. Serve this model with transformers, and report this."
             )
 
 
 def gather(tokens: torch.Tensor, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the hidden states of some prompts, padded to the longest, and which of them are the prompt.
+    """Returns the hidden states of prompts, padded to the longest one, and their mask.
 
     Args:
-        tokens: the hidden states of the step's tokens, (tokens, d).
-        prompts: where the prompts are.
+        tokens: hidden states of the step's tokens, (tokens, d).
+        prompts: the prompts.
 
     Returns:
-        (prompts, longest, d), and bool (prompts, 1, longest), as `VectorGenerator` takes them.
+        Hidden states (prompts, longest, d) and mask (prompts, 1, longest), bool, in the shapes of `VectorGenerator`.
     """
     starts = [prompt.start for prompt in prompts]
     lengths = [prompt.length for prompt in prompts]

@@ -1,4 +1,4 @@
-"""Prepares a worker of vLLM for PARA once its model is loaded."""
+"""Installs PARA in a worker after its model was loaded."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def load(
     device: torch.device,
     options: Options,
 ) -> nn.Module:
-    """Gives a runner a manager for PARA in the place of vLLM's LoRA manager.
+    """Sets a `ParaManager` as the LoRA manager of a model runner.
 
     Args:
-        load_lora_model: vLLM's own method, which makes the LoRA manager.
+        load_lora_model: the original method of the runner, which creates vLLM's LoRA manager.
         runner: the model runner.
         model: the loaded model.
-        vllm_config: the engine's configuration.
-        device: where the engine computes.
-        options: what the engine was asked to do for PARA.
+        vllm_config: configuration of the engine.
+        device: device of the engine.
+        options: its PARA options.
 
     Returns:
-        The model to run.
+        The model, with LoRA layers if `options.lora` is set.
 
     Raises:
-        ValueError: the engine does something that PARA cannot do.
+        ValueError: the engine has an option, or the model a feature, that PARA does not support.
     """
     _check(vllm_config, model)
     lora = None
@@ -54,9 +54,10 @@ def load(
 def _load_lora(
     load_lora_model: Callable[..., nn.Module], runner: Any, model: nn.Module, vllm_config: Any, device: torch.device
 ) -> nn.Module:
-    """Lets vLLM prepare the model for LoRA.
+    """Calls vLLM's `load_lora_model` and returns the model with LoRA layers.
 
-    On a CPU it reads the last slot for rows without LoRA (vllm#48421): one more slot than adapters stays empty there.
+    vLLM's CPU kernels apply the last slot to rows without an adapter (vllm#48421), so one more slot is allocated on
+    CPUs and stays empty.
     """
     if not current_platform.is_cpu():
         return load_lora_model(runner, model, vllm_config, device)
@@ -75,27 +76,30 @@ def _load_lora(
 
 
 def _check(vllm_config: Any, model: nn.Module) -> None:
-    """Raises where the engine cannot serve PARA exactly."""
+    """Raises a `ValueError` if the engine cannot serve PARA exactly."""
     config, parallel = vllm_config.model_config, vllm_config.parallel_config
     unfit = compiled.refusal(vllm_config.compilation_config, current_platform.is_cpu())
     cases = {
-        "the model computes attention from compressed keys (MLA), whose projections are not all layers": config.use_mla,
-        "the model has recurrent layers beside attention (Mamba)": config.is_hybrid or config.is_attention_free,
-        "the model is an encoder-decoder, whose prompt the encoder reads": config.is_encoder_decoder,
-        "pipeline_parallel_size splits the model's blocks": parallel.pipeline_parallel_size > 1,
-        "prefill_context_parallel_size splits prompts": parallel.prefill_context_parallel_size > 1,
-        "enable_dbo splits steps": parallel.enable_dbo,
+        "some projections of compressed attention (MLA) are not computed by a linear layer": config.use_mla,
+        "the model has recurrent layers (Mamba)": config.is_hybrid or config.is_attention_free,
+        "the prompt of an encoder-decoder model is computed by the encoder": config.is_encoder_decoder,
+        "pipeline_parallel_size > 1 splits the blocks between workers": parallel.pipeline_parallel_size > 1,
+        "prefill_context_parallel_size > 1 splits prompts between ranks": parallel.prefill_context_parallel_size > 1,
+        "enable_dbo splits a step into two batches": parallel.enable_dbo,
         "kv_sharing_fast_prefill skips prompt tokens in some layers": vllm_config.cache_config.kv_sharing_fast_prefill,
-        "kv_transfer_config brings prompts that were computed elsewhere": vllm_config.kv_transfer_config is not None,
-        "VLLM_USE_RUST_FRONTEND goes around the checks of requests": _is_set("VLLM_USE_RUST_FRONTEND"),
+        "kv_transfer_config may skip prompts computed elsewhere": vllm_config.kv_transfer_config is not None,
+        "VLLM_USE_RUST_FRONTEND skips the plugin's checks of requests": _is_set("VLLM_USE_RUST_FRONTEND"),
     }
     if unfit is not None:
         cases[unfit] = True
     for reason, applies in cases.items():
         if applies:
-            raise ValueError(f"This engine cannot serve PARA: {reason}. Serve with transformers, or change that.")
+            raise ValueError(f"This engine cannot serve PARA: {reason}. Change this, or serve with transformers.")
     if not supports_lora(model):
-        raise ValueError(f"This engine cannot serve PARA: vLLM gives {type(model).__name__} no adapters.")
+        raise ValueError(
+            f"This engine cannot serve PARA: vLLM does not support adapters for {type(model).__name__}. Serve with "
+            "transformers."
+        )
 
 
 def _is_set(variable: str) -> bool:
