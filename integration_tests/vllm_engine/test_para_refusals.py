@@ -196,7 +196,17 @@ def test_engines_that_cannot_start(name: str, served: Served) -> None:
         read_options(options["additional_config"])
 
 
-def test_a_version_that_has_moved_on(served: Served) -> None:
+def test_sleep_mode(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against wrong vectors after waking up. vLLM itself refuses sleep mode on CPUs, so the check is called."""
+    from peft_fanlora.vllm_plugin.worker import _check
+
+    config = served.llm.llm_engine.vllm_config
+    monkeypatch.setattr(config.model_config, "enable_sleep_mode", True)
+    with pytest.raises(ValueError, match="enable_sleep_mode"):
+        _check(config, torch.nn.Identity())
+
+
+def test_an_incompatible_version(served: Served) -> None:
     from peft_fanlora.vllm_plugin.compatibility import NAMES, problems, refusal
 
     assert problems() == []

@@ -88,6 +88,8 @@ def _check(vllm_config: Any, model: nn.Module) -> None:
         "enable_dbo splits a step into two batches": parallel.enable_dbo,
         "kv_sharing_fast_prefill skips prompt tokens in some layers": vllm_config.cache_config.kv_sharing_fast_prefill,
         "kv_transfer_config may skip prompts computed elsewhere": vllm_config.kv_transfer_config is not None,
+        # The tables are allocated while the model is loaded, so they belong to the memory that sleep level 2 discards.
+        "enable_sleep_mode may discard the vectors, and wrong ones are read after waking up": config.enable_sleep_mode,
         "VLLM_USE_RUST_FRONTEND skips the plugin's checks of requests": _is_set("VLLM_USE_RUST_FRONTEND"),
     }
     if unfit is not None:
