@@ -1,4 +1,4 @@
-"""Tenants with PARA adapters, what each answers in transformers, and engines of vLLM that serve them."""
+"""PARA adapters with their reference answers from transformers, and vLLM engines that serve them."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from integration_tests.helpers.models import randomize
 from peft_fanlora import ParaConfig
 
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # several engines in this process, within reach of the tests
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines run in this process, where the tests can access them
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 VOCAB = 128
@@ -26,7 +26,7 @@ LLAMA = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 32,  # which vLLM's attention on CPUs knows, and which some models take from the other two sizes
+    "head_dim": 32,  # supported by vLLM's CPU attention; equal to hidden_size / num_attention_heads
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
     "bos_token_id": 1,
@@ -46,11 +46,11 @@ TENANTS: dict[str, dict[str, Any]] = {
     "prompt-end": {"prompt_end_token_ids": PROMPT_END},
 }
 BASE = ""
-"""The name by which jobs ask for the base model."""
+"""The tenant name of jobs for the base model."""
 
 
 def make_base(folder: Path, config_class: str = "LlamaConfig", **overrides: Any) -> Path:
-    """Saves a tiny model of an architecture, with weights that make its tokens differ, and returns the folder."""
+    """Saves a tiny model and returns the folder. Its random weights are large enough for varied answers."""
     torch.manual_seed(0)
     config = getattr(transformers, config_class)(**{**LLAMA, **overrides})
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -63,7 +63,7 @@ def make_base(folder: Path, config_class: str = "LlamaConfig", **overrides: Any)
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt, whom it asks, and the answer that transformers gives."""
+    """A prompt for a tenant, and the reference answer from transformers (token ids)."""
 
     tenant: str
     prompt: list[int]
@@ -72,7 +72,7 @@ class Job:
 
 @dataclass
 class Tenants:
-    """The adapters of a base model, in folders and in transformers."""
+    """The adapters of a base model: their folders, and a PEFT model that has all of them."""
 
     base: Path
     folders: dict[str, Path]
@@ -81,7 +81,7 @@ class Tenants:
 
     @torch.no_grad()
     def answer(self, tenant: str, prompt: list[int], new_tokens: int) -> list[int]:
-        """Returns the tokens that follow a prompt under greedy decoding."""
+        """Returns the greedy continuation of a prompt by transformers."""
         inputs = torch.tensor([prompt])
         lengths = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
         options = {"attention_mask": torch.ones_like(inputs), "do_sample": False, "pad_token_id": 0, **lengths}
@@ -95,11 +95,11 @@ class Tenants:
         return output[0, len(prompt) :].tolist()
 
     def job(self, tenant: str, prompt: list[int], new_tokens: int) -> Job:
-        """Returns a prompt with the answer that transformers gives."""
+        """Returns a job with the answer from transformers."""
         return Job(tenant, prompt, self.answer(tenant, prompt, new_tokens))
 
     def request(self, tenant: str, **options: Any) -> Any:
-        """Returns vLLM's name for a tenant; None for the base model."""
+        """Returns the `LoRARequest` of a tenant; None for the base model."""
         from vllm.lora.request import LoRARequest
 
         if tenant == BASE:
@@ -109,7 +109,7 @@ class Tenants:
 
 
 def make_tenants(base: Path, folder: Path, configs: dict[str, dict[str, Any]] = TENANTS) -> Tenants:
-    """Makes and saves an adapter that changes what the model says for each configuration."""
+    """Creates and saves a PARA adapter with random weights for each config."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     folders, adapted = {}, None
     for seed, (name, config) in enumerate(configs.items(), start=1):
@@ -126,7 +126,7 @@ def make_tenants(base: Path, folder: Path, configs: dict[str, dict[str, Any]] = 
 
 
 def prompts(count: int, seed: int, longest: int = 60, shortest: int = 1) -> Iterator[list[int]]:
-    """Yields prompts of random tokens and lengths; some hold the end that an adapter looks for."""
+    """Yields prompts of random tokens and lengths; two thirds of the longer ones contain `PROMPT_END`."""
     random = torch.Generator().manual_seed(seed)
     for index in range(count):
         length = int(torch.randint(shortest, longest + 1, (1,), generator=random))
@@ -137,7 +137,7 @@ def prompts(count: int, seed: int, longest: int = 60, shortest: int = 1) -> Iter
 
 
 def make_jobs(tenants: Tenants, count: int, new_tokens: int, seed: int = 0, longest: int = 60) -> list[Job]:
-    """Returns prompts that ask all tenants and the base model in turn."""
+    """Returns jobs for all tenants and the base model in turn."""
     names = [*tenants.folders, BASE]
     return [
         tenants.job(names[index % len(names)], prompt, new_tokens)
@@ -146,7 +146,7 @@ def make_jobs(tenants: Tenants, count: int, new_tokens: int, seed: int = 0, long
 
 
 def start(base: Path, **options: Any) -> Any:
-    """Starts an engine that serves PARA in this process."""
+    """Starts an engine with the "para" option in this process."""
     from vllm import LLM
 
     defaults = {
@@ -164,13 +164,13 @@ def start(base: Path, **options: Any) -> Any:
 
 
 def manager(llm: Any) -> Any:
-    """Returns the plugin's manager in an engine of this process."""
+    """Returns the `ParaManager` of an engine in this process."""
     (found,) = llm.collective_rpc(lambda worker: worker.model_runner.lora_manager)
     return found
 
 
 def sampling(new_tokens: int, **options: Any) -> Any:
-    """Returns greedy decoding of exactly so many tokens."""
+    """Returns sampling parameters for greedy decoding of a fixed number of tokens."""
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -179,7 +179,7 @@ def sampling(new_tokens: int, **options: Any) -> Any:
 
 
 def answers(llm: Any, tenants: Tenants, jobs: Sequence[Job]) -> list[list[int]]:
-    """Serves jobs, all at once, and returns the tokens."""
+    """Adds all jobs to the engine at once and returns the tokens of their answers."""
     outputs = llm.generate(
         [{"prompt_token_ids": job.prompt} for job in jobs],
         [sampling(len(job.answer)) for job in jobs],
@@ -190,7 +190,7 @@ def answers(llm: Any, tenants: Tenants, jobs: Sequence[Job]) -> list[list[int]]:
 
 
 def count_misses(found: Sequence[Sequence[int]], jobs: Sequence[Job]) -> int:
-    """Returns how many tokens differ from those of transformers."""
+    """Returns the number of tokens that differ from those of transformers."""
     return sum(
         own != other
         for tokens, job in zip(found, jobs, strict=True)
@@ -199,14 +199,14 @@ def count_misses(found: Sequence[Sequence[int]], jobs: Sequence[Job]) -> int:
 
 
 def check(llm: Any, tenants: Tenants, jobs: Sequence[Job]) -> None:
-    """Serves jobs and compares each token; afterwards no slot is taken."""
+    """Serves jobs, compares each token, and checks that their slots are freed."""
     assert count_misses(answers(llm, tenants, jobs), jobs) == 0
     check_alive(llm, tenants, jobs[:1])
 
 
 def check_alive(llm: Any, tenants: Tenants, jobs: Sequence[Job]) -> None:
-    """Serves a few jobs and checks that the requests before them have left no slot taken."""
+    """Serves a few jobs, compares each token, and checks that the slots of earlier requests are freed."""
     assert answers(llm, tenants, jobs) == [job.answer for job in jobs]
     vectors = manager(llm).vectors
     names = {job.tenant for job in jobs} - {BASE}
-    assert len(vectors.slots) <= len(names)  # vLLM tells of a finished request in the next step
+    assert len(vectors.slots) <= len(names)  # vLLM reports a finished request in the next step

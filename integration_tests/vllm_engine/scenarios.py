@@ -1,7 +1,7 @@
-"""Engines that need a process of their own: `python scenarios.py NAME FOLDER` prints what came out as JSON.
+"""Engines that need a separate process: `python scenarios.py NAME FOLDER` prints the result as JSON.
 
-vLLM keeps state in a process that another engine would find there: n-grams and drafts change how steps are computed, ranks
-are processes, and the second model runner needs Triton.
+vLLM has state per process: speculative decoding and compilation change it, tensor parallelism starts worker processes,
+and the second model runner needs Triton.
 """
 
 import json
@@ -24,7 +24,17 @@ def run(
     prepare: Callable[[Any], Any] = id,
     **options: Any,
 ) -> Any:
-    """Serves jobs twice and returns (engine, misses, tokens)."""
+    """Serves jobs twice and returns the engine, and the number of tokens and of those that differ from transformers.
+
+    Args:
+        folder: where the model and the adapters are saved.
+        base_options: config values of the base model.
+        count: number of jobs.
+        new_tokens: tokens of each answer.
+        seed: seed of the prompts.
+        prepare: called with the engine before the jobs.
+        **options: options of the engine.
+    """
     base = make_base(folder / "base", **base_options)
     tenants = make_tenants(base, folder / "tenants")
     jobs = make_jobs(tenants, count, new_tokens, seed)
@@ -35,7 +45,7 @@ def run(
 
 
 def drafts(llm: Any) -> dict[str, int]:
-    """Returns how many tokens were drafted, and how many of them accepted."""
+    """Returns the number of drafted and of accepted tokens."""
     counts = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     return {
         "drafted": int(counts["vllm:spec_decode_num_draft_tokens"]),
@@ -44,7 +54,7 @@ def drafts(llm: Any) -> dict[str, int]:
 
 
 def ngram(folder: Path) -> dict[str, Any]:
-    """Drafts from n-grams of the prompt and the answer."""
+    """Speculative decoding with n-grams of the prompt and the answer."""
     lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
     speculation = {"method": "ngram", "num_speculative_tokens": 3, **lookup}
     llm, found = run(folder, {}, 27, 40, 9, speculative_config=speculation, disable_log_stats=False)
@@ -52,7 +62,7 @@ def ngram(folder: Path) -> dict[str, Any]:
 
 
 def draft_model(folder: Path) -> dict[str, Any]:
-    """Drafts from a smaller model, which knows no adapters."""
+    """Speculative decoding with a draft model, which has no adapters."""
     draft = make_base(folder / "draft", num_hidden_layers=1)
     speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
     llm, found = run(folder, {}, 27, 20, 9, speculative_config=speculation, disable_log_stats=False)
@@ -60,18 +70,18 @@ def draft_model(folder: Path) -> dict[str, Any]:
 
 
 def two_ranks(folder: Path, **base_options: Any) -> dict[str, Any]:
-    """Two ranks of tensor parallelism, with key and value heads of their own."""
+    """Two tensor-parallel ranks, each with its own key and value heads."""
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     return run(folder, base_options, 27, 12, 3, tensor_parallel_size=2)[1]
 
 
 def two_ranks_share_heads(folder: Path) -> dict[str, Any]:
-    """Two ranks of tensor parallelism, which both hold the one key and value head."""
+    """Two tensor-parallel ranks with a replicated key and value head."""
     return two_ranks(folder, num_key_value_heads=1)
 
 
 def count_operators(llm: Any) -> Counter[str]:
-    """Counts how often each layer is scaled by the operator of compiled models, from now on."""
+    """Returns a counter of the calls of the operator for compiled models, by layer."""
     (layers,) = llm.collective_rpc(lambda worker: worker.vllm_config.compilation_config.static_forward_context)
     calls: Counter[str] = Counter()
 
@@ -88,7 +98,7 @@ def count_operators(llm: Any) -> Counter[str]:
 
 
 def let_cpus_compile_with_adapters() -> None:
-    """Keeps vLLM from switching compilation off where a CPU serves adapters, so that it can be tried without a card."""
+    """Enables compilation for LoRA on CPUs, where vLLM disables it, so that it is tested without a GPU."""
     from vllm.platforms.cpu import CpuPlatform
 
     update = CpuPlatform.check_and_update_config
@@ -102,7 +112,7 @@ def let_cpus_compile_with_adapters() -> None:
 
 
 def compiled(folder: Path) -> dict[str, Any]:
-    """The model compiled as vLLM compiles base models on a CPU."""
+    """A compiled model, with the settings that vLLM uses for models without adapters on a CPU."""
     let_cpus_compile_with_adapters()
     counts: list[Counter[str]] = []
     llm, found = run(
@@ -118,7 +128,7 @@ def compiled(folder: Path) -> dict[str, Any]:
 
 
 def second_runner(folder: Path) -> dict[str, Any]:
-    """vLLM's second model runner, which needs Triton, with too few blocks for all rows, so that some are preempted."""
+    """vLLM's second model runner, which needs Triton, with few KV cache blocks, so that requests are preempted."""
     llm, found = run(folder, {}, 18, 40, 5, num_gpu_blocks_override=14, block_size=32)
     (runner,) = llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)
     return found | {"runner": runner}
@@ -127,4 +137,4 @@ def second_runner(folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     name, place = sys.argv[1:]
     print("RESULT " + json.dumps(globals()[name](Path(place))), flush=True)
-    os._exit(0)  # worker processes and threads of vLLM have nothing left to do
+    os._exit(0)  # does not wait for worker processes and threads of vLLM

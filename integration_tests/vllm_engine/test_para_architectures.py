@@ -1,4 +1,4 @@
-"""PARA in vLLM on other architectures, token for token as in transformers; `make test-vllm` runs these."""
+"""PARA in vLLM on further architectures: all tokens equal those of transformers. Run by `make test-vllm`."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "GLM-4": ("Glm4Config", {}),
     "OLMo 2": ("Olmo2Config", {}),
 }
-"""vLLM runs OLMo 2 on its Transformers backend."""
+"""Architecture -> config class and values. vLLM runs OLMo 2 with its Transformers backend."""
 
 FUSED_UP = {"Phi-3", "GLM", "GLM-4"}
 

@@ -1,4 +1,7 @@
-"""PARA in vLLM answers token for token as in transformers; `make test-vllm` runs these, `make test-vllm-short` the first."""
+"""PARA in vLLM: all tokens equal those of transformers.
+
+`make test-vllm` runs these tests, `make test-vllm-short` only the first one.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +42,7 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Tenants:
 
 
 def test_eight_tenants_beside_base_rows(tenants: Tenants) -> None:
-    """The short form: one start, continuous batching with more requests than rows, token for token."""
+    """The short test: one engine, and continuous batching with more requests than `max_num_seqs`."""
     jobs = make_jobs(tenants, 45, new_tokens=16)
     assert len({tuple(job.answer) for job in jobs}) > 40
     llm = start(tenants.base)
@@ -47,15 +50,15 @@ def test_eight_tenants_beside_base_rows(tenants: Tenants) -> None:
         check(llm, tenants, jobs)
 
 
-def test_adapters_change_what_is_said(tenants: Tenants) -> None:
-    """Guards against tests that pass with adapters that do nothing."""
+def test_adapters_change_the_logits(tenants: Tenants) -> None:
+    """Guards against adapters without an effect, with which all other tests would pass."""
     prompt = next(prompts(1, seed=5, shortest=20))
     without = log_probabilities(tenants, Job(BASE, prompt, []))
     for name in TENANTS:
         assert (log_probabilities(tenants, Job(name, prompt, [])) - without).abs().max() > 0.1
 
 
-def test_preempted_requests_make_their_vectors_again(tenants: Tenants) -> None:
+def test_preempted_requests_recompute_their_vectors(tenants: Tenants) -> None:
     jobs = make_jobs(tenants, 30, new_tokens=60, seed=1)
     llm = start(tenants.base, num_gpu_blocks_override=14, block_size=32)
     made = count_prompts(llm)
@@ -64,7 +67,7 @@ def test_preempted_requests_make_their_vectors_again(tenants: Tenants) -> None:
 
 
 def count_prompts(llm: Any) -> list[tuple[int, int]]:
-    """Collects, for each prompt that passes, its tokens in that step and those that make its vectors."""
+    """Returns a list to which each prefill of a PARA request adds (tokens in the step, tokens that are pooled)."""
     vectors, made = manager(llm).vectors, []
     begin = vectors.begin
 
@@ -151,8 +154,8 @@ def test_more_tenants_than_fit(tenants: Tenants) -> None:
     assert len(manager(llm).list_adapters()) <= 3
 
 
-def test_an_adapter_is_loaded_anew_while_its_request_runs(tenants: Tenants) -> None:
-    """The running request keeps the vectors it was given; later ones get the new adapter's."""
+def test_an_adapter_is_reloaded_while_its_request_runs(tenants: Tenants) -> None:
+    """The running request keeps its vectors; later requests use the new adapter."""
     llm = start(tenants.base)
     prompt = next(prompts(1, seed=12, shortest=20))
     old, new = (tenants.job(name, prompt, 20) for name in ("attention", "mean"))
@@ -168,7 +171,7 @@ def test_an_adapter_is_loaded_anew_while_its_request_runs(tenants: Tenants) -> N
 
 
 def named(tenants: Tenants, tenant: str, **options: Any) -> Any:
-    """A tenant's folder under a name and a number that others had before."""
+    """Returns a `LoRARequest` for a tenant's folder, with the same name and id for all tenants."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest("shared", 77, str(tenants.folders[tenant]), **options)
@@ -199,7 +202,7 @@ def test_another_folder_under_an_old_name(tenants: Tenants) -> None:
             assert not llm.llm_engine.list_loras()
 
 
-def test_aborted_requests_give_their_slots_back(tenants: Tenants) -> None:
+def test_slots_of_aborted_requests_are_freed(tenants: Tenants) -> None:
     llm = start(tenants.base)
     engine, jobs = llm.llm_engine, make_jobs(tenants, 16, new_tokens=20, seed=14)
     for index, job in enumerate(jobs):

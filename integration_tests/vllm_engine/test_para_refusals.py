@@ -1,4 +1,4 @@
-"""What PARA in vLLM refuses: each message says what is wrong, and the engine answers the next request as before."""
+"""Requests and adapters that PARA in vLLM refuses: the error names the reason, and the engine keeps serving."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,11 +33,11 @@ BAD_LORA: dict[str, Callable[[Path], Any]] = {
     "LoRA of rank 600": set_config(r=600),
     "DoRA": set_config(use_dora=True),
 }
-"""Ways to spoil a LoRA adapter, which an engine that serves PARA alone refuses whole or spoiled."""
+"""Changes to a LoRA adapter. An engine that serves only PARA refuses it with and without them."""
 
 
 class Served:
-    """An engine, and what it must still answer."""
+    """An engine, and jobs that it must answer correctly after each refusal."""
 
     def __init__(self, folder: Path) -> None:
         self.tenants: Tenants = make_tenants(make_base(folder / "base"), folder / "tenants", {"good": {}})
@@ -47,7 +47,7 @@ class Served:
         self.number = 100
 
     def named(self, folder: Path | str) -> Any:
-        """A tenant that the engine has not seen yet."""
+        """Returns a `LoRARequest` with a new name and id."""
         from vllm.lora.request import LoRARequest
 
         self.number += 1
@@ -82,7 +82,7 @@ def lora(served: Served, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", BAD_FOLDERS)
 def test_bad_folders(name: str, served: Served, folder: Path) -> None:
-    """In a request, and as an adapter to load: 2 x 45."""
+    """Each folder is refused in a request, and when it is loaded with `add_lora`."""
     change, _ = BAD_FOLDERS[name]
     change(folder)
     request = served.named(folder)
@@ -154,7 +154,7 @@ def test_beam_search(served: Served) -> None:
 
 
 def test_prompts_as_embeddings_and_streamed_prompts(served: Served) -> None:
-    """They pass vLLM's own checks only in engines that are started for them, so the plugin's check is called itself."""
+    """vLLM accepts these only with further options of the engine, so the plugin's check is called directly."""
     processor = served.llm.llm_engine.input_processor
     request = processor.process_inputs(
         "id",

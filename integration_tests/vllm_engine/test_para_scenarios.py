@@ -1,4 +1,7 @@
-"""PARA with speculative decoding and on several ranks, token for token as in transformers; `make test-vllm` runs these."""
+"""PARA with speculative decoding, tensor parallelism, compilation and the second model runner, in new processes.
+
+All tokens equal those of transformers. Run by `make test-vllm`.
+"""
 
 import json
 import os
@@ -17,11 +20,18 @@ pytestmark = pytest.mark.vllm
 
 
 TRITON = Path(sys.prefix) / "triton"
-"""Where `make` puts Triton, which vLLM's CPU build must not find anywhere else."""
+"""Folder where `make` installs Triton, outside of the import path, since vLLM's CPU build must not find it."""
 
 
 def run(name: str, folder: Path, *paths: Path, **variables: str) -> dict[str, Any]:
-    """Runs a scenario in a process of its own, with more places to import from and more environment variables."""
+    """Returns the result of a scenario that runs in a new process.
+
+    Args:
+        name: the function in `scenarios`.
+        folder: where it saves its models.
+        *paths: further entries of the import path.
+        **variables: further environment variables.
+    """
     own = environment(OMP_NUM_THREADS="1", **variables)
     own["PYTHONPATH"] = os.pathsep.join([*map(str, paths), own["PYTHONPATH"]])
     done = subprocess.run(
@@ -39,7 +49,7 @@ def run(name: str, folder: Path, *paths: Path, **variables: str) -> dict[str, An
 
 @pytest.mark.parametrize("name", ["ngram", "draft_model"])
 def test_drafted_tokens_change_no_answer(name: str, tmp_path: Path) -> None:
-    """Drafted tokens lie behind the prompt and read its vectors."""
+    """Draft tokens use the vectors of the request."""
     found = run(name, tmp_path)
     assert found["accepted"] > 0
     assert found["misses"] == 0
@@ -59,7 +69,7 @@ def test_the_model_is_compiled(tmp_path: Path) -> None:
 
 
 def test_the_second_model_runner(tmp_path: Path) -> None:
-    """Triton's interpreter runs it where there is no card."""
+    """Runs with Triton's interpreter, without a GPU."""
     backend = tmp_path / "backend" / "triton_cpu-1.dist-info"
     backend.mkdir(parents=True)
     (backend / "METADATA").write_text("Metadata-Version: 2.1\nName: triton-cpu\nVersion: 1\n")

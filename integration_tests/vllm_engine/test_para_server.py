@@ -1,4 +1,4 @@
-"""PARA over HTTP: the model name chooses the tenant, and a bad request gets an answer that says why."""
+"""PARA with vLLM's OpenAI server: the model name selects the tenant, and refused requests get HTTP 400."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from integration_tests.helpers.processes import environment
 from integration_tests.vllm_engine.para_engines import TENANTS, Job, Tenants, make_base, make_jobs, make_tenants
 
 
-openai = pytest.importorskip("openai")  # which vLLM's environment has
+openai = pytest.importorskip("openai")  # installed with vLLM
 pytestmark = pytest.mark.vllm
 
 START_SECONDS = 240
@@ -28,7 +28,7 @@ BASE_NAME = "base"
 
 
 class Server:
-    """vLLM's OpenAI server in a process of its own."""
+    """vLLM's OpenAI server in a separate process."""
 
     def __init__(self, tenants: Tenants, log: Path, *arguments: str) -> None:
         with socket.socket() as free:
@@ -65,7 +65,7 @@ class Server:
             self.process.wait(60)
 
     def complete(self, job: Job, model: str | None = None, **options: Any) -> list[int]:
-        """Returns the tokens that the server answers."""
+        """Returns the tokens of the server's answer to a job."""
         extra = {"ignore_eos": True, "return_token_ids": True, **options.pop("extra", {})}
         done = self.client.completions.create(
             model=model or job.tenant or BASE_NAME,
@@ -78,7 +78,7 @@ class Server:
         return done.choices[0].token_ids
 
     def post(self, path: str, **content: Any) -> tuple[int, str]:
-        """Returns the status and the text of an answer."""
+        """Returns the status and the body of the response to a POST request."""
         request = Request(
             f"http://127.0.0.1:{self.port}/v1/{path}",
             json.dumps(content).encode(),

@@ -1,4 +1,4 @@
-"""What the vLLM plugin reads of options and adapter folders, and what it refuses; needs no vLLM."""
+"""How the vLLM plugin reads and checks options and adapter folders; does not need vLLM."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The vLLM plugin's tables against PARA in transformers, without vLLM: its hooks run in a model of transformers."""
+"""Compares the vLLM plugin with PARA in transformers. Does not need vLLM: the hooks run in a transformers model."""
 
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ CPU = torch.device("cpu")
 
 
 def adapted(seed: int = 1, **config: Any) -> nn.Module:
-    """Returns the tiny Llama, always the same, with an adapter of its own."""
+    """Returns the tiny Llama with a PARA adapter; the base weights are the same in each call."""
     model = get_peft_model(tiny("llama"), ParaConfig(**{"r": 4, "task_type": "CAUSAL_LM", **config}))
     return randomize(model, seed=seed).eval()
 
 
 class Engine:
-    """A model of transformers whose linear layers have the plugin's hooks, and which runs requests one at a time."""
+    """A transformers model whose linear layers have the plugin's hooks. Each step has one request."""
 
     def __init__(self, architecture: str = "llama", requests: int = 3) -> None:
         self.model = tiny(architecture)
@@ -62,7 +62,7 @@ class Engine:
 
 @torch.no_grad()
 def expected(model: nn.Module, prompt: list[int], answer: list[int]) -> list[torch.Tensor]:
-    """The logits of the prompt, and of each token of the answer after it."""
+    """Returns the logits of the prompt, and of each following token."""
     cache, steps = DynamicCache(), [prompt, *([token] for token in answer)]
     return [model(torch.tensor([tokens]), past_key_values=cache, use_cache=True).logits for tokens in steps]
 
@@ -110,8 +110,8 @@ def test_the_prompt_ends_where_the_adapter_says(tmp_path: Path) -> None:
     torch.testing.assert_close(longer[:, :4], engine.step("c", tenant, prompt[:4]), atol=1e-5, rtol=1e-5)
 
 
-def test_a_slot_keeps_nothing_of_its_last_owner(tmp_path: Path) -> None:
-    """A tenant without some target took the vector that the slot's last owner had there."""
+def test_a_reused_slot_has_no_old_vectors(tmp_path: Path) -> None:
+    """Guards against a tenant with fewer targets that reads the other targets' vectors of the previous request."""
     models = {"all": para(), "up alone": adapted(3, target_modules=["up_proj"])}
     engine = Engine(requests=1)
     for name, model in models.items():
@@ -138,7 +138,7 @@ def test_requests_keep_their_vectors_while_others_come_and_go(tmp_path: Path) ->
 
 
 def test_prompts_of_a_step_are_computed_in_stacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight tenants whose prompts have about the same length take as many generator runs as one."""
+    """The generators of eight tenants with prompts of similar length run as one batch."""
     from peft_fanlora.vllm_plugin import vectors as module
 
     engine = Engine(requests=8)
@@ -223,7 +223,7 @@ def test_slots_are_handed_out_and_come_back() -> None:
 
 
 def split(layer: int, rank: int, ranks: int) -> list[EngineLayer]:
-    """The packed layers of a block as vLLM shares them between ranks; key and value heads are one, and replicated."""
+    """Returns the packed layers of a block on a tensor-parallel rank; key and value heads may be replicated."""
     prefix = f"model.layers.{layer}."
     query, up = 16 // ranks, 24 // ranks
     parts = [

@@ -1,6 +1,6 @@
-"""Exported adapters in vLLM answer token for token as in transformers; `make test-vllm` runs these.
+"""Exported adapters in vLLM: all tokens equal those of transformers. Run by `make test-vllm`.
 
-They also hold what docs/vllm.md says about vLLM itself, so that another version of it that does otherwise shows here.
+The tests also check the statements about vLLM in docs/vllm.md, so they fail if another version behaves differently.
 """
 
 import json
@@ -22,7 +22,7 @@ from integration_tests.helpers.models import randomize
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, export_lora
 
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # several engines in this process, within reach of the tests
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # engines run in this process, where the tests can access them
 pytestmark = pytest.mark.vllm
 
 NEW_TOKENS = 12
@@ -32,7 +32,7 @@ SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 2,  # of size 32, which vLLM's attention on CPUs knows
+    "num_attention_heads": 2,  # head size 32, which vLLM's CPU attention supports
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
 }
@@ -51,7 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Tenant:
-    """An exported adapter, and what it makes of its prompt in transformers."""
+    """An exported adapter, a prompt, and the reference answer from transformers (token ids)."""
 
     folder: str
     prompt: list[int]
@@ -111,7 +111,7 @@ def engine(base: Path, **options: Any) -> Any:
 
 
 def answers(llm: Any, tenants: dict[str, Tenant]) -> dict[str, list[int]]:
-    """Serves all tenants in one batch."""
+    """Returns the answers of all tenants, served in one batch."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -147,7 +147,7 @@ def test_tenants_with_different_settings_and_the_base_model_in_one_batch(
 ) -> None:
     llm = engine(base, max_loras=len(tenants))
     assert answers(llm, tenants) == expected(tenants)
-    # As it comes, vLLM computes LoRA in every linear layer, embeddings and head included, whatever the adapters have.
+    # By default, vLLM computes LoRA in all linear layers, the embeddings and the head, for any adapter.
     assert len(lora_layers(llm)) >= 4 * NUM_LAYERS + 2
 
 

@@ -1,1 +1,1 @@
-"""A backend "cpu" for Triton that compiles nothing: Triton's interpreter runs vLLM's second model runner on it."""
+"""A Triton backend "cpu" without a compiler, with which Triton's interpreter runs vLLM's second model runner."""

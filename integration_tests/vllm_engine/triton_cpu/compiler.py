@@ -1,4 +1,4 @@
-"""The compiler that Triton looks for; the interpreter never calls it."""
+"""The compiler class that a Triton backend must have; the interpreter does not use it."""
 
 from typing import Any
 

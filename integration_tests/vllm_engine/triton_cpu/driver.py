@@ -1,4 +1,4 @@
-"""The driver that Triton looks for: it says that the device is a CPU."""
+"""The driver class of the Triton backend; it reports the CPU as the device."""
 
 from typing import Any
 
