@@ -1,4 +1,4 @@
-"""The methods that serve tenants on one backbone, each as a model with adapters that change what it computes."""
+"""The methods that the serving benchmarks compare, each as a model with non-zero adapters."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from peft_fanlora.serving.tenants import only_visible
 
 RANK = 8
 TWO_ROLES = ["v_proj", "up_proj"]
-"""One module of attention and one of the feed-forward in each layer, the same for LoRA and FanLoRA."""
+"""One attention module and one feed-forward module per layer, the same for LoRA and FanLoRA."""
 
 
 def _lora(**kwargs: object) -> LoraConfig:
@@ -45,12 +45,12 @@ _MANY_TENANTS: dict[str, Callable[[], peft.PeftConfig]] = {
 
 
 def names(num_tenants: int) -> list[str]:
-    """Returns who takes part with a number of tenants; the base model twice, to show how far equal things differ."""
+    """Returns the contestants for a number of tenants. The base model is included twice, to measure the noise."""
     return [BASE, f"{BASE}, again", *(_ONE_TENANT if num_tenants == 1 else {}), *_MANY_TENANTS]
 
 
 def make(name: str, base: nn.Module, num_tenants: int, batch_size: int) -> Contestant:
-    """Makes a contestant, on the same weights in the same memory where its method allows that."""
+    """Returns a contestant. It shares the base weights, except for merged LoRA, which needs a copy."""
     if name == BASE:
         return Contestant(name, base)
     if name.startswith(BASE):
@@ -64,10 +64,10 @@ def make(name: str, base: nn.Module, num_tenants: int, batch_size: int) -> Conte
 
 
 def _with_adapters(base: nn.Module, make_config: Callable[[], peft.PeftConfig], count: int) -> PeftModel:
-    """Puts adapters on a model and freezes them, as loading saved ones does."""
+    """Returns the model with random frozen adapters."""
     model = get_peft_model(base, make_config(), adapter_name="tenant0")
     for tenant in range(1, count):
-        with only_visible(base, f"tenant{tenant}"):  # PEFT's own walks would take minutes
+        with only_visible(base, f"tenant{tenant}"):  # otherwise PEFT visits all earlier adapters, which takes minutes
             model.add_adapter(f"tenant{tenant}", make_config())
     with torch.no_grad():
         for name, parameter in model.named_parameters():

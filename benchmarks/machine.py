@@ -1,4 +1,4 @@
-"""The facts about a machine that stand beside every result."""
+"""The description of the machine that every result file contains."""
 
 import platform
 from importlib.metadata import version
@@ -8,7 +8,7 @@ import torch
 
 
 def facts() -> dict[str, str | int]:
-    """Returns processor, cores, accelerator and the versions of what was timed."""
+    """Returns the processor, the number of threads, the accelerator, and the versions of Python and packages."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {

@@ -1,9 +1,9 @@
-"""How long each score takes on the same batches, and how far they agree.
+"""Compares the run time of all scores on the same batches, and their rank correlation with `ablation`.
 
     python benchmarks/scoring.py --output benchmarks/results/scoring-cpu.json
 
-LoRA on all 210 linear layers of SmolLM2-135M-Instruct is trained for a few steps on WordNet definitions, so that there
-is something to score; then every score runs on the same calibration batches, one after the other.
+LoRA on all 210 linear layers of SmolLM2-135M-Instruct is trained for a few steps on WordNet definitions. Then each
+score is computed on the same calibration batches.
 """
 
 import json
@@ -28,7 +28,7 @@ import assets
 
 
 def batches(rows: list[assets.Row], tokenizer: object, size: int) -> list[dict[str, torch.Tensor]]:
-    """Tokenises conversations into padded batches whose labels are the answers."""
+    """Returns tokenized conversations as padded batches, in which only the answers have labels."""
     made = []
     for start in range(0, len(rows), size):
         prompts, texts = [], []
@@ -49,7 +49,7 @@ def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id of a chat model [default: SmolLM2-135M-Instruct]")] = "",
     rows: Annotated[int, typer.Option(help="Calibration rows, scored in batches of four")] = 4,
     steps: Annotated[int, typer.Option(help="Training steps before scoring")] = 10,
-    output: Annotated[Path | None, typer.Option(help="The JSON file to write")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
 ) -> None:
     """Times every score and prints the results as JSON."""
     torch.manual_seed(0)

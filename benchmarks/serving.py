@@ -1,8 +1,8 @@
-"""Times one backbone that serves many tenants: FanLoRA and PARA beside PEFT's LoRA and IA3, and the base model.
+"""Times FanLoRA, PARA, PEFT's LoRA and IA3, and the base model with many tenants in one batch.
 
-Decoding steps, prefill, tokens a second at one beam and at three, peak memory; for 1, 8, 32 and 64 tenants, all of them
-in the batch. What to compare is the ratio to the base model's time in the same round. Runs with the same `--output` add
-to the same file, so that a long measurement can be taken in pieces.
+Measures decoding steps, prefill, tokens per second with one and three beams, and peak memory, for 1, 8, 32 and 64
+tenants. The result is the ratio to the base model's time in the same round. Results are added to the file of
+`--output`, so that a long measurement can be split into several runs.
 
     python benchmarks/serving.py --tenants 1 --tenants 8 --measure decode --output benchmarks/results/serving-cpu.json
     python benchmarks/serving.py --shape 7b --device cuda --dtype bfloat16 --output benchmarks/results/serving-gpu.json
@@ -32,7 +32,7 @@ from peft_fanlora.command_line.timing import BASE, Stopwatch, decode_steps, summ
 
 
 class Measure(StrEnum):
-    """What can be measured."""
+    """The available measurements."""
 
     decode = "decode"
     prefill = "prefill"
@@ -42,7 +42,7 @@ class Measure(StrEnum):
 
 
 def peak_memory(name: str, options: list[str]) -> float:
-    """Runs a contestant in a process of its own and returns its peak memory in megabytes."""
+    """Returns the peak memory of a contestant in MiB, measured in a new process."""
     command = [sys.executable, str(Path(__file__).parent / "memory.py"), name, *options]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
@@ -56,7 +56,7 @@ def show(measure: str, tenants: int, results: list[dict[str, Any]]) -> None:
 
 
 def merged(file: Path, facts: dict[str, Any], new: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the results of earlier runs with the new ones in place of those of the same measure and tenants."""
+    """Returns the content of the result file, in which new results replace those with the same measure and tenants."""
     earlier = json.loads(file.read_text())["results"] if file.exists() else []
     again = {(result["measure"], result["tenants"]) for result in new}
     kept = [result for result in earlier if (result["measure"], result["tenants"]) not in again]
@@ -65,21 +65,21 @@ def merged(file: Path, facts: dict[str, Any], new: list[dict[str, Any]]) -> dict
 
 
 def main(
-    shape: Annotated[Shape, typer.Option(help="SmolLM2's weights, or random ones of a Llama shape")] = Shape.smollm2,
-    model: Annotated[str, typer.Option(help="Folder or Hub id of a model, in place of a shape")] = "",
+    shape: Annotated[Shape, typer.Option(help="SmolLM2, or random weights of a Llama shape")] = Shape.smollm2,
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a model, instead of a shape")] = "",
     tenants: Annotated[list[int] | None, typer.Option(help="Tenants in the batch [default: 1 8 32 64]")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows; 0 for 8, or the tenants where they are more")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Rows; 0 for the maximum of 8 and the tenants")] = 0,
     measure: Annotated[list[Measure] | None, typer.Option(help="What to measure [default: all]")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Contestants, beside the base model [default: all]")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Contestants besides the base model [default: all]")] = None,
     rounds: Annotated[int, typer.Option(help="Decoding steps of each contestant")] = 60,
-    slow_rounds: Annotated[int, typer.Option(help="Prefills, and generations, of each contestant")] = 5,
+    slow_rounds: Annotated[int, typer.Option(help="Prefills and generations of each contestant")] = 5,
     prompt_length: Annotated[int, typer.Option(help="Tokens of each prompt")] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Tokens that `generate` makes for each row")] = 16,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that `generate` returns for each row")] = 16,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
-    processor_time: Annotated[bool, typer.Option(help="Count the processor's seconds, not the clock's")] = False,
-    output: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
-    plots: Annotated[Path | None, typer.Option(help="The folder for the two plots of what is in the output")] = None,
+    processor_time: Annotated[bool, typer.Option(help="Measure CPU time instead of wall-clock time")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for two plots of the results")] = None,
 ) -> None:
     """Times the contestants and prints their medians."""
     set_seed(0)

@@ -1,4 +1,4 @@
-"""Two plots of a serving benchmark: the step's time against the tenants, and the ratios as bars.
+"""Plots the results of a serving benchmark: time per decoding step over tenants, and a bar chart of the ratios.
 
 python benchmarks/serving_plots.py benchmarks/results/serving-cpu.json docs/images
 """
@@ -18,11 +18,11 @@ mpl.use("Agg")
 
 
 def draw(content: dict[str, Any], folder: Path) -> None:
-    """Draws both plots from the decoding steps among the results.
+    """Saves both plots of the decoding steps; nothing if the results have none.
 
     Args:
-        content: what `serving.py` writes.
-        folder: where the pictures go.
+        content: the content of a result file of `serving.py`.
+        folder: folder for the images.
     """
     results = pd.DataFrame(content["results"])
     steps = results[(results["measure"] == "decode") & (results["method"] != f"{BASE}, again")]
@@ -66,10 +66,10 @@ def draw(content: dict[str, Any], folder: Path) -> None:
 
 
 def main(
-    results: Annotated[Path, typer.Argument(help="The JSON of serving.py")],
-    folder: Annotated[Path, typer.Argument(help="Where the pictures go")],
+    results: Annotated[Path, typer.Argument(help="Result file of serving.py")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the images")],
 ) -> None:
-    """Draws the plots of results that are there already."""
+    """Saves the plots of a result file."""
     draw(json.loads(results.read_text()), folder)
 
 

@@ -1,4 +1,4 @@
-"""The models that benchmarks run on: real weights, or random ones in a Llama shape, which need no download."""
+"""The base models of the benchmarks: SmolLM2, or random weights in a Llama shape, which need no download."""
 
 import sys
 from enum import StrEnum
@@ -44,7 +44,7 @@ _SHAPES = {
 
 
 class Shape(StrEnum):
-    """What `--shape` takes: SmolLM2's own weights, or random ones of its shape, Llama-3.2-1B's, or LLaMA-2-7B's."""
+    """Values of `--shape`: SmolLM2-135M's weights, or random weights in its shape, Llama-3.2-1B's or LLaMA-2-7B's."""
 
     smollm2 = "smollm2"
     m135 = "135m"
@@ -53,13 +53,13 @@ class Shape(StrEnum):
 
 
 def load(shape: Shape, model: str, device: str, dtype: torch.dtype) -> nn.Module:
-    """Makes the base model.
+    """Returns the base model.
 
     Args:
-        shape: which weights, or the size of random ones.
-        model: a folder or Hub id, in place of a shape.
-        device: where to put it; random weights are made there.
-        dtype: the type of the weights.
+        shape: SmolLM2, or the shape of random weights.
+        model: folder or Hub id, instead of a shape.
+        device: device of the model, on which random weights are created.
+        dtype: dtype of the weights.
     """
     if model or shape is Shape.smollm2:
         return AutoModelForCausalLM.from_pretrained(model or assets.model_folder(), dtype=dtype).to(device).eval()

@@ -1,4 +1,4 @@
-"""Makes docs/support.md from the outcomes of the tests that are marked with what they show.
+"""Generates docs/support.md from the results of the tests that have the mark `support`.
 
 pytest -m support --support-results=benchmarks/results/support.json
 python benchmarks/support.py
@@ -28,30 +28,33 @@ Tested with {versions}.
 
 
 def cell(rows: list[dict[str, Any]]) -> str:
-    """Returns what the tests of one field of the table say together."""
+    """Returns the table entry for the tests of one feature: "yes", "refused", "in part", or "" if none passed."""
     kinds = {"refused" if row["refused"] else "yes" for row in rows if row["outcome"] == "passed"}
     return "in part" if len(kinds) > 1 else "".join(kinds)
 
 
 def table(first: str, index: list[str], columns: list[str], fields: dict[tuple[str, str], str]) -> str:
-    """Returns a Markdown table; `fields` holds the entries by (row, column)."""
+    """Returns a Markdown table; `fields` has the entries by (row, column)."""
     lines = [[first, *columns], ["---", *(":-:" for _ in columns)]]
     lines += [[row, *(fields.get((row, column), "") for column in columns)] for row in index]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def page(results: dict[str, Any]) -> str:
-    """Returns the page.
+    """Returns the Markdown text of the page.
 
     Raises:
-        ValueError: a test failed, so that there is nothing true to write about its row.
+        ValueError: a test failed.
     """
     rows = results["rows"]
     failed = [
         f"{row['feature']} ({row['method']}, {row['architecture']})" for row in rows if row["outcome"] == "failed"
     ]
     if failed:
-        raise ValueError(f"The tests of {len(failed)} rows failed, for instance of {failed[0]}: fix them first.")
+        raise ValueError(
+            f"Tests of {len(failed)} rows failed, for instance of {failed[0]}, so their entries are unknown: fix them "
+            "first."
+        )
     grouped: dict[tuple[str, str, str | None], list[dict[str, Any]]] = {}
     for row in rows:
         grouped.setdefault((row["feature"], row["method"], row["architecture"]), []).append(row)
@@ -72,8 +75,8 @@ def page(results: dict[str, Any]) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="What `pytest --support-results` wrote.")] = RESULTS,
-    output: Annotated[Path, typer.Option(help="The page to write.")] = PAGE,
+    results: Annotated[Path, typer.Option(help="Result file of `pytest --support-results`.")] = RESULTS,
+    output: Annotated[Path, typer.Option(help="Markdown file to write.")] = PAGE,
 ) -> None:
     """Writes the page."""
     output.write_text(page(json.loads(results.read_text())), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Measures what one more tenant costs when there are ten, a hundred and a thousand of them.
+"""Measures the time and memory of one more tenant on a model with 10, 100 and 1000 tenants.
 
 python benchmarks/tenants.py --shape 135m --output benchmarks/results/tenants-cpu.json
 """
@@ -31,7 +31,7 @@ from peft_fanlora.command_line.timing import Contestant, Generation
 
 
 def milliseconds(work: Callable[[], Any], times: int) -> float:
-    """Returns the median time of a call."""
+    """Returns the median time of a call in milliseconds."""
     seconds = []
     for _ in range(times):
         started = time.perf_counter()
@@ -41,14 +41,14 @@ def milliseconds(work: Callable[[], Any], times: int) -> float:
 
 
 def change_costs(model: PeftModel, folder: Path, load_one: Callable[..., Any]) -> tuple[float, float]:
-    """Returns the milliseconds of loading and of deleting a tenant."""
+    """Returns the times of loading and of deleting a tenant in milliseconds."""
     loading = milliseconds(lambda: load_one(folder, f"guest{len(model.peft_config)}"), 3)
     deleting = milliseconds(lambda: model.delete_adapter(next(reversed(model.peft_config))), 3)
     return loading, deleting
 
 
 def costs(method: str, shape: Shape, model: str, counts: list[int]) -> list[dict[str, Any]]:
-    """Adds tenants of a method one after the other and returns what the last ones of each count cost."""
+    """Loads tenants of a method up to each count, and returns the time and memory per tenant at that count."""
     set_seed(0)
     base = load(shape, model, "cpu", torch.float32)
     one: Any = contestants.make(method, base, 1, 8).model
@@ -86,13 +86,13 @@ def costs(method: str, shape: Shape, model: str, counts: list[int]) -> list[dict
 
 def main(
     shape: Annotated[Shape, typer.Option(help="The model")] = Shape.m135,
-    model: Annotated[str, typer.Option(help="Folder or Hub id, in place of a shape")] = "",
+    model: Annotated[str, typer.Option(help="Folder or Hub id, instead of a shape")] = "",
     counts: Annotated[list[int] | None, typer.Option(help="Numbers of tenants [default: 10 100 1000]")] = None,
     method: Annotated[list[str] | None, typer.Option(help="[default: FanLoRA, 2 per layer; PARA]")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
 ) -> None:
-    """Adds tenants one after the other and prints what the last ones cost."""
-    # Each method has a process of its own: memory that another has freed would look as if it cost nothing.
+    """Loads tenants and prints the time and memory per tenant for each number of tenants."""
+    # One process per method: memory that an earlier method has freed would be reused without increasing RssAnon.
     with get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
         arguments = [
             (name, shape, model, counts or [10, 100, 1000]) for name in method or ["FanLoRA, 2 per layer", "PARA"]

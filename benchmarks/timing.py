@@ -1,4 +1,4 @@
-"""Times prefills and whole generations of contestants in turns; the command line times decoding steps."""
+"""Times prefills and complete generations of contestants; decoding steps are in `peft_fanlora.command_line.timing`."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from peft_fanlora.command_line.timing import Contestant, Generation, Seconds, St
 def prefills(
     contestants: list[Contestant], rounds: int, prompts: Callable[[], torch.Tensor], stopwatch: Stopwatch
 ) -> Seconds:
-    """Times passes over whole prompts; one before them does not count."""
+    """Times forward passes over complete prompts, after one warm-up pass."""
     prompt = prompts()
     for contestant in contestants:
         Generation(contestant).prefill(prompt)
@@ -27,7 +27,7 @@ def generations(
     new_tokens: int,
     beams: int,
 ) -> Seconds:
-    """Times `generate` of a fixed number of tokens."""
+    """Times `generate` with a fixed number of new tokens."""
     prompt = prompts()
 
     def generate(contestant: Contestant) -> None:

@@ -1,12 +1,12 @@
-"""Times vLLM with PARA, FanLoRA and LoRA tenants against the base model, in vLLM's environment.
+"""Times vLLM with PARA, FanLoRA and LoRA tenants relative to the base model.
 
-All engines run in this process and take turns step by step, so that a busy machine slows all of them alike. On a CPU the
-times are those of this thread, which computes everything.
+All engines run in this process, and their steps alternate, so that other load on the machine affects all of them
+equally. On a CPU, one thread computes everything, and its CPU time is measured.
 
     .venv-vllm/bin/python benchmarks/vllm_serving.py --result benchmarks/results/vllm-serving-cpu.json
 
-With a card, in an environment with vLLM and peft-fanlora, `--device cuda` waits for the card and takes the time of the
-clock.
+On a GPU, `--device cuda` synchronizes the device and measures wall-clock time. It needs an environment with vLLM and
+peft-fanlora.
 """
 
 import json
@@ -51,7 +51,7 @@ console = Console()
 
 @dataclass
 class Contestant:
-    """An engine, and the adapters that the rows of its batches ask for in turn."""
+    """An engine, and the adapters that its requests use in turn."""
 
     name: str
     engine: "LLM"
@@ -60,7 +60,7 @@ class Contestant:
     numbers: Iterator[int] = field(default_factory=lambda: iter(range(10**9)))
 
     def add(self, prompt: list[int], new_tokens: int) -> None:
-        """Hands a request to the engine."""
+        """Adds a request to the engine."""
         from vllm import SamplingParams
 
         number = next(self.numbers)
@@ -69,17 +69,17 @@ class Contestant:
         self.engine.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling, lora_request=adapter)
 
     def step(self) -> None:
-        """Lets the engine take one step."""
+        """Runs one step of the engine."""
         self.answered += sum(output.finished for output in self.engine.llm_engine.step())
 
     def drain(self) -> None:
-        """Lets the engine finish all of its requests."""
+        """Runs steps until all requests are finished."""
         while self.engine.llm_engine.has_unfinished_requests():
             self.step()
 
 
 def save_adapters(model: str, folder: Path) -> dict[str, Path]:
-    """Saves one adapter of each method; its values make no difference to the times."""
+    """Saves one untrained adapter of each method and returns the folders. The times do not depend on the weights."""
     set_seed(0)
 
     def base() -> Any:
@@ -121,25 +121,25 @@ def start(model: str, folders: dict[str, Path], rows: int, tenants: list[int], d
     layers = {"fanlora": layers_of_vllm([str(folders["fanlora"])]), "lora": ROLES}
     names = {"fanlora": "FanLoRA, 8 tenants, lora_target_modules", "lora": "LoRA, 8 tenants, all linear"}
     for method, name in names.items():
-        # On a CPU, vLLM gives requests without an adapter the one in the last slot: that one stays empty.
+        # On CPUs, vLLM applies the last slot to requests without an adapter, so one more slot is kept empty.
         options = {"max_loras": 9, "max_lora_rank": RANK, "lora_target_modules": layers[method]}
         found.append(Contestant(name, engine(enable_lora=True, **options), requests(method, 8)))
     return found
 
 
 def prompt(length: int, source: random.Random) -> list[int]:
-    """Returns random tokens."""
+    """Returns `length` random token ids."""
     return [source.randrange(3, VOCAB) for _ in range(length)]
 
 
 def stopwatch(device: str) -> Callable[[], float]:
-    """Returns a clock: this thread's time on a CPU, real time after the card has finished otherwise."""
+    """Returns a clock in seconds: CPU time of this thread, or wall-clock time after a synchronization of the GPU."""
 
-    def of_the_card() -> float:
+    def synchronized() -> float:
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    return time.thread_time if device == "cpu" else of_the_card
+    return time.thread_time if device == "cpu" else synchronized
 
 
 Times = dict[str, list[float]]
@@ -148,7 +148,7 @@ Times = dict[str, list[float]]
 def in_turns(
     contestants: list[Contestant], rounds: int, clock: Callable[[], float], act: Callable[[Contestant], None]
 ) -> Times:
-    """Lets the contestants act in turns, in another order each round; the first round does not count."""
+    """Returns the seconds of `act` for each contestant and round, in random order; the first round is discarded."""
     times: Times = {each.name: [] for each in contestants}
     order, source = list(contestants), random.Random(0)
     for _ in range(rounds + 1):
@@ -175,7 +175,7 @@ def decoding(contestants: list[Contestant], rows: int, rounds: int, clock: Calla
 
 
 def prefill(contestants: list[Contestant], lengths: list[int], rounds: int, clock: Callable[[], float]) -> Times:
-    """Times steps that compute some prompts and the first token of each answer."""
+    """Times the prefill of prompts of the given lengths, up to the first token of each answer."""
     source = random.Random(2)
 
     def act(each: Contestant) -> None:
@@ -187,7 +187,7 @@ def prefill(contestants: list[Contestant], lengths: list[int], rounds: int, cloc
 
 
 def mixed(contestants: list[Contestant], count: int, rounds: int, clock: Callable[[], float]) -> Times:
-    """Times a load of requests that arrive while others run, with prompts and answers of different lengths."""
+    """Times `count` requests that arrive while others run, with prompts and answers of different lengths."""
 
     def act(each: Contestant) -> None:
         source = random.Random(3)
@@ -204,7 +204,7 @@ def mixed(contestants: list[Contestant], count: int, rounds: int, clock: Callabl
 
 
 def summary(measure: str, rows: int, times: Times) -> list[dict[str, Any]]:
-    """Returns the median of each contestant, and of its ratios to the base model of the same round, with quartiles."""
+    """Returns each contestant's median time, and median and quartiles of its ratios to the base model per round."""
     results = []
     for name, own in times.items():
         ratios = [mine / base for mine, base in zip(own, times[BASE], strict=True)]
@@ -241,16 +241,16 @@ def main(
     model: Annotated[str, typer.Option(help="Folder or Hub id [default: SmolLM2-135M-Instruct]")] = "",
     rounds: Annotated[int, typer.Option(help="Timed steps of each engine", min=2)] = 100,
     loads: Annotated[int, typer.Option(help="Timed mixed loads of each engine", min=2)] = 5,
-    requests: Annotated[int, typer.Option(help="Requests of a mixed load")] = 24,
+    requests: Annotated[int, typer.Option(help="Number of requests of a mixed load")] = 24,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    result: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
+    result: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
 ) -> None:
     """Times decoding steps, prefills and a mixed load, and prints the ratios to the base model."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engines take turns in this process
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # all engines run in this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if device == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        torch.set_num_threads(1)  # so that this thread's time is all of it
+        torch.set_num_threads(1)  # so that the CPU time of this thread covers all work
     import vllm
 
     base = model or str(assets.model_folder())

@@ -1,9 +1,9 @@
-"""Tenants on vLLM: FanLoRA adapters, exported as plain LoRA, and PARA adapters as they are saved.
+"""Serves many tenants with vLLM: FanLoRA adapters exported as plain LoRA, and PARA adapters.
 
-`train` finds a setting by role, trains a FanLoRA adapter on it and a PARA adapter for each tenant, and saves the adapters
-and their answers. `serve` and `http` need vLLM and may run in another environment. `serve` checks that vLLM gives the same
-tokens in one batch with the base model, and compares the time of this batch with LoRA on all linear layers. `http` starts
-vLLM's server and asks the PARA tenants by their model names.
+`train` finds a setting by role, trains a FanLoRA adapter with this setting and a PARA adapter for each tenant, and
+saves the adapters and their answers. `serve` and `http` need vLLM and can run in another environment. `serve` checks
+that vLLM generates the same tokens in one batch with the base model, and compares the time of this batch with LoRA on
+all linear layers. `http` starts vLLM's server and sends requests to the PARA tenants by their model names.
 
     python examples/serve_vllm.py train
     python examples/serve_vllm.py serve
@@ -66,7 +66,7 @@ Output = Annotated[Path, typer.Option(help="Folder of the adapters and their ans
 
 @dataclass
 class Tenants:
-    """Exported adapters, the prompt of each tenant, and the answer of its adapter in transformers (tokens)."""
+    """Adapters, with the prompt of each tenant and the answer of its adapter in transformers (token ids)."""
 
     name: str
     folders: list[str]
@@ -76,7 +76,7 @@ class Tenants:
 
 @dataclass
 class Served:
-    """Tenants on an engine."""
+    """An engine, with a batch of prompts and their adapters, and the measured times of this batch."""
 
     name: str
     engine: "LLM"
@@ -88,7 +88,7 @@ class Served:
 def train_adapter(
     base_model: str, config: PeftConfig, rows: list[assets.Row], steps: int, output: Path, seed: int
 ) -> tuple[PeftModel, SFTTrainer]:
-    """Trains an adapter on the rows after the first `NUM_CALIBRATION`, which the trainer keeps for evaluation."""
+    """Trains an adapter on the rows after the first `NUM_CALIBRATION`, which are the trainer's evaluation dataset."""
     set_seed(seed)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32), config)
     trainer = SFTTrainer(
@@ -123,7 +123,7 @@ def train(
     new_tokens: Annotated[int, typer.Option(help="Length of the answers in tokens")] = 32,
     seed: Annotated[int, typer.Option(help="Seed")] = 0,
 ) -> None:
-    """Finds a setting by role, trains and exports the tenants, and stores their answers."""
+    """Finds a setting by role, trains and saves the adapters of the tenants, and stores their answers."""
     base_model = model or str(assets.model_folder())
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     size = NUM_CALIBRATION + tenant_steps * BATCH_SIZE
@@ -142,7 +142,7 @@ def train(
     console.print(f"Kept roles: {', '.join(setting.roles)}", highlight=False)
 
     def served_alike(name: str) -> Tenants:
-        """Uses one adapter for all tenants, which costs an engine as much as different adapters."""
+        """Exports one adapter for all tenants. The engine's cost is the same as with different adapters."""
         folder = output / name.replace(" ", "-").lower()
         export_lora(general, folder)
         answers = [answer(general, prompt, new_tokens) for prompt in prompts]
@@ -178,14 +178,14 @@ def train(
 
 
 def layers_of_vllm(folders: Iterable[str]) -> list[str]:
-    """Returns the layers of vLLM's Llama that the adapters need, for `lora_target_modules`."""
+    """Returns the layers of vLLM's Llama that the adapters change, for `lora_target_modules`."""
     configs = [json.loads((Path(folder) / "adapter_config.json").read_text()) for folder in set(folders)]
     modules = {module.rpartition(".") for config in configs for module in config["target_modules"]}
     return sorted({f"{parent}.{PACKED.get(leaf, leaf)}" for parent, _, leaf in modules})
 
 
 def tokens_of(served: Served, new_tokens: int) -> list[list[int]]:
-    """Answers all prompts in one batch."""
+    """Returns the answers to all prompts, generated in one batch."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
@@ -195,12 +195,12 @@ def tokens_of(served: Served, new_tokens: int) -> list[list[int]]:
 
 
 def start_all(base_model: str, groups: dict[str, Tenants]) -> list[Served]:
-    """Starts the engines: without LoRA, with LoRA in all layers (vLLM's default), and with LoRA in the adapted layers."""
+    """Starts engines without LoRA, with LoRA in all layers (vLLM's default) or in the adapted layers, and with PARA."""
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     prompts = groups[BY_ROLE].prompts
-    ids = iter(range(1, 1_000))  # each id is an adapter of its own to vLLM
+    ids = iter(range(1, 1_000))  # vLLM treats each id as a different adapter
     requests: dict[str, list[LoRARequest | None]] = {
         name: [
             LoRARequest(f"adapter-{index}", index, folder) for folder, index in zip(group.folders, ids, strict=False)
@@ -209,7 +209,7 @@ def start_all(base_model: str, groups: dict[str, Tenants]) -> list[Served]:
     }
 
     def start(*names: str, **options: Any) -> LLM:
-        # On CPUs, vLLM applies the adapter in the last slot to requests without an adapter, so this slot must stay empty.
+        # On CPUs, vLLM applies the last slot to requests without an adapter, so one more slot is kept empty.
         slots = sum(len(requests[name]) for name in names) + 1
         lora = {"enable_lora": True, "max_loras": slots, "max_lora_rank": RANK} if names else {}
         longest = max(map(len, prompts)) + len(groups[BY_ROLE].answers[0])
@@ -241,11 +241,14 @@ def check(served: Served, group: Tenants, base_answer: list[int]) -> None:
     names = [*(f"tenant {row}" for row in range(len(group.answers))), "the base model"]
     for name, own, other in zip(names, expected, found, strict=True):
         if own != other:
-            raise RuntimeError(f"{served.name}: {name} answers {other} in vLLM and {own} in transformers")
+            raise RuntimeError(
+                f"{served.name}: the tokens of {name} are {other} in vLLM, but {own} in transformers. Run `train` "
+                "again if the adapters were changed; otherwise report this."
+            )
 
 
 def measure(served: list[Served], rounds: int, new_tokens: int) -> None:
-    """Times the engines in turns, in random order; the first round is discarded."""
+    """Times one batch of each engine per round, in random order; the first round is discarded."""
     order = list(served)
     for _ in range(rounds + 1):
         for each in order:
@@ -258,7 +261,7 @@ def measure(served: list[Served], rounds: int, new_tokens: int) -> None:
 
 
 def num_lora_layers(engine: "LLM") -> int:
-    """Returns how many layers of an engine compute LoRA."""
+    """Returns the number of layers of an engine that compute LoRA."""
     from vllm.lora.layers import BaseLayerWithLoRA
 
     (count,) = engine.apply_model(lambda model: sum(isinstance(part, BaseLayerWithLoRA) for part in model.modules()))
@@ -281,10 +284,10 @@ def summary(served: Served, base: Served, new_tokens: int) -> dict[str, Any]:
 def serve(
     output: Output = Path("serve-output"),
     rounds: Annotated[int, typer.Option(help="Timed batches of each variant", min=2)] = 5,
-    result: Annotated[Path | None, typer.Option(help="Where to write the figures as JSON")] = None,
+    result: Annotated[Path | None, typer.Option(help="JSON file for the results")] = None,
 ) -> None:
     """Serves the tenants with vLLM, checks the answers, and compares the speed with LoRA on all linear layers."""
-    # The engines take turns in this process instead of having processes of their own.
+    # All engines run in this process.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import vllm
@@ -329,9 +332,9 @@ def serve(
 
 @app.command()
 def http(
-    output: Output = Path("serve-output"), port: Annotated[int, typer.Option(help="Where to listen")] = 8321
+    output: Output = Path("serve-output"), port: Annotated[int, typer.Option(help="Port of the server")] = 8321
 ) -> None:
-    """Starts vLLM's server with the PARA tenants, asks all of them at once, and compares the answers with ours."""
+    """Starts vLLM's server with the PARA tenants, and compares the answers to one request each with transformers."""
     import openai
 
     content = json.loads((output / "tenants.json").read_text())
@@ -353,7 +356,10 @@ def http(
                 break
             except openai.APIConnectionError:
                 if server.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("vLLM's server did not start") from None
+                    raise RuntimeError(
+                        f"vLLM's server on port {port} did not start within {START_SECONDS} seconds: see its output "
+                        "above, or pass another --port."
+                    ) from None
                 time.sleep(1)
 
         def ask(name: str, prompt: list[int], own: list[int]) -> list[int]:
@@ -370,7 +376,10 @@ def http(
         server.wait()
     for name, own, other in zip(names, group.answers, found, strict=True):
         if own != other:
-            raise RuntimeError(f"{name} answers {other} over HTTP and {own} in transformers")
+            raise RuntimeError(
+                f"The tokens of {name} are {other} over HTTP, but {own} in transformers. Run `train` again if the "
+                "adapters were changed; otherwise report this."
+            )
     console.print(f"{len(names)} PARA tenants over HTTP: all tokens are the same as in transformers.")
 
 
