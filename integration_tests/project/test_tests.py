@@ -1,8 +1,11 @@
-"""Tests import from `helpers` only: none imports another test, and none changes the import path."""
+"""Tests import from `helpers` only: none imports another test, and none changes the import path; groups reach pytest-xdist."""
 
 import ast
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 
 FOLDER = Path(__file__).parents[1]
@@ -42,3 +45,9 @@ def test_no_test_changes_the_import_path() -> None:
     """A new process gets its path from integration_tests/helpers/processes.py."""
     assert uses_the_import_path(ast.parse("sys.path").body[0].value)
     assert not found_in_tests(uses_the_import_path)
+
+
+@pytest.mark.xdist_group("a_group")
+def test_a_group_reaches_xdist(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist 3.8 marks the ids of grouped tests, which pytest 9.2 no longer shows: fixtures are then made twice."""
+    assert request.node.nodeid.endswith("@a_group") == ("PYTEST_XDIST_WORKER" in os.environ)
