@@ -5,12 +5,11 @@ from collections.abc import Callable
 
 import peft
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel
 from torch import nn
 
 from peft_fanlora import FanLoraConfig, ParaConfig
-from peft_fanlora.command_line.timing import BASE, Contestant, twin
-from peft_fanlora.serving.tenants import only_visible
+from peft_fanlora.timing import BASE, Contestant, twin, with_tenants
 
 
 RANK = 8
@@ -65,13 +64,9 @@ def make(name: str, base: nn.Module, num_tenants: int, batch_size: int) -> Conte
 
 def _with_adapters(base: nn.Module, make_config: Callable[[], peft.PeftConfig], count: int) -> PeftModel:
     """Returns the model with random frozen adapters."""
-    model = get_peft_model(base, make_config(), adapter_name="tenant0")
-    for tenant in range(1, count):
-        with only_visible(base, f"tenant{tenant}"):  # otherwise PEFT visits all earlier adapters, which takes minutes
-            model.add_adapter(f"tenant{tenant}", make_config())
+    model = with_tenants(base, make_config(), [f"tenant{tenant}" for tenant in range(count)])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or name.rpartition(".")[2].startswith("up_"):
                 nn.init.normal_(parameter, std=0.02)
-    model.requires_grad_(False)
-    return model.eval()
+    return model

@@ -11,7 +11,7 @@ import torch
 import typer
 from shapes import Shape, load
 
-from peft_fanlora.command_line.timing import Generation
+from peft_fanlora.timing import Generation
 
 
 def resident_megabytes(key: str) -> float:

@@ -28,7 +28,7 @@ from shapes import Shape, load
 from timing import generations, prefills
 from transformers import set_seed
 
-from peft_fanlora.command_line.timing import BASE, Stopwatch, decode_steps, summaries
+from peft_fanlora.timing import BASE, Stopwatch, decode_steps, summaries
 
 
 class Measure(StrEnum):

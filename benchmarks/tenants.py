@@ -27,7 +27,7 @@ from shapes import Shape, load
 from transformers import set_seed
 
 from peft_fanlora import load_tenant
-from peft_fanlora.command_line.timing import Contestant, Generation
+from peft_fanlora.timing import Contestant, Generation
 
 
 def milliseconds(work: Callable[[], Any], times: int) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from peft_fanlora.command_line.timing import Contestant, Generation, Seconds, Stopwatch, in_turns
+from peft_fanlora.timing import Contestant, Generation, Seconds, Stopwatch, in_turns
 
 
 @torch.inference_mode()
@@ -15,7 +15,7 @@ def prefills(
     prompt = prompts()
     for contestant in contestants:
         Generation(contestant).prefill(prompt)
-    return in_turns(contestants, rounds, lambda one: stopwatch(lambda: Generation(one).prefill(prompt)))
+    return in_turns(contestants, range(rounds), lambda one: stopwatch(lambda: Generation(one).prefill(prompt)))
 
 
 @torch.inference_mode()
@@ -42,4 +42,4 @@ def generations(
             **contestant.call,
         )
 
-    return in_turns(contestants, rounds, lambda one: stopwatch(lambda: generate(one)))
+    return in_turns(contestants, range(rounds), lambda one: stopwatch(lambda: generate(one)))

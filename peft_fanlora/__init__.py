@@ -16,7 +16,7 @@ from .version import __version__ as __version__
 
 
 if TYPE_CHECKING:
-    from .fanlora import FanLoraCallback, ImportanceScores, export_lora
+    from .fanlora import FanLoraCallback, ImportanceScores, ModuleCosts, export_lora, module_costs
     from .para import get_prompt_end_token_ids
 else:
 
@@ -39,9 +39,11 @@ __all__ = [
     "FanLoraModel",
     "FanLoraSetting",
     "ImportanceScores",
+    "ModuleCosts",
     "ParaConfig",
     "ParaModel",
     "export_lora",
     "get_prompt_end_token_ids",
     "load_tenant",
+    "module_costs",
 ]

@@ -202,6 +202,28 @@ def test_find_otherwise(
     assert setting.calibration["packed"] == ("--packed" in options)
 
 
+def test_find_within_a_time_budget(base_folder: Path, rows: Path, tmp_path: Path) -> None:
+    file = tmp_path / "costs.json"
+    content = answer_json("costs", base_folder, "--tenants", 2, "--rounds", 2, "-o", file)
+    assert content["conditions"]["tenants"] == 2 and len(content["measured"]) == 4
+    modules = len(content["parameters"])
+    file.write_text(json.dumps({**content, "per_unit": 0.01, "per_parameter": 0.0}))
+    options = ("--adapter", tmp_path / "lora", "--calibration-rows", 4, "-o", tmp_path / "found")
+    lora = get_peft_model(load(base_folder), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    randomize(lora, std=0.2).save_pretrained(tmp_path / "lora")
+    report = answer_json("find", rows, *options, "--max-slowdown", 1.06, "--costs", file, "--method", "weight_norm")
+    assert (report["modules_scored"], report["modules_kept"]) == (modules, 6)
+    setting = FanLoraSetting.from_pretrained(tmp_path / "found")
+    assert (setting.calibration["strategy"], setting.calibration["predicted_slowdown"]) == ("budget", 1.06)
+
+
+def test_costs_prints_a_report(base_folder: Path, tmp_path: Path) -> None:
+    shown = answer("costs", base_folder, "--tenants", 1, "--rounds", 2, "-o", tmp_path / "costs.json")
+    assert "per module" in shown and "error of a predicted ratio" in shown
+    assert "vLLM, which is not installed" in refusal("costs", base_folder, "--engine", "vllm", "-o", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("names_model", [True, False])
 def test_find_scores_an_adapter_of_others(names_model: bool, base_folder: Path, rows: Path, tmp_path: Path) -> None:
     base = load(base_folder)
@@ -328,7 +350,7 @@ def test_the_page_names_the_commands() -> None:
 
 
 def test_help_has_examples() -> None:
-    for command in ("find", "show", "plot", "compare", "export", "bench", "run"):
+    for command in ("find", "show", "plot", "compare", "export", "bench", "costs", "run"):
         shown = answer(command, "--help")
         assert f"peft-fanlora {command}" in shown and "Example" in shown
         assert command in answer("--help")

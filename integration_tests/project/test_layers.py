@@ -12,12 +12,13 @@ PACKAGE = Path(__file__).parents[2] / "peft_fanlora"
 MODULES = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in sorted(PACKAGE.rglob("*.py"))}
 NAMES = {".".join(parts).removesuffix(".__init__") for parts in MODULES.values()}
 MAY_IMPORT = {
-    "command_line": {"fanlora", "para", "serving", "sharing"},
-    "fanlora": {"registration", "serving", "sharing", "version"},
+    "command_line": {"fanlora", "para", "serving", "sharing", "timing"},
+    "fanlora": {"registration", "serving", "sharing", "timing", "version"},
     "para": {"registration", "serving", "sharing"},
     "registration": {"sharing"},
     "serving": set(),
     "sharing": set(),
+    "timing": {"serving"},
     "version": set(),
     "vllm_plugin": {"para", "sharing"},
 }

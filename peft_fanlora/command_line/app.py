@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..fanlora.costs import Engine
 from ..fanlora.importance import SCORES
 from ..fanlora.scores import Strategy
 from . import benching, exporting, finding, looking, running, sources
@@ -87,6 +88,19 @@ def find(
     packed: Annotated[
         bool, typer.Option("--packed", help="Keep Q, K and V (and gate and up) together or not at all.")
     ] = False,
+    max_slowdown: Annotated[
+        float | None,
+        typer.Option(
+            help="Select by time instead of number: the most important modules with which a decoding step takes at most "
+            "this multiple of the base model's, such as 1.05.",
+            show_default=False,
+        ),
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="The engine to time for --max-slowdown.")] = "transformers",
+    costs: Annotated[
+        Path | None,
+        typer.Option(help="A file of `peft-fanlora costs` for --max-slowdown, instead of timing.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the data order and of the LoRA initialization.")] = 0,
     json: Json = False,
 ) -> None:
@@ -99,8 +113,9 @@ def find(
             raise typer.BadParameter("Pass the model and the data set.", param_hint="dataset")
         model, dataset = sources.base_model_of(adapter), model
     plan = finding.Plan(
-        model, adapter, output, steps, batch_size, learning_rate, max_length, r, method, strategy, keep, packed, seed
-    )
+        model, adapter, output, steps, batch_size, learning_rate, max_length, r, method, strategy, keep, packed,
+        max_slowdown, engine, costs, seed,
+    )  # fmt: skip
     with quiet_stdout():
         report, found = finding.run(plan, dataset, split, name, rows, calibration_rows)
     if json:
@@ -176,6 +191,24 @@ def bench(
     shows the measurement noise.
     """
     benching.bench(model, setting, tenants, batch_size, prompt_length, r, rounds, device, json)
+
+
+@app.command(
+    epilog="**Examples:** `peft-fanlora costs my-model`, `peft-fanlora costs my-model --engine vllm -o vllm-costs.json`"
+)
+@answers_in_one_line
+def costs(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.", show_default=False)],
+    engine: Annotated[Engine, typer.Option(help="The engine to time.")] = "transformers",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output file.")] = Path("module-costs.json"),
+    tenants: Annotated[int, typer.Option(min=1, help="Number of adapters in a batch, one row each.")] = 8,
+    r: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of the adapters.")] = 8,
+    rounds: Annotated[int, typer.Option(min=2, help="Decoding steps per variant.")] = 40,
+    device: Annotated[str, typer.Option(help="Device, such as cpu or cuda.")] = "cpu",
+    json: Json = False,
+) -> None:
+    """Measure the time that LoRA modules add to a decoding step, for `find --max-slowdown`."""
+    benching.costs(model, engine, output, tenants, r, rounds, device, json)
 
 
 @app.command(

@@ -1,10 +1,11 @@
-"""The command `bench`: times a decoding step with each method on a given model."""
+"""The commands `bench` and `costs`: time a decoding step with each method, or with LoRA on some modules."""
 
-import copy
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from rich.console import Console
 from rich.progress import track
 from torch import nn
@@ -12,12 +13,14 @@ from transformers import set_seed
 
 from ..fanlora.candidates import candidates
 from ..fanlora.config import FanLoraConfig
+from ..fanlora.cost_measurement import module_costs
+from ..fanlora.costs import Engine
 from ..fanlora.modules import ModuleName
 from ..fanlora.setting import FanLoraSetting
 from ..para.config import ParaConfig
+from ..timing import BASE, Contestant, Stopwatch, decode_steps, summaries, twin, with_tenants
 from . import sources
-from .output import quiet_stdout, show_json, show_table
-from .timing import BASE, Contestant, Stopwatch, decode_steps, summaries, twin
+from .output import quiet_stdout, show_facts, show_json, show_table
 
 
 def bench(
@@ -78,6 +81,35 @@ def bench(
         print(f"{name} is not available for this model: {reason}")
 
 
+def costs(
+    model: str, engine: Engine, output: Path, tenants: int, r: int, rounds: int, device: str, as_json: bool
+) -> None:
+    """Measures and saves the costs of a model's modules, and prints them.
+
+    Raises:
+        ValueError: the model cannot be read.
+        ModuleNotFoundError: the engine is not installed.
+    """
+    with quiet_stdout():
+        set_seed(0)
+        base = sources.causal_model(model).to(device)
+        found = module_costs(base, engine, r=r, tenants=tenants, rounds=rounds)
+        found.save(output)
+    if as_json:
+        show_json(asdict(found))
+        return
+    unit = "packed layer" if engine == "vllm" else "module"
+    facts = {
+        f"per {unit}": f"{found.per_unit:.2%} of the base model's step",
+        "per million parameters": f"{1e6 * found.per_parameter:.2%}",
+        "all modules": f"{found.slowdown(found.parameters):.3f} of the base model's step",
+        "error of a predicted ratio": f"{found.error:.3f}",
+        "base model's step": f"{found.conditions['base_ms']} ms",
+    }
+    show_facts(f"{model}: {tenants} tenant(s), rank {r}, {engine}", facts)
+    print(f"Wrote {output}")
+
+
 def _contestants(
     base: nn.Module, setting: FanLoraSetting, tenants: int, rows: int, r: int
 ) -> tuple[list[Contestant], dict[str, str]]:
@@ -92,15 +124,14 @@ def _contestants(
     names = [f"tenant{row % tenants}" for row in range(rows)]
     for name, config in configs.items():
         try:
-            model = get_peft_model(twin(base), config, adapter_name=names[0])
-            parameters = model.get_nb_trainable_parameters()[0]
-            for other in sorted(set(names) - {names[0]}):
-                model.add_adapter(other, copy.deepcopy(config))
+            model = with_tenants(twin(base), config, names[:tenants])
         except ValueError as error:
             missing[name] = " ".join(str(error).split())
             continue
-        model.requires_grad_(False)
-        made.append(Contestant(name, model.eval(), {"adapter_names": names} if tenants > 1 else {}, parameters))
+        parameters = sum(
+            parameter.numel() for parameter in get_peft_model_state_dict(model, adapter_name=names[0]).values()
+        )
+        made.append(Contestant(name, model, {"adapter_names": names} if tenants > 1 else {}, parameters))
     return made, missing
 
 

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 from ..fanlora.config import FanLoraConfig
+from ..fanlora.costs import Engine, ModuleCosts
 from ..fanlora.scores import ImportanceScores, Strategy
 from ..fanlora.setting import FanLoraSetting
 from ..sharing.writing import staged
@@ -34,6 +35,9 @@ class Plan:
     strategy: Strategy
     keep: int
     packed: bool
+    max_slowdown: float | None
+    engine: Engine
+    costs: Path | None
     seed: int
 
 
@@ -51,6 +55,7 @@ def run(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("find trains with TRL: pip install 'peft-fanlora[cli,trl]'") from error
     tokenizer, base, data = _read(plan, dataset, split, name, rows, calibration_rows)
+    budget = _budget(plan, base)
     set_seed(plan.seed)
     if plan.adapter is None:
         config = FanLoraConfig(r=plan.r, lora_alpha=2 * plan.r, task_type="CAUSAL_LM")
@@ -86,7 +91,8 @@ def run(
             trainer.train()
         trained = trainer.evaluate()["eval_loss"]
         scores = model.score_modules(trainer.get_eval_dataloader(), method=plan.method)
-        setting = model.prune_modules(scores.select(plan.keep, strategy=plan.strategy, packed=plan.packed))
+        selected = scores.select(plan.keep, strategy=plan.strategy, packed=plan.packed, **budget)
+        setting = model.prune_modules(selected)
         pruned = trainer.evaluate()["eval_loss"]
     is_trained = plan.adapter is None
     report = {
@@ -128,6 +134,18 @@ def _read(
             "a smaller --calibration-rows."
         )
     return sources.tokenizer(plan.model), sources.causal_model(plan.model), data.shuffle(seed=plan.seed)
+
+
+def _budget(plan: Plan, base: Any) -> dict[str, Any]:
+    """Returns the arguments of `select` for a time budget, if there is one."""
+    if plan.max_slowdown is None:
+        return {}
+    if plan.costs is not None:
+        return {"max_slowdown": plan.max_slowdown, "costs": ModuleCosts.load(plan.costs)}
+    from ..fanlora.cost_measurement import module_costs
+
+    base.to("cuda" if torch.cuda.is_available() else "cpu")
+    return {"max_slowdown": plan.max_slowdown, "costs": module_costs(base, plan.engine, r=plan.r)}
 
 
 def _write(

@@ -15,10 +15,18 @@ from .setting import FanLoraSetting
 
 if TYPE_CHECKING:
     from .callback import FanLoraCallback
+    from .cost_measurement import module_costs
+    from .costs import ModuleCosts
     from .export import export_lora
     from .scores import ImportanceScores
 else:
-    _AT_FIRST_USE = {"FanLoraCallback": "callback", "ImportanceScores": "scores", "export_lora": "export"}
+    _AT_FIRST_USE = {
+        "FanLoraCallback": "callback",
+        "ImportanceScores": "scores",
+        "ModuleCosts": "costs",
+        "export_lora": "export",
+        "module_costs": "cost_measurement",
+    }
 
     def __getattr__(name: str) -> Any:
         """Imports the other names on first use: transformers' Trainer alone imports 500 modules."""
@@ -31,7 +39,16 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-__all__ = ["FanLoraCallback", "FanLoraConfig", "FanLoraModel", "FanLoraSetting", "ImportanceScores", "export_lora"]
+__all__ = [
+    "FanLoraCallback",
+    "FanLoraConfig",
+    "FanLoraModel",
+    "FanLoraSetting",
+    "ImportanceScores",
+    "ModuleCosts",
+    "export_lora",
+    "module_costs",
+]
 
 register(
     name="fanlora", config_cls=FanLoraConfig, model_cls=FanLoraModel, card="peft_fanlora.fanlora.card:adapter_part"

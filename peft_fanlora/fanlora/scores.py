@@ -1,7 +1,7 @@
 """The result of scoring, and the selection of modules from it."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from .modules import ModuleName
@@ -10,6 +10,8 @@ from .setting import FanLoraSetting
 
 if TYPE_CHECKING:
     import pandas
+
+    from .costs import ModuleCosts
 
 
 Strategy = Literal["layer", "role", "global"]
@@ -83,6 +85,8 @@ class ImportanceScores(Mapping[str, float]):
         *,
         strategy: Strategy = "layer",
         packed: bool = False,
+        max_slowdown: float | None = None,
+        costs: "ModuleCosts | None" = None,
     ) -> FanLoraSetting:
         """Selects the most important modules and returns them as a setting.
 
@@ -92,6 +96,9 @@ class ImportanceScores(Mapping[str, float]):
           linear layers by role then wrap only these [ours].
         - "global": the best `keep` modules of the whole model [ours].
 
+        With `max_slowdown` and `costs`, the number of modules follows from a time budget instead: the modules with the
+        highest sum of scores for which a decoding step takes at most `max_slowdown` times the base model's [ours].
+
         Ties are resolved by the order of the roles in the model, then by the layer.
 
         Args:
@@ -99,13 +106,18 @@ class ImportanceScores(Mapping[str, float]):
             strategy: which modules are ranked against each other.
             packed: keep projections that engines pack into one matrix (Q, K and V; gate and up) together or not at
                 all. A packed layer then counts as one module, and its score is the sum over its members.
+            max_slowdown: the time budget, such as 1.05. `keep`, `strategy` and `packed` are not used then.
+            costs: the costs of the modules on the serving machine, from `module_costs`.
 
         Returns:
             The setting, with the scores of the modules kept and dropped.
 
         Raises:
-            ValueError: `keep` is not an integer, is below 1 or would keep everything; the strategy is unknown.
+            ValueError: `keep` is not an integer, is below 1 or would keep everything; the strategy is unknown; the time
+                budget has no costs, or no module fits into it.
         """
+        if max_slowdown is not None or costs is not None:
+            return self._within_budget(max_slowdown, costs, (keep, strategy, packed) != (2, "layer", False))
         if strategy not in get_args(Strategy):
             raise ValueError(f"strategy={strategy!r} is unknown; use one of {', '.join(get_args(Strategy))}.")
         if not isinstance(keep, int) or isinstance(keep, bool):
@@ -133,10 +145,32 @@ class ImportanceScores(Mapping[str, float]):
             return -sum(self[module.name] for module in unit), role_order[_place(unit[0])], unit[0].layer
 
         best = [unit for contest in contests.values() for unit in sorted(contest, key=rank)[:keep]]
-        chosen = {module for unit in best for module in unit}
-        kept = {module: self[module.name] for module in modules if module in chosen}
-        dropped = {module: self[module.name] for module in modules if module not in chosen}
-        how = {"strategy": strategy, "keep": keep, "packed": packed}
+        chosen = {module.name for unit in best for module in unit}
+        return self._setting(chosen, {"strategy": strategy, "keep": keep, "packed": packed})
+
+    def _within_budget(
+        self, max_slowdown: float | None, costs: "ModuleCosts | None", is_ranked_too: bool
+    ) -> FanLoraSetting:
+        if max_slowdown is None or costs is None:
+            raise ValueError(
+                "A time budget needs both `max_slowdown`, such as 1.05, and `costs`: measure them with "
+                "`module_costs(model)` on the machine that serves."
+            )
+        if is_ranked_too:
+            raise ValueError("Pass either `max_slowdown` and `costs`, or `keep`, `strategy` and `packed`, not both.")
+        if not max_slowdown > 1:
+            raise ValueError(
+                f"max_slowdown={max_slowdown!r} is not above 1: it is the time of a decoding step relative to the base "
+                "model's, such as 1.05."
+            )
+        chosen = set(costs.best(self, max_slowdown))
+        predicted = {"predicted_slowdown": round(costs.slowdown(chosen), 4), "error": round(costs.error, 4)}
+        how = {"strategy": "budget", "max_slowdown": max_slowdown, "engine": costs.engine, **predicted}
+        return self._setting(chosen, how)
+
+    def _setting(self, chosen: Collection[str], how: Mapping[str, Any]) -> FanLoraSetting:
+        kept = {ModuleName.parse(name): score for name, score in self.items() if name in chosen}
+        dropped = {ModuleName.parse(name): score for name, score in self.items() if name not in chosen}
         return FanLoraSetting(kept, dropped, self.num_layers, self.model_type, {**self.calibration, **how})
 
 

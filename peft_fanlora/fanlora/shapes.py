@@ -1,6 +1,6 @@
 """The types of the fields of a FanLoRA setting and of a FanLoRA configuration."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, JsonValue
 
@@ -60,6 +60,19 @@ class SettingFile(Shape):
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0)]
+
+
+class CostsFile(Shape):
+    """The content of a file with `ModuleCosts`."""
+
+    engine: Literal["transformers", "vllm"]
+    per_unit: Share
+    per_parameter: Share
+    parameters: Annotated[dict[ModulePath, PositiveInt], Field(min_length=2)]
+    error: Share
+    measured: list[Annotated[list[float], Field(min_length=3, max_length=3)]]
+    conditions: dict[Text, JsonValue]
 
 
 class FanLoraFields(AdapterFields):

@@ -5,12 +5,15 @@ import inspect
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
+
+from .serving.tenants import only_visible
 
 
 BASE = "base model"
@@ -97,11 +100,11 @@ class Generation:
         self.tokens = output.logits[:, -1:].argmax(-1)
 
 
-def in_turns(contestants: list[Contestant], rounds: int, measure: Callable[[Contestant], float]) -> Seconds:
+def in_turns(contestants: list[Contestant], rounds: Iterable[int], measure: Callable[[Contestant], float]) -> Seconds:
     """Measures each contestant once per round, in random order."""
     seconds: Seconds = {contestant.name: [] for contestant in contestants}
     order = list(contestants)
-    for _ in range(rounds):
+    for _ in rounds:
         random.shuffle(order)
         for contestant in order:
             seconds[contestant.name].append(measure(contestant))
@@ -130,7 +133,7 @@ def decode_steps(
             for generation in running.values():
                 generation.prefill(prompt)
                 generation.step()
-        for name, values in in_turns(contestants, 1, lambda one: stopwatch(running[one.name].step)).items():
+        for name, values in in_turns(contestants, [number], lambda one: stopwatch(running[one.name].step)).items():
             seconds[name] += values
     return seconds
 
@@ -151,6 +154,16 @@ def summaries(seconds: Seconds) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def with_tenants(base: nn.Module, config: PeftConfig, names: Sequence[str]) -> PeftModel:
+    """Returns a model with an adapter per name, frozen and in eval mode as after loading saved adapters."""
+    model = get_peft_model(base, copy.deepcopy(config), adapter_name=names[0])
+    for name in names[1:]:
+        with only_visible(base, name):  # otherwise PEFT visits all earlier adapters, which takes minutes
+            model.add_adapter(name, copy.deepcopy(config))
+    model.requires_grad_(False)
+    return model.eval()
 
 
 def twin(model: nn.Module) -> nn.Module:

@@ -1,0 +1,169 @@
+"""The costs of modules, and the choice of modules within a time budget."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from integration_tests.helpers.models import fanlora, tiny
+from peft_fanlora import ImportanceScores, ModuleCosts, module_costs
+from peft_fanlora.fanlora import cost_measurement
+from peft_fanlora.fanlora.candidates import candidates
+from peft_fanlora.fanlora.costs import fit
+from peft_fanlora.timing import Contestant, Seconds
+
+
+PER_MODULE, PER_PARAMETER = 4e-3, 2e-5
+
+
+def costs(engine: Any = "transformers", model: str = "llama") -> ModuleCosts:
+    base = tiny(model)
+    parameters = {name: 8 * (layer.in_features + layer.out_features) for name, layer in candidates(base).items()}
+    return ModuleCosts(engine, PER_MODULE, PER_PARAMETER, parameters, error=0.01)
+
+
+def scores(seed: int = 0) -> ImportanceScores:
+    chance = random.Random(seed)
+    values = {name: chance.gauss(0.5, 1.0) for name in costs().parameters}
+    about = {"num_layers": {"model.layers": 3}, "model_type": "llama", "calibration": {}}
+    return ImportanceScores(values, method="path", num_tokens=1, **about)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_the_choice_is_the_best_within_the_budget(engine: Any, seed: int) -> None:
+    """Against all sets of units of a model with few."""
+    found, own = costs(engine), dict(scores(seed))
+    first_layers = [name for name in found.parameters if ".layers.2." not in name]
+    found = ModuleCosts(
+        engine, PER_MODULE, PER_PARAMETER, {name: found.parameters[name] for name in first_layers}, 0.0
+    )
+    own = {name: own[name] for name in first_layers}
+    units = list(found.units().values())
+    assert len(units) == (14 if engine == "transformers" else 8)
+    budget = 1 + 0.4 * (found.slowdown(first_layers) - 1)
+    chosen = found.best(own, budget)
+    assert 1 < found.slowdown(chosen) <= budget
+    sets = itertools.chain.from_iterable(itertools.combinations(units, size) for size in range(1, len(units)))
+    names = [[name for unit in each for name in unit] for each in sets]
+    best = max(sum(own[name] for name in each) for each in names if found.slowdown(each) <= budget)
+    assert sum(own[name] for name in chosen) == pytest.approx(best)
+
+
+def test_in_vllm_one_projection_costs_the_packed_layer() -> None:
+    block = "model.layers.0.self_attn."
+    of_vllm, of_transformers = costs("vllm"), costs()
+    packed = [f"{block}{part}_proj" for part in "qkv"]
+    assert of_vllm.slowdown(packed[2:]) == of_vllm.slowdown(packed)
+    assert of_transformers.slowdown(packed[2:]) < of_transformers.slowdown(packed)
+    assert of_vllm.size(packed) == (1, of_transformers.size(packed)[1])
+
+
+def test_modules_with_negative_scores_are_left_out_of_a_large_budget() -> None:
+    own = scores()
+    setting = own.select(max_slowdown=100, costs=costs())
+    assert set(setting.names) == {name for name, score in own.items() if score > 0}
+    assert set(setting.dropped) | set(setting.kept) and len(setting.dropped) + len(setting.kept) == len(own)
+
+
+def test_the_setting_says_how_it_was_chosen(tmp_path: Path) -> None:
+    setting = scores().select(max_slowdown=1.05, costs=costs("vllm"))
+    setting.save_pretrained(tmp_path)
+    how = json.loads((tmp_path / "fanlora_setting.json").read_text())["calibration"]
+    assert (how["strategy"], how["max_slowdown"], how["engine"], how["error"]) == ("budget", 1.05, "vllm", 0.01)
+    assert 1 < how["predicted_slowdown"] <= 1.05
+    assert "| time budget, relative to the base model's step | 1.05 |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_slowdown": 1.05}, "needs both"),
+        ({"costs": 0}, "needs both"),
+        ({"max_slowdown": 1.05, "costs": 0, "keep": 3}, "not both"),
+        ({"max_slowdown": 1.05, "costs": 0, "strategy": "role"}, "not both"),
+        ({"max_slowdown": 1.0, "costs": 0}, "max_slowdown=1.0 is not above 1"),
+        ({"max_slowdown": float("nan"), "costs": 0}, "max_slowdown=nan is not above 1"),
+        ({"max_slowdown": 1.001, "costs": 0}, "the fastest one makes a step 1.0"),
+    ],
+)
+def test_budgets_that_cannot_be_kept(arguments: dict[str, Any], words: str) -> None:
+    given = {**arguments, "costs": costs()} if "costs" in arguments else arguments
+    with pytest.raises(ValueError, match=words):
+        scores().select(**given)
+
+
+def test_costs_of_another_model() -> None:
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.down_proj is not a module of the timed model"):
+        scores().select(max_slowdown=1.05, costs=costs(model="opt"))
+
+
+def test_the_fit_recovers_the_costs() -> None:
+    sizes = [(210, 2_000_000), (105, 600_000), (105, 1_400_000), (105, 1_000_000)]
+    exact = [(units, number, 1 + 1e-3 * units + 1e-7 * number) for units, number in sizes]
+    found = fit("transformers", costs().parameters, exact, {})
+    assert (found.per_unit, found.per_parameter) == (pytest.approx(1e-3), pytest.approx(1e-7))
+    assert found.error == pytest.approx(0, abs=1e-9)
+    exact[2] = (*sizes[2], exact[2][2] + 0.1)
+    assert fit("transformers", costs().parameters, exact, {}).error > 0.05
+
+
+def test_costs_are_saved_and_loaded(tmp_path: Path) -> None:
+    found = fit("vllm", costs().parameters, [(21, 9_000, 1.4), (10, 3_000, 1.1), (11, 6_000, 1.3)], {"r": 8})
+    found.save(tmp_path / "costs.json")
+    assert ModuleCosts.load(tmp_path / "costs.json") == found
+    content = json.loads((tmp_path / "costs.json").read_text())
+    for damage, words in (
+        ({"engine": "x"}, "engine is 'x'"),
+        ({"per_unit": -1.0}, "per_unit is -1.0"),
+        ({"error": None}, "error"),
+    ):
+        (tmp_path / "damaged.json").write_text(json.dumps({**content, **damage}))
+        with pytest.raises(ValueError, match=words):
+            ModuleCosts.load(tmp_path / "damaged.json")
+
+
+@pytest.mark.parametrize("tenants", [1, 3])
+def test_costs_are_measured_on_the_model(tenants: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that counts the adapted layers that a step passes, in place of time."""
+    model = fanlora()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def counted(contestants: list[Contestant], rounds: Any, prompts: Any, stopwatch: Any) -> Seconds:
+        def cost(one: Contestant) -> float:
+            layers = {name: layer for name, layer in candidates(one.model).items() if hasattr(layer, "lora_A")}
+            assert all(len(layer.lora_A) == tenants for layer in layers.values())
+            parameters = sum(8 * (layer.in_features + layer.out_features) for layer in layers.values())
+            return 1 + PER_MODULE * len(layers) + PER_PARAMETER * parameters
+
+        for one in contestants:
+            one.model(input_ids=prompts(), **one.call)
+        return {one.name: [cost(one)] * 2 for one in contestants}
+
+    monkeypatch.setattr(cost_measurement, "decode_steps", counted)
+    found = module_costs(model, tenants=tenants, rounds=2)
+    assert (found.per_unit, found.per_parameter) == (
+        pytest.approx(PER_MODULE, rel=0.02),
+        pytest.approx(PER_PARAMETER, rel=0.02),
+    )
+    assert list(found.parameters) == list(costs().parameters)
+    assert found.error < 1e-3
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_costs_are_timed() -> None:
+    found = module_costs(fanlora(), tenants=2, rounds=2)
+    assert found.conditions["base_ms"] > 0 and len(found.measured) == 4
+
+
+def test_what_cannot_be_timed() -> None:
+    with pytest.raises(ValueError, match="engine='x' is unknown; use one of transformers, vllm"):
+        module_costs(fanlora(), "x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="1 module"):
+        module_costs(nn.Sequential(nn.Linear(2, 2)))

@@ -1,0 +1,193 @@
+"""Measures the time that LoRA modules add to a decoding step, in transformers or in vLLM."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+from unittest.mock import patch
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..timing import BASE, Contestant, Stopwatch, decode_steps, in_turns, summaries, twin, with_tenants
+from .candidates import candidates, num_parameters_per_rank
+from .config import FanLoraConfig
+from .costs import Engine, ModuleCosts, fit, import_scipy
+from .export import export_lora
+from .modules import ModuleName
+from .setting import FanLoraSetting
+
+
+_PACKED_NAMES = {"gate_proj+up_proj": "gate_up_proj", "k_proj+q_proj+v_proj": "qkv_proj"}
+"""vLLM's names of packed layers."""
+_PROMPT_LENGTH = 64
+
+
+def module_costs(
+    model: nn.Module, engine: Engine = "transformers", *, r: int = 8, tenants: int = 8, rounds: int = 40
+) -> ModuleCosts:
+    """Measures the time of LoRA modules in a decoding step on this machine, for `ImportanceScores.select`.
+
+    The base model and models with LoRA on all modules, on the smaller and the larger half of them, and on the even
+    layers take one step each per round, in random order. The costs are fitted to the medians of the ratios to the base
+    model; `ModuleCosts.error` is the largest error of predicting one of these ratios from the others.
+
+    Args:
+        model: a causal language model, with or without adapters, which are not used.
+        engine: "transformers" for FanLoRA adapters in one batch, "vllm" for exported adapters. vLLM loads
+            `model.config.name_or_path` once for each of the five variants, which must fit into memory together.
+        r: the rank of the adapters.
+        tenants: the number of adapters in a batch, one row each.
+        rounds: the number of steps of each variant.
+
+    Raises:
+        ValueError: the engine is unknown, or the model has fewer than two modules.
+        ModuleNotFoundError: SciPy or vLLM is missing.
+
+    Examples:
+        >>> costs = module_costs(model)
+        >>> setting = scores.select(max_slowdown=1.05, costs=costs)
+    """
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine={engine!r} is unknown; use one of {', '.join(get_args(Engine))}.")
+    import_scipy()
+    base = twin(model)
+    if isinstance(base, PeftModel):
+        base = base.unload()
+    base.requires_grad_(False).eval()
+    parameters = {name: r * num_parameters_per_rank(module) for name, module in candidates(base).items()}
+    unmeasured = ModuleCosts(engine, 0.0, 0.0, parameters, 0.0)
+    samples = _samples(unmeasured)
+    measure = _in_transformers if engine == "transformers" else _in_vllm
+    base_ms, ratios = measure(base, samples, r, tenants, rounds)
+    device = next(base.parameters()).device.type
+    return fit(
+        engine,
+        parameters,
+        [(*unmeasured.size(names), ratio) for names, ratio in zip(samples, ratios, strict=True)],
+        {
+            "r": r,
+            "tenants": tenants,
+            "rounds": rounds,
+            "base_ms": base_ms,
+            "device": device,
+            "threads": torch.get_num_threads(),
+        },
+    )
+
+
+def _samples(costs: ModuleCosts) -> list[list[str]]:
+    """Returns the modules of each timed variant: sets that differ in the number of units and in their size."""
+    units = sorted(costs.units().values(), key=lambda members: sum(costs.parameters[name] for name in members))
+    if len(units) < 2:
+        raise ValueError(f"The model has {len(units)} module(s) to choose from; costs need at least two.")
+    half = len(units) // 2
+    even = [members for members in units if ModuleName.parse(members[0]).layer % 2 == 0]
+    return [[name for members in chosen for name in members] for chosen in (units, units[:half], units[half:], even)]
+
+
+def _in_transformers(
+    base: nn.Module, samples: Sequence[Sequence[str]], r: int, tenants: int, rounds: int
+) -> tuple[float, list[float]]:
+    """Returns the base model's step in milliseconds, and the ratio of each sample."""
+    device = next(base.parameters()).device
+    names = [f"tenant{number}" for number in range(tenants)]
+    contestants = [Contestant(BASE, base)]
+    for number, modules in enumerate(samples):
+        config = FanLoraConfig(r=r, setting=FanLoraSetting.from_modules(base, modules), task_type="CAUSAL_LM")
+        adapted = with_tenants(twin(base), config, names)
+        contestants.append(Contestant(str(number), adapted, {"adapter_names": names} if tenants > 1 else {}))
+    vocabulary: int = base.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
+    seconds = decode_steps(
+        contestants,
+        tqdm(range(rounds), "Timing", leave=False),
+        lambda: torch.randint(0, vocabulary, (tenants, _PROMPT_LENGTH), device=device),
+        Stopwatch(str(device)),
+    )
+    first, *others = summaries(seconds)
+    return first["median_ms"], [summary["ratio"] for summary in others]
+
+
+def _in_vllm(
+    base: nn.Module, samples: Sequence[Sequence[str]], r: int, tenants: int, rounds: int
+) -> tuple[float, list[float]]:
+    """Returns the base model's step in milliseconds, and the ratio of each sample.
+
+    Raises:
+        ModuleNotFoundError: vLLM is missing.
+    """
+    with tempfile.TemporaryDirectory() as folder, _in_this_process():
+        engines = [Contestant(BASE, _engine(base, rounds, tenants, enable_lora=False))]
+        for number, modules in enumerate(samples):
+            saved = Path(folder, str(number))
+            config = FanLoraConfig(r=r, setting=FanLoraSetting.from_modules(base, modules), task_type="CAUSAL_LM")
+            export_lora(get_peft_model(twin(base), config), saved)
+            lora = {"enable_lora": True, "max_loras": tenants, "max_lora_rank": max(r, 8)}
+            engine = _engine(base, rounds, tenants, lora_target_modules=_layers_of_vllm(modules), **lora)
+            engines.append(Contestant(str(number), engine, {"folder": str(saved), "tenants": tenants}))
+        for contestant in engines:
+            _add_requests(contestant, tenants, rounds)
+        stopwatch = Stopwatch("cpu")  # a step ends when its tokens are on the CPU
+        cores: dict[str, Any] = {engine.name: engine.model.llm_engine for engine in engines}
+        seconds = in_turns(
+            engines, tqdm(range(rounds), "Timing", leave=False), lambda engine: stopwatch(cores[engine.name].step)
+        )
+    first, *others = summaries(seconds)
+    return first["median_ms"], [summary["ratio"] for summary in others]
+
+
+@contextmanager
+def _in_this_process() -> Iterator[None]:
+    """Makes vLLM start its engines in this process, where they can take turns."""
+    with patch.dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0"):
+        yield
+
+
+def _engine(base: Any, rounds: int, tenants: int, **lora: Any) -> Any:
+    try:
+        from vllm import LLM
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "engine='vllm' times vLLM, which is not installed here: call module_costs in vLLM's environment, save the "
+            "result and load it here."
+        ) from error
+    return LLM(
+        base.config.name_or_path,
+        dtype=str(base.dtype).removeprefix("torch."),
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        async_scheduling=False,
+        max_model_len=_PROMPT_LENGTH + rounds + 16,
+        max_num_seqs=tenants,
+        kv_cache_memory_bytes=2**30,
+        **lora,
+    )
+
+
+def _add_requests(contestant: Contestant, tenants: int, rounds: int) -> None:
+    """Starts one request per tenant and computes the prompts."""
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    engine: Any = contestant.model.llm_engine
+    sampling = SamplingParams(temperature=0, max_tokens=rounds + 8, ignore_eos=True, detokenize=False)
+    for number in range(1, tenants + 1):
+        folder = contestant.call.get("folder")
+        request = LoRARequest(f"{folder}-{number}", number, folder) if folder else None
+        prompt = {"prompt_token_ids": [3 + number] * _PROMPT_LENGTH}
+        engine.add_request(str(number), prompt, sampling, lora_request=request)
+    for _ in range(3):
+        engine.step()
+
+
+def _layers_of_vllm(modules: Sequence[str]) -> list[str]:
+    """Returns vLLM's names of the layers that contain the modules."""
+    names = []
+    for module in map(ModuleName.parse, modules):
+        parent, packed = module.packed_group
+        names.append(".".join(filter(None, (module.block, parent, _PACKED_NAMES.get(packed, packed)))))
+    return sorted(set(names))

@@ -1,0 +1,175 @@
+"""The time that LoRA modules add to a decoding step, and the modules with the highest scores within a time budget."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ..sharing.reading import checked, read_json
+from ..sharing.writing import staged
+from .modules import ModuleName
+from .shapes import CostsFile
+
+
+Engine = Literal["transformers", "vllm"]
+Unit = tuple[str, tuple[str, str] | str]
+"""What an engine computes at once: a module, or a packed layer, as its block and its role or packed group."""
+
+
+@dataclass(frozen=True)
+class ModuleCosts:
+    """The measured time of LoRA modules in a decoding step, made by `module_costs` [ours].
+
+    A step with the modules S takes, relative to the step of the base model,
+
+        t(S) / t({}) = 1 + sum over units u of S of (per_unit + per_parameter * p_u),
+
+    where a unit is a module in transformers, and a packed layer in vLLM, which computes LoRA for Q, K and V (and for
+    gate and up) together even if an adapter has one of them. p_u is the number of parameters that one adapter has in
+    the unit, r (d_in + d_out) for each module in it.
+
+    Attributes:
+        engine: the engine that was timed.
+        per_unit: the fixed part of a unit's time, as a share of the base model's step.
+        per_parameter: the part per parameter, as a share of the base model's step.
+        parameters: the number of parameters of one adapter in each module, by the module's qualified name.
+        error: the largest difference between a measured ratio and its prediction from the other measurements.
+        measured: the measured ratios by the number of units and parameters: (units, parameters, ratio).
+        conditions: rank, tenants, rows, device, threads and the base model's step in milliseconds.
+    """
+
+    engine: Engine
+    per_unit: float
+    per_parameter: float
+    parameters: Mapping[str, int]
+    error: float
+    measured: Sequence[tuple[int, int, float]] = ()
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+
+    def units(self) -> dict[Unit, list[str]]:
+        """Returns the modules of each unit, in the model's order."""
+        found: dict[Unit, list[str]] = {}
+        for name in self.parameters:
+            module = ModuleName.parse(name)
+            part = module.packed_group if self.engine == "vllm" else module.role
+            found.setdefault((module.block, part), []).append(name)
+        return found
+
+    def size(self, names: Iterable[str]) -> tuple[int, int]:
+        """Returns the number of units that modules use, and the number of parameters in these units.
+
+        Raises:
+            ValueError: a module was not in the timed model.
+        """
+        names = set(names)
+        if unknown := sorted(names - self.parameters.keys()):
+            raise ValueError(
+                f"{unknown[0]} is not a module of the timed model, which has {len(self.parameters)} modules such as "
+                f"{next(iter(self.parameters))}: measure the costs on the model that was scored."
+            )
+        used = [members for members in self.units().values() if names & set(members)]
+        return len(used), sum(self.parameters[name] for members in used for name in members)
+
+    def slowdown(self, names: Iterable[str]) -> float:
+        """Returns the predicted time of a decoding step with LoRA on these modules, relative to the base model's step.
+
+        Raises:
+            ValueError: a module was not in the timed model.
+        """
+        num_units, num_parameters = self.size(names)
+        return 1 + self.per_unit * num_units + self.per_parameter * num_parameters
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Saves the costs as JSON, for use in another environment."""
+        with staged(Path(path).parent) as stage:
+            (stage / Path(path).name).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ModuleCosts":
+        """Loads saved costs.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: its content is not that of saved costs.
+        """
+        file = checked(CostsFile, read_json(Path(path)), str(path))
+        measured = tuple((int(units), int(parameters), ratio) for units, parameters, ratio in file.measured)
+        return cls(**{**{each.name: getattr(file, each.name) for each in fields(cls)}, "measured": measured})
+
+    def best(self, scores: Mapping[str, float], max_slowdown: float) -> list[str]:
+        """Returns the modules with the highest sum of scores whose predicted slowdown is at most `max_slowdown`.
+
+        This is the exact solution of the knapsack problem over the units, found by SciPy's `milp`.
+
+        Raises:
+            ValueError: `max_slowdown` is below the slowdown of every module, or a module was not in the timed model.
+            ModuleNotFoundError: SciPy is missing.
+        """
+        optimize = import_scipy()
+        self.size(scores)
+        units = [members for members in self.units().values() if any(name in scores for name in members)]
+        costs = [self.slowdown(members) - 1 for members in units]
+        values = [sum(scores.get(name, 0.0) for name in members) for members in units]
+        budget = optimize.LinearConstraint([costs], ub=max_slowdown - 1)
+        found = optimize.milp(
+            [-value for value in values],
+            integrality=[1] * len(units),
+            bounds=optimize.Bounds(0, 1),
+            constraints=budget,
+            options={"mip_rel_gap": 0.0},
+        )
+        chosen = [] if found.x is None else [members for members, x in zip(units, found.x, strict=True) if x > 0.5]
+        if not chosen:
+            raise ValueError(
+                f"max_slowdown={max_slowdown!r} leaves no time for a module with a positive score: the fastest one "
+                f"makes a step {1 + min(costs):.3f} times as long as the base model's."
+            )
+        return [name for members in chosen for name in members if name in scores]
+
+
+def fit(
+    engine: Engine,
+    parameters: Mapping[str, int],
+    measured: Sequence[tuple[int, int, float]],
+    conditions: Mapping[str, Any],
+) -> ModuleCosts:
+    """Returns the costs that fit measured ratios with the least squared error, neither of them negative.
+
+    Args:
+        engine: the engine that was timed.
+        parameters: the number of parameters of one adapter in each module.
+        measured: at least three measurements: the number of units, the number of parameters, the ratio.
+        conditions: under which conditions they were measured.
+    """
+    solve = import_scipy().nnls
+    scale = max(number for _, number, _ in measured)
+    rows = [[units, number / scale] for units, number, _ in measured]
+    excess = [ratio - 1 for *_, ratio in measured]
+
+    def fitted(without: int | None = None) -> Any:
+        kept = [index for index in range(len(rows)) if index != without]
+        return solve([rows[index] for index in kept], [excess[index] for index in kept])[0]
+
+    errors = [
+        abs(sum(part * cost for part, cost in zip(row, fitted(index), strict=True)) - excess[index])
+        for index, row in enumerate(rows)
+    ]
+    per_unit, per_scale = map(float, fitted())
+    return ModuleCosts(
+        engine, per_unit, per_scale / scale, dict(parameters), float(max(errors)), tuple(measured), dict(conditions)
+    )
+
+
+def import_scipy() -> Any:
+    """Returns `scipy.optimize`.
+
+    Raises:
+        ModuleNotFoundError: SciPy is missing.
+    """
+    try:
+        from scipy import optimize
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("A time budget needs SciPy: pip install 'peft-fanlora[costs]'") from error
+    return optimize
