@@ -1,7 +1,7 @@
-"""Saves over an earlier state in a child process that is killed at each of its steps, and says what is left each time.
+"""Saves over an earlier state in child processes that are killed, and reports what each step leaves.
 
-Run as a program: `python faults.py kills|refusals|full-disk FOLDER`; the last with a FOLDER on a small disk that may
-be filled. Each kill and each refusal is in a child of its own.
+Run as a program: `python faults.py kills-and-refusals|full-disk FOLDER`; the latter with a FOLDER on a small disk that
+may be filled. Each kill and each refusal is in a child of its own.
 """
 
 import functools
@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -28,46 +29,79 @@ STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.scandir",
 """The audit events of Python that a save makes; the flushes and the writing of safetensors are counted by wrappers."""
 
 
-def killed_at(step: int, save: Callable[[], None]) -> int:
-    """Runs a save in a child process that kills itself with SIGKILL before a step; returns its wait status."""
+def in_child(act: Callable[[], Any]) -> tuple[int, str]:
+    """Runs `act` in a child process. Returns its wait status, and its result as JSON if it came to its end."""
+    reading, writing_end = os.pipe()
     if child := os.fork():
-        return os.waitpid(child, 0)[1]
+        os.close(writing_end)
+        with os.fdopen(reading) as pipe:
+            result = pipe.read()
+        return os.waitpid(child, 0)[1], result
+    os.close(reading)
+    try:
+        result = json.dumps(act())
+    except BaseException:
+        traceback.print_exc()
+        os._exit(3)
+    with os.fdopen(writing_end, "w") as pipe:
+        pipe.write(result)
+    os._exit(0)
+
+
+def before_each_step(act: Callable[[], None], save: Callable[[], None]) -> None:
+    """Runs a save, and `act` before each of its steps. It changes Python for good, so this is for a child process."""
+    is_acting = False
+
+    def step(*_: Any) -> None:
+        nonlocal is_acting
+        if not is_acting:  # what `act` opens is no step
+            is_acting = True
+            act()
+            is_acting = False
+
+    os.fsync = step  # flushing matters where the machine fails, not where a process is killed
+    halve_weights(step)
+    sys.addaudithook(lambda event, _: step() if event in STEPS else None)
+    save()
+
+
+def states_of(folder: Path, save: Callable[[], None]) -> list[dict[str, str]]:
+    """Returns what a folder holds before each step of a save, which is what a kill at that step leaves, and at the end."""
+    found: list[dict[str, str]] = []
+    before_each_step(lambda: found.append(state(folder)), save)
+    return [*found, state(folder)]
+
+
+def killed_at(step: int, save: Callable[[], None]) -> None:
+    """Runs a save, and kills this process with SIGKILL before a step."""
     left = [step]
 
-    def count(*_: Any) -> None:
+    def count() -> None:
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    fsync = os.fsync
-    os.fsync = lambda descriptor: (count(), fsync(descriptor))[1]
-    halve_weights(count)
-    sys.addaudithook(lambda event, _: count() if event in STEPS else None)
-    try:
-        save()
-    except BaseException:
-        os._exit(3)
-    os._exit(0)
+    before_each_step(count, save)
 
 
 def in_halves(
-    save_file: Callable[..., None], count: Callable[[], None], tensors: Any, path: Any, **options: Any
+    save_file: Callable[..., None], step: Callable[[], None], tensors: Any, path: Any, **options: Any
 ) -> None:
     save_file(tensors, path, **options)
     whole = Path(path).read_bytes()
     Path(path).write_bytes(whole[: len(whole) // 2])
-    count()
+    step()
     Path(path).write_bytes(whole)
 
 
-def halve_weights(count: Callable[[], None]) -> None:
-    """Lets safetensors write the first half of a file, count a step, and write all of it."""
+def halve_weights(step: Callable[[], None]) -> None:
+    """Makes safetensors write the first half of a file, then a step, then all of it."""
     import peft.peft_model
 
     import peft_fanlora.fanlora.export
 
     for module, name in ((peft.peft_model, "safe_save_file"), (peft_fanlora.fanlora.export, "save_file")):
-        setattr(module, name, functools.partial(in_halves, getattr(module, name), count))
+        setattr(module, name, functools.partial(in_halves, getattr(module, name), step))
 
 
 def state(folder: Path) -> dict[str, str]:
@@ -139,22 +173,32 @@ def cases() -> dict[str, Callable[[], tuple[Callable[[Path], None], Callable[[Pa
 
 
 def kills(case: str, folder: Path) -> dict[str, Any]:
-    """Returns the earlier state, the new one, and what each kill left."""
+    """Returns the earlier state, the new one, what a kill at each step leaves, and how many kills have confirmed that.
+
+    One save records the state before each of its steps; others are killed at every tenth step and leave the same.
+    """
     before, after = cases()[case]()
     (folder / "complete").mkdir(parents=True)
     before(folder / "complete")
-    shutil.copytree(folder / "complete", folder / "saved")
-    after(folder / "saved")
-    new, left, step, status = state(folder / "saved"), [], 0, 1
-    while status:
-        step += 1
-        shutil.rmtree(folder / "saved")
-        shutil.copytree(folder / "complete", folder / "saved")
-        status = killed_at(step, lambda: after(folder / "saved"))
-        if status and not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
-            raise SystemExit(f"{case}: the save failed at step {step} with status {status}")
-        left.append(state(folder / "saved"))
-    return {"old": state(folder / "complete"), "new": new, "left": left}
+    saved = folder / "saved"
+
+    def repeated(act: Callable[[], Any]) -> tuple[int, str]:
+        shutil.rmtree(saved, ignore_errors=True)
+        shutil.copytree(folder / "complete", saved)
+        return in_child(act)
+
+    status, result = repeated(lambda: states_of(saved, lambda: after(saved)))
+    if status:
+        raise SystemExit(f"{case}: the save failed with status {status}")
+    left, killed = json.loads(result), 0
+    for step in range(1, len(left), 10):
+        status, _ = repeated(lambda step=step: killed_at(step, lambda: after(saved)))
+        if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
+            raise SystemExit(f"{case}: the save was not killed at step {step}, its status is {status}")
+        if state(saved) != left[step - 1]:
+            raise SystemExit(f"{case}: a kill at step {step} left another state than that before the step")
+        killed += 1
+    return {"old": state(folder / "complete"), "new": left[-1], "left": left, "killed": killed}
 
 
 def file_in_the_place(folder: Path) -> None:
@@ -199,19 +243,16 @@ OBSTACLES: dict[str, tuple[Callable[[Path], None], Callable[[], None]]] = {
 def refusal(folder: Path, restrict: Callable[[], None], save: Callable[[Path], None]) -> dict[str, Any]:
     """Returns the error of a save over an earlier state in a child process, and whether it left that as it was."""
     before = listing(folder)
-    reading, writing_end = os.pipe()
-    if not os.fork():
+
+    def try_to_save() -> dict[str, Any]:
         try:
             restrict()
             save(folder)
-            found = {"error": None, "message": ""}
-        except BaseException as error:
-            found = {"error": type(error).__name__, "message": str(error)}
-        os.write(writing_end, json.dumps(found).encode())
-        os._exit(0)
-    os.close(writing_end)
-    with os.fdopen(reading) as pipe:
-        return {**json.loads(pipe.read()), "intact": listing(folder) == before}
+        except Exception as error:
+            return {"error": type(error).__name__, "message": str(error)}
+        return {"error": None, "message": ""}
+
+    return {**json.loads(in_child(try_to_save)[1]), "intact": listing(folder) == before}
 
 
 def listing(folder: Path) -> dict[str, str]:
@@ -238,12 +279,13 @@ def refusals(folder: Path, obstacles: Iterable[str]) -> dict[str, Any]:
 
 
 def main(what: str, folder: Path) -> dict[str, Any]:
-    """Returns the result of one of the three programs."""
-    if what == "kills":
-        return {case: kills(case, folder / str(number)) for number, case in enumerate(cases())}
-    return refusals(
-        folder, ["a full disk"] if what == "full-disk" else [name for name in OBSTACLES if name != "a full disk"]
-    )
+    """Returns the result of one of the two programs."""
+    if what == "full-disk":
+        return refusals(folder, ["a full disk"])
+    return {
+        "kills": {case: kills(case, folder / str(number)) for number, case in enumerate(cases())},
+        "refusals": refusals(folder / "refusals", [name for name in OBSTACLES if name != "a full disk"]),
+    }
 
 
 if __name__ == "__main__":
