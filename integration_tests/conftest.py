@@ -1,5 +1,6 @@
 """Settings that all tests share."""
 
+import gc
 import os
 from importlib.util import find_spec
 
@@ -12,6 +13,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 pytest_plugins = ["integration_tests.helpers.support_table"]
+
+
+def pytest_collection_finish() -> None:
+    """Exempts what the imports made from garbage collection, which would take half a second each time.
+
+    Transformers, Accelerate and TRL collect garbage in many of their calls.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
