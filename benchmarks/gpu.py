@@ -27,7 +27,7 @@ from torch import nn
 from torch._inductor import config as inductor
 from transformers import StaticCache, set_seed
 
-from peft_fanlora.command_line.timing import BASE, Contestant, Generation, Stopwatch, decode_steps, in_turns, summaries
+from peft_fanlora.timing import BASE, Contestant, Generation, Stopwatch, decode_steps, in_turns, summaries
 
 
 PROMPT_LENGTH = 64
@@ -174,7 +174,7 @@ def as_graphs(report: Report, base: Any, tenants: int, rounds: int, stopwatch: S
                     for generation in pair.values():
                         generation.rewind()
                     turns = [Contestant(each, model) for each in pair]
-                    seconds = in_turns(turns, rounds, lambda one: stopwatch(pair[one.name].step))
+                    seconds = in_turns(turns, range(rounds), lambda one: stopwatch(pair[one.name].step))
                 found.append({**summaries(seconds)[0], "guards": guards, "compile_s": compile_s})
         return found
 

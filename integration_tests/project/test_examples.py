@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from integration_tests.helpers.chat import save_tiny_chat_model
 from integration_tests.helpers.processes import run_python
 from peft_fanlora import FanLoraSetting
-from peft_fanlora.command_line.timing import BASE, Stopwatch
+from peft_fanlora.timing import BASE, Stopwatch
 
 
 pytestmark = pytest.mark.xdist_group("examples")  # one worker makes what its tests share
