@@ -63,10 +63,12 @@ def make(name: str, base: nn.Module, num_tenants: int, batch_size: int) -> Conte
 
 
 def _with_adapters(base: nn.Module, make_config: Callable[[], peft.PeftConfig], count: int) -> PeftModel:
-    """Returns the model with random frozen adapters."""
-    model = with_tenants(base, make_config(), [f"tenant{tenant}" for tenant in range(count)])
+    """Returns the model with random frozen adapters, in its dtype."""
+    with base.device:  # where the adapters are initialized
+        model = with_tenants(base, make_config(), [f"tenant{tenant}" for tenant in range(count)])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(base.dtype)  # PEFT makes adapters of a bfloat16 model in float32
             if "lora_B" in name or name.rpartition(".")[2].startswith("up_"):
                 nn.init.normal_(parameter, std=0.02)
     return model

@@ -14,6 +14,13 @@ import assets
 
 
 _SHAPES = {
+    "tiny": {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
     "135m": {
         "vocab_size": 49152,
         "hidden_size": 576,
@@ -44,9 +51,13 @@ _SHAPES = {
 
 
 class Shape(StrEnum):
-    """Values of `--shape`: SmolLM2-135M's weights, or random weights in its shape, Llama-3.2-1B's or LLaMA-2-7B's."""
+    """Values of `--shape`: SmolLM2-135M's weights, or random weights in its shape, Llama-3.2-1B's or LLaMA-2-7B's.
+
+    The tiny shape is for tests.
+    """
 
     smollm2 = "smollm2"
+    tiny = "tiny"
     m135 = "135m"
     b1 = "1b"
     b7 = "7b"

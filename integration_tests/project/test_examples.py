@@ -7,6 +7,7 @@ from pathlib import Path
 import assets
 import dpo_para
 import fanlora_sft
+import gpu
 import multi_tenant
 import nbformat
 import para_sft
@@ -16,11 +17,13 @@ import serving
 import torch
 import transfer_setting
 from nbclient import NotebookClient
+from shapes import Shape, load
 from transformers import AutoModelForCausalLM
 
 from integration_tests.helpers.chat import save_tiny_chat_model
 from integration_tests.helpers.processes import run_python
 from peft_fanlora import FanLoraSetting
+from peft_fanlora.timing import BASE, Stopwatch
 
 
 pytestmark = pytest.mark.xdist_group("examples")  # one worker makes what its tests share
@@ -154,6 +157,41 @@ def test_serving_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
         "benchmarks/memory.py", "PARA", "--model", tiny_chat_model, "--tenants", "2", "--prompt-length", "4"
     )
     assert float(memory.split()[-1]) > 50
+
+
+def test_gpu_benchmark(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "gpu.json"
+    small = {"shape": Shape.tiny, "device": "cpu", "tenants": [2], "rounds": 3, "output": file}
+    gpu.main(**small)
+    content = json.loads(file.read_text())
+    assert content["left_out"] == []
+    for measure, rounds in {"decode": 3, "prefill": 2}.items():
+        results = [result for result in content["results"] if result["measure"] == measure]
+        assert len(results) == 7
+        assert {result["rounds"] for result in results} == {rounds}
+        assert all(result["median_ms"] > 0 for result in results)
+    gpu.main(**small, minutes=0)
+    content = json.loads(file.read_text())
+    assert content["results"] == []
+    assert {case["reason"] for case in content["left_out"]} == {"TimeoutError: no time left"}
+    assert [path.name for path in file.parent.iterdir()] == ["gpu.json"]
+
+
+def test_gpu_benchmark_of_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(model: torch.nn.Module) -> object:
+        if any("lora_B" in name for name, _ in model.named_modules()):
+            raise RuntimeError("no\ngraph")
+        return torch.compile(lambda **inputs: model(**inputs), fullgraph=True, dynamic=False, backend="eager")
+
+    monkeypatch.setattr(gpu, "compiled", compiled)
+    monkeypatch.setattr("contestants.names", lambda tenants: ["PEFT LoRA, 2 roles", BASE, "PARA"])
+    report = gpu.Report({}, None, float("inf"))
+    gpu.as_graphs(report, load(Shape.tiny, "", "cpu", torch.float32), 2, 3, Stopwatch("cpu"))
+    found = [(result["method"], result["guards"], result["rounds"]) for result in report.results]
+    assert found == [(name, guards, 3) for name in (BASE, "PARA") for guards in (True, False)]
+    assert [(case["method"], case["reason"]) for case in report.left_out] == [
+        ("PEFT LoRA, 2 roles", "RuntimeError: no graph")
+    ]
 
 
 def test_a_download_that_is_not_the_expected_file_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
