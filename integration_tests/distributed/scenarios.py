@@ -4,6 +4,7 @@
 process, the same functions give the reference.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -409,4 +410,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # the trainers collect garbage often
     main(Path(sys.argv[1]))

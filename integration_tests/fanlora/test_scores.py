@@ -33,7 +33,8 @@ def test_path_sums_to_what_the_adapter_gains(name: str) -> None:
     model, tiny = fanlora(name), TINY[name]
     randomize(model, std=0.1)
     batches = [tiny.batch(seed=0), tiny.batch(rows=2, tokens=9, seed=1)]
-    scores = model.score_modules(batches, num_points=128, progress=False)
+    num_points = 128 if name == "opt" else 32  # the kinks of OPT's ReLU need more
+    scores = model.score_modules(batches, num_points=num_points, progress=False)
     everything = set(scores)
     gain = loss_of(model, batches, set()) - loss_of(model, batches, everything)
     assert len(scores) == tiny.num_modules

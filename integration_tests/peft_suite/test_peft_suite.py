@@ -1,19 +1,17 @@
 """A quick part of PEFT's own tests (`make test-peft` runs all), and what their runner makes of failures."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import peft
 import pytest
+import typer
 
 from integration_tests.peft_suite import page, run
 from integration_tests.peft_suite.sources import SHA256
 
 
-ROOT = Path(__file__).parents[2]
 QUICK = "test_methods or test_save_pretrained or test_disable_adapters or test_only_params or test_multiple_active"
 
 
@@ -22,10 +20,10 @@ QUICK = "test_methods or test_save_pretrained or test_disable_adapters or test_o
 @pytest.mark.parametrize("method", run.METHODS)
 def test_a_quick_part_of_pefts_own_tests(method: str, tmp_path: Path) -> None:
     results = tmp_path / "results.json"
-    command = [sys.executable, ROOT / "integration_tests/peft_suite/run.py", "--method", method, "--file", "config"]
-    command += ["--file", "custom_models", "-k", f"({QUICK}) and not Conv and not with_merging", "--results", results]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    expression = f"({QUICK}) and not Conv and not with_merging"
+    with pytest.raises(typer.Exit) as done:
+        run.main([method], ["config", "custom_models"], expression, results)
+    assert done.value.exit_code == 0
     outcomes = json.loads(results.read_text())["methods"][method]["test_custom_models.py"]
     assert outcomes["passed"][""] > 40
     assert "failed" not in outcomes

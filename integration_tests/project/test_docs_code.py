@@ -153,7 +153,10 @@ GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/serving.md": about_serving,
     "docs/vllm.md": about_vllm,
 }
-RUN_ELSEWHERE: dict[str, str] = {"docs/sharing.md": "integration_tests/sharing/test_hub.py"}
+RUN_ELSEWHERE: dict[str, str] = {
+    "docs/recipes.md": "integration_tests/project/test_docs_code.py",
+    "docs/sharing.md": "integration_tests/sharing/test_hub.py",
+}
 """Pages whose code another test runs, and its file."""
 UPLOADS = re.compile(r"^model\.push_to_hub\(", re.MULTILINE)
 """Is found in blocks of the recipes that integration_tests/sharing/test_hub.py runs."""
@@ -229,7 +232,7 @@ def test_the_pooling_and_the_layout_of_the_page(folder: Path, monkeypatch: pytes
     assert (slices.num_outputs, slices.num_scaled) == (96, 64)
 
 
-def test_the_recipe_resumes_when_it_is_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipes_run_and_resume_when_they_are_run_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("docs/recipes.md", folder, monkeypatch)
     assert names["checkpoint"] is None
     steps, setting = names["trainer"].state.global_step, names["callback"].setting

@@ -43,11 +43,8 @@ def test_a_clash_names_both_sides() -> None:
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType["FANLORA"]] is FanLoraConfig
 
 
-@pytest.mark.parametrize(
-    "first", ["import peft, peft_fanlora", "import peft_fanlora, peft"], ids=["peft first", "peft second"]
-)
-def test_the_order_of_imports_does_not_matter(first: str) -> None:
-    code = f"{first}; print(peft.PEFT_TYPE_TO_CONFIG_MAPPING['FANLORA'].__name__)"
+def test_peft_may_be_imported_later() -> None:
+    code = "import peft_fanlora, peft; print(peft.PEFT_TYPE_TO_CONFIG_MAPPING['FANLORA'].__name__)"
     assert run_python("-c", code).strip() == "FanLoraConfig"
 
 
@@ -59,7 +56,7 @@ def test_public_names() -> None:
         peft_fanlora.FanLoraCalback  # noqa: B018
 
 
-def test_the_import_brings_no_trainer() -> None:
+def test_the_import_is_light() -> None:
     """With the trainer of transformers, `import peft_fanlora` adds 500 modules and two seconds to `import peft`."""
     code = """
 import sys
@@ -68,7 +65,7 @@ before = set(sys.modules)
 import peft_fanlora
 added = sorted(set(sys.modules) - before)
 assert len(added) <= 40, added
-assert not {"datasets", "pandas", "transformers.trainer"} & set(added)
+assert not {"datasets", "pandas", "pydantic", "transformers.trainer"} & set(added)
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel
 assert {"FANLORA", "PARA"} <= {str(name.value) for name in PEFT_TYPE_TO_CONFIG_MAPPING}
