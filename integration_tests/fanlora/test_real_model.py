@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         optimizer.zero_grad()
     model.save_pretrained(folder)
     held_out, calibration = batches(rows[:16], tokenizer, size=8), batches(rows[16:24], tokenizer, size=8)
-    scores = model.eval().score_modules(calibration, num_points=16, progress=False)
+    scores = model.eval().score_modules(calibration, num_points=8, progress=False)
     return {"folder": folder, "held_out": held_out, "calibration": calibration, "scores": scores}
 
 
@@ -56,7 +56,7 @@ def test_path_sums_to_what_the_adapter_gains(trained: dict[str, Any]) -> None:
         before = loss(model, trained["calibration"])
     assert len(trained["scores"]) == 210
     assert after < before - 0.3
-    assert sum(trained["scores"].values()) == pytest.approx(before - after, rel=1e-2)
+    assert sum(trained["scores"].values()) == pytest.approx(before - after, rel=3e-2)  # eight points
 
 
 @pytest.mark.parametrize("method", ["FanLoRA", "PARA"])
