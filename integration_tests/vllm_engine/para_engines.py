@@ -98,14 +98,15 @@ class Tenants:
         """Returns a job with the answer from transformers."""
         return Job(tenant, prompt, self.answer(tenant, prompt, new_tokens))
 
-    def request(self, tenant: str, **options: Any) -> Any:
+    def request(self, tenant: str, copy: int = 0, **options: Any) -> Any:
         """Returns the `LoRARequest` of a tenant; None for the base model."""
         from vllm.lora.request import LoRARequest
 
         if tenant == BASE:
             return None
-        number = self.ids.setdefault(tenant, len(self.ids) + 1)
-        return LoRARequest(tenant, number, str(self.folders[tenant]), **options)
+        name = f"{tenant}-{copy}" if copy else tenant
+        number = self.ids.setdefault(name, len(self.ids) + 1)
+        return LoRARequest(name, number, str(self.folders[tenant]), **options)
 
 
 def make_tenants(base: Path, folder: Path, configs: dict[str, dict[str, Any]] = TENANTS) -> Tenants:
@@ -178,12 +179,14 @@ def sampling(new_tokens: int, **options: Any) -> Any:
     )
 
 
-def answers(llm: Any, tenants: Tenants, jobs: Sequence[Job]) -> list[list[int]]:
+def answers(llm: Any, tenants: Tenants, jobs: Sequence[Job], copies: Sequence[int] = ()) -> list[list[int]]:
     """Adds all jobs to the engine at once and returns the tokens of their answers."""
     outputs = llm.generate(
         [{"prompt_token_ids": job.prompt} for job in jobs],
         [sampling(len(job.answer)) for job in jobs],
-        lora_request=[tenants.request(job.tenant) for job in jobs],
+        lora_request=[
+            tenants.request(job.tenant, copy) for job, copy in zip(jobs, copies or [0] * len(jobs), strict=True)
+        ],
         use_tqdm=False,
     )
     return [list(output.outputs[0].token_ids) for output in outputs]

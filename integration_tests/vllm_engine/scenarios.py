@@ -12,7 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from integration_tests.vllm_engine.para_engines import answers, count_misses, make_base, make_jobs, make_tenants, start
+import psutil
+
+from integration_tests.vllm_engine.para_engines import (
+    BASE,
+    answers,
+    check_alive,
+    count_misses,
+    make_base,
+    make_jobs,
+    make_tenants,
+    manager,
+    start,
+)
 
 
 def run(
@@ -132,6 +144,37 @@ def second_runner(folder: Path) -> dict[str, Any]:
     llm, found = run(folder, {}, 18, 40, 5, num_gpu_blocks_override=14, block_size=32)
     (runner,) = llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)
     return found | {"runner": runner}
+
+
+def soak(folder: Path, requests: int = 5_000, at_once: int = 100) -> dict[str, Any]:
+    """5,000 requests of 40 tenants, of which four are in a batch and eight in memory, so that tenants come and go."""
+    base = make_base(folder / "base")
+    tenants = make_tenants(base, folder / "tenants")
+    jobs = make_jobs(tenants, 45, 8, seed=13)
+    llm = start(base, max_loras=4, max_cpu_loras=8, max_num_seqs=32, kv_cache_memory_bytes=2**26)
+    process, loads, memory, misses = psutil.Process(), Counter[str](), [], 0
+    add = manager(llm).add_adapter
+
+    def counting(request: Any) -> bool:
+        loads["adapters"] += 1
+        return add(request)
+
+    manager(llm).add_adapter = counting
+    for first in range(0, requests, at_once):
+        chunk = [jobs[(first + index) % len(jobs)] for index in range(at_once)]
+        copies = [(first + index) // 7 % 5 for index in range(at_once)]
+        misses += count_misses(answers(llm, tenants, chunk, copies), chunk)
+        memory.append(process.memory_info().rss)
+    check_alive(llm, tenants, [tenants.job(BASE, jobs[0].prompt, 2)])
+    warm = requests // at_once // 5
+    return {
+        "misses": misses,
+        "tokens": requests * 8,
+        "loads": loads["adapters"],
+        "slots": len(manager(llm).vectors.slots),
+        "adapters": len(manager(llm).list_adapters()),
+        "megabytes": [round(memory[index] / 2**20) for index in (0, warm, -1)],
+    }
 
 
 if __name__ == "__main__":

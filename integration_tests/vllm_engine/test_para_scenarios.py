@@ -68,6 +68,15 @@ def test_the_model_is_compiled(tmp_path: Path) -> None:
     assert found["calls"] > 50 * found["layers"]
 
 
+def test_thousands_of_requests_leave_nothing_behind(tmp_path: Path) -> None:
+    """Memory may grow by 2% after a fifth of the requests, beside oneDNN's cache of up to 1,024 compiled kernels."""
+    found = run("soak", tmp_path, ONEDNN_PRIMITIVE_CACHE_CAPACITY="32")
+    assert found["misses"] == 0 and found["tokens"] == 40_000
+    assert found["slots"] == 0 and found["adapters"] <= 8 < 1_000 < found["loads"]
+    _, warm, last = found["megabytes"]
+    assert last < 1.02 * warm
+
+
 def test_the_second_model_runner(tmp_path: Path) -> None:
     """Runs with Triton's interpreter, without a GPU."""
     backend = tmp_path / "backend" / "triton_cpu-1.dist-info"
