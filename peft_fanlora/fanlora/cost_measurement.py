@@ -126,7 +126,7 @@ def _in_vllm(
             saved = Path(folder, str(number))
             config = FanLoraConfig(r=r, setting=FanLoraSetting.from_modules(base, modules), task_type="CAUSAL_LM")
             export_lora(get_peft_model(twin(base), config), saved)
-            lora = {"enable_lora": True, "max_loras": tenants, "max_lora_rank": max(r, 8)}
+            lora = {"enable_lora": True, "max_loras": tenants, "max_lora_rank": _max_lora_rank(r)}
             engine = _engine(base, rounds, tenants, lora_target_modules=_layers_of_vllm(modules), **lora)
             engines.append(Contestant(str(number), engine, {"folder": str(saved), "tenants": tenants}))
         for contestant in engines:
@@ -166,6 +166,13 @@ def _engine(base: Any, rounds: int, tenants: int, **lora: Any) -> Any:
         kv_cache_memory_bytes=2**30,
         **lora,
     )
+
+
+def _max_lora_rank(r: int) -> int:
+    """Returns the smallest `max_lora_rank` that vLLM accepts for adapters of rank r."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return min(rank for rank in get_args(MaxLoRARanks) if rank >= r)
 
 
 def _add_requests(contestant: Contestant, tenants: int, rounds: int) -> None:
