@@ -47,13 +47,14 @@ LEARNING_RATE = 2e-3
 PARA_LEARNING_RATE = 5e-3
 LONGEST = 120
 """Characters of a row: short rows keep the training steps short."""
-NUM_HELD_OUT = 32
+NUM_HELD_OUT = 24
 NUM_CALIBRATION = 8
 NUM_POINTS = 4
 """Points of the `path` score's integral."""
 RANDOM_DRAWS = 3
 TENANTS = 8
-ROUNDS = 24
+ROUNDS = 20
+PROMPT_LENGTH = 16
 NEW_TOKENS = 16
 
 Advance = Callable[[], None]
@@ -222,7 +223,7 @@ def serve(run: Run, tasks: dict[str, Dataset], rounds: int) -> Found:
         "Each method serves its adapters and the base model in one batch: the rows of a batch name their adapters. Then a "
         f"decoding step of a batch with {TENANTS} tenants is timed in turns with PEFT's LoRA and the base model."
     )
-    base = run.base().eval()
+    base = run.base().to("cuda" if torch.cuda.is_available() else "cpu").eval()
     tokenizer = AutoTokenizer.from_pretrained(run.base_model, padding_side="left")
     prompts = {name: rows[0]["prompt"] for name, rows in tasks.items()}
     names = [f"{name}-{copy}" for copy in range(TENANTS // len(tasks)) for name in tasks]
@@ -246,7 +247,7 @@ def serve(run: Run, tasks: dict[str, Dataset], rounds: int) -> Found:
         seconds = decode_steps(
             contestants,
             counted(range(rounds), advance),
-            lambda: torch.randint(0, vocabulary, (len(names), 32), device=device),
+            lambda: torch.randint(0, vocabulary, (len(names), PROMPT_LENGTH), device=device),
             Stopwatch(device),
         )
     table = Table("prompt", BASE, "FanLoRA", "PARA", show_lines=True)
