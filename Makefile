@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EXAMPLES := $(VENV)/examples
 READY := $(VENV)/ready
 VLLM := .venv-vllm
 OLDEST := .venv-oldest
@@ -9,7 +10,7 @@ CHECKED := $(addprefix integration_tests/,fanlora para project/test_layers.py pr
 
 .PHONY: quickstart test check fuzz test-oldest test-peft test-vllm test-vllm-short support results docs build quality style
 
-quickstart: $(READY)
+quickstart: $(EXAMPLES)
 	$(BIN)/python examples/quickstart.py
 
 # In parallel, one thread per process; tests with an expensive fixture share a process (`xdist_group`).
@@ -69,19 +70,26 @@ style: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-$(READY): pyproject.toml constraints-dev.txt
+$(EXAMPLES): pyproject.toml constraints-dev.txt
+$(READY): $(EXAMPLES)
 $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 
-$(READY): CONSTRAINTS := constraints-dev.txt
+# What the examples need is less, and installed first: `make quickstart` does not wait for the rest.
+$(EXAMPLES) $(READY): CONSTRAINTS := constraints-dev.txt
+$(EXAMPLES): EXTRAS := examples
 $(READY): EXTRAS := dev,docs,peft-tests
 $(OLDEST)/ready: CONSTRAINTS := constraints-oldest.txt
 $(OLDEST)/ready: EXTRAS := dev
 
-$(READY) $(OLDEST)/ready:
+$(EXAMPLES) $(OLDEST)/ready:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --upgrade pip
 	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
 	$(@D)/bin/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
+	touch $@
+
+$(READY):
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
 	touch $@
 
 $(VLLM)/ready: pyproject.toml requirements-vllm.txt

@@ -24,6 +24,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from peft_fanlora_cli import quiet_libraries
+
+
+quiet_libraries()  # before the examples import PEFT; all of them import this module first
 
 Message = dict[str, str]
 Row = dict[str, list[Message]]

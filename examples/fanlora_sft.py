@@ -1,8 +1,8 @@
 """FanLoRA with TRL: one training run finds the setting, and a new adapter on it learns another task.
 
 FanLoraCallback scores and prunes the modules in the middle of the run on instructions, steps (a) to (c). The adapter of
-the task is then trained on the setting that it found, step (d). `quickstart.py` runs the steps one by one and compares
-them with alternatives.
+the task is then trained on the setting that it found, step (d). `quickstart.py --full` runs the steps one by one and
+compares them with alternatives.
 
     python examples/fanlora_sft.py
     python examples/fanlora_sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset trl-lib/tldr

@@ -87,10 +87,13 @@ def train_tenant(
 
 
 def answers(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, word: str, names: list[str], new_tokens: int
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[assets.Message]],
+    names: list[str],
+    new_tokens: int,
 ) -> tuple[list[str], float]:
-    """Asks about a word in one batch with one row per adapter name; returns the answers and the seconds."""
-    conversations = [question(word)] * len(names)
+    """Answers conversations in one batch, each with the adapter of that name; returns the answers and the seconds."""
     inputs = tokenizer.apply_chat_template(
         conversations, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     ).to(model.device)
@@ -136,14 +139,14 @@ def main(
         load_tenant(served, output / name, name)
     tokenizer = AutoTokenizer.from_pretrained(base_model, padding_side="left")
     names = [*JOBS, "__base__"]
-    together, seconds = answers(served, tokenizer, word, names, new_tokens)
+    together, seconds = answers(served, tokenizer, [question(word)] * len(names), names, new_tokens)
 
     table = Table(
         "tenant", "answer", title=f"{word}: {len(names)} rows in one batch, {seconds:.1f} s", show_lines=True
     )
     alone_seconds = 0.0
     for name, reply in zip(names, together, strict=True):
-        (alone,), own_seconds = answers(served, tokenizer, word, [name], new_tokens)
+        (alone,), own_seconds = answers(served, tokenizer, [question(word)], [name], new_tokens)
         if alone != reply:
             raise RuntimeError(f"tenant {name!r} answers {alone!r} alone and {reply!r} in the batch")
         alone_seconds += own_seconds

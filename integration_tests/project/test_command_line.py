@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from integration_tests.helpers.text import sentences, tokenizer
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
 from peft_fanlora.command_line import main
 from peft_fanlora.command_line.app import app
+from peft_fanlora_cli import quiet_libraries
 
 
 pytestmark = pytest.mark.xdist_group("command_line")  # one worker makes what its tests share
@@ -355,6 +357,28 @@ def test_help_has_examples() -> None:
         assert f"peft-fanlora {command}" in shown and "Example" in shown
         assert command in answer("--help")
     assert invoke("show").exit_code == invoke("find", "a", "b", "--steps", "0").exit_code == 2
+
+
+def test_messages_of_other_libraries_are_not_shown(places: dict[str, Path], tmp_path: Path) -> None:
+    code = "from peft_fanlora_cli import main; main()"
+    command = [sys.executable, "-c", code, "export", str(places["pruned"]), str(tmp_path / "plain")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_the_user_must_know_is_shown() -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        quiet_libraries()
+        place = {"filename": "file.py", "lineno": 1}
+        for category, module in (
+            (FutureWarning, "transformers.training_args"),
+            (DeprecationWarning, "torch.jit"),
+            (UserWarning, "peft.peft_model"),
+            (FutureWarning, "my_script"),
+        ):
+            warnings.warn_explicit(f"from {module}", category, module=module, **place)
+    assert [str(one.message) for one in shown] == ["from peft.peft_model", "from my_script"]
 
 
 @pytest.mark.parametrize("package", ["rich", "typer"])

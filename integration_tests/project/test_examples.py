@@ -1,6 +1,7 @@
 """The examples, the notebook and the benchmarks run as they stand, at a small size."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,17 +13,21 @@ import multi_tenant
 import nbformat
 import para_sft
 import pytest
+import quickstart
 import scoring
 import serving
 import torch
+import training
 import transfer_setting
 from nbclient import NotebookClient
 from shapes import Shape, load
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from integration_tests.helpers.chat import save_tiny_chat_model
-from integration_tests.helpers.processes import run_python
+from integration_tests.helpers.processes import environment, run_python
 from peft_fanlora import FanLoraSetting
+from peft_fanlora.command_line.app import app
 from peft_fanlora.timing import BASE, Stopwatch
 
 
@@ -49,18 +54,60 @@ def tiny_chat_model(cache: Path) -> Path:
 
 
 def test_quickstart(tiny_chat_model: Path, tmp_path: Path) -> None:
-    arguments = ["--model", tiny_chat_model, "--steps", "2", "--task-steps", "2", "--output", tmp_path / "out"]
-    printed = run_python("examples/quickstart.py", *arguments)
+    output = tmp_path / "out"
+    arguments = ["--model", tiny_chat_model, "--steps", 2, "--task-steps", 2, "--output", output]
+    command = [sys.executable, "examples/quickstart.py", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(COLUMNS="400"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr == ""  # no warning of another library
+    assert done.stdout.count("100%") == 4  # each act's bar is full at its end
+    results = json.loads((output / "results.json").read_text())
+    assert (results["modules"]["kept"], results["modules"]["modules"]) == (6, 21)
+    assert len(set(results["modules"]["loss"]["random"])) == 3
+    fanlora, lora = results["task"]["parameters"].values()
+    assert fanlora == pytest.approx(lora, rel=0.1)
+    serving = results["serving"]
+    assert all(len(replies) == 4 for replies in serving["answers"].values())
+    assert [one["method"] for one in serving["decoding"]][:4] == ["base model", "base model, again", "FanLoRA", "PARA"]
+    for path in ("importance.png", "fanlora/definitions", "fanlora/reviews", "para/definitions", "para/reviews"):
+        assert (output / path).exists()
+    assert json.loads((output / "plain-lora/adapter_config.json").read_text())["peft_type"] == "LORA"
+
+    _, _, last = done.stdout.partition("Go on with")
+    for line in last.strip().splitlines():
+        program, *arguments = line.split()
+        assert (ROOT / program).name == "peft-fanlora"
+        if arguments[0] == "export":
+            arguments[-1] = str(tmp_path / arguments[-1])
+        if arguments[0] == "bench":
+            arguments += ["--rounds", "2"]
+        invoked = CliRunner().invoke(app, arguments)
+        assert invoked.exit_code == 0, invoked.output
+
+
+def test_the_full_quickstart(tiny_chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart.main(model=str(tiny_chat_model), full=True, steps=2, task_steps=2, output=tmp_path)
+    printed = capsys.readouterr().out
     assert "pruned at random, draw 3" in printed
     assert "LoRA on Q and V" in printed
-    files = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    for file in ("importance.png", "setting/fanlora_setting.json", "adapter/fanlora_setting.json", "results.json"):
-        assert file in files
-    assert json.loads((tmp_path / "out/plain-lora/adapter_config.json").read_text())["peft_type"] == "LORA"
-    results = json.loads((tmp_path / "out/results.json").read_text())
+    for file in ("importance.png", "setting/fanlora_setting.json", "adapter/fanlora_setting.json"):
+        assert (tmp_path / file).exists()
+    assert json.loads((tmp_path / "plain-lora/adapter_config.json").read_text())["peft_type"] == "LORA"
+    results = json.loads((tmp_path / "results.json").read_text())
     pruned = results["instructions"]["pruned by score"]["parameters"]
-    assert {results["instructions"][f"pruned at random, draw {draw}"]["loss"] for draw in (1, 2, 3)}
     assert pruned < results["instructions"]["LoRA on all modules"]["parameters"]
+
+
+def test_the_interval_of_a_difference_covers_it_in_95_of_100_samples() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(1, 20, (1000, 64))
+    nats = tokens * torch.randn(2, 1000, 64).add(torch.tensor([1.0, 0.9])[:, None, None])
+    covered = 0
+    for one, other, count in zip(*nats, tokens, strict=True):
+        right = torch.zeros(len(count), dtype=torch.bool)
+        gap, half = training.Losses(one, count, right).minus(training.Losses(other, count, right))
+        covered += abs(gap - 0.1) <= half
+    assert 0.92 < covered / 1000 < 0.97
 
 
 def test_scoring_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:

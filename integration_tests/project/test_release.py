@@ -39,7 +39,7 @@ def wheel(dist: Path) -> Path:
     return found
 
 
-def test_the_wheel_has_the_package_and_nothing_else(dist: Path) -> None:
+def test_the_wheel_has_the_package_and_its_command_and_nothing_else(dist: Path) -> None:
     with zipfile.ZipFile(wheel(dist)) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = {
@@ -48,7 +48,7 @@ def test_the_wheel_has_the_package_and_nothing_else(dist: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert "peft_fanlora/py.typed" in names
-    assert names == package
+    assert names == package | {"peft_fanlora_cli.py"}
 
 
 def test_the_source_distribution_has_what_a_build_needs(dist: Path) -> None:
@@ -56,7 +56,7 @@ def test_the_source_distribution_has_what_a_build_needs(dist: Path) -> None:
     with tarfile.open(found) as archive:
         tops = {Path(name).parts[1] for name in archive.getnames()}
     assert tops == {
-        "peft_fanlora", "README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "pyproject.toml", "PKG-INFO", ".gitignore",
+        "peft_fanlora", "peft_fanlora_cli.py", "README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "pyproject.toml", "PKG-INFO", ".gitignore",
     }  # fmt: skip
 
 
