@@ -1,4 +1,4 @@
-"""Times prefills and complete generations of contestants; decoding steps are in `peft_fanlora.command_line.timing`."""
+"""Times prefills and complete generations of contestants; decoding steps are in `peft_fanlora.timing`."""
 
 from collections.abc import Callable
 

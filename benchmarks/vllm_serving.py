@@ -13,6 +13,7 @@ import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,17 +22,20 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import assets
 import machine
 import torch
 import typer
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from serve_vllm import layers_of_vllm
 from transformers import AutoModelForCausalLM, set_seed
 
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, export_lora
+
+
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+import assets
+from serve_vllm import layers_of_vllm
 
 
 if TYPE_CHECKING:

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTTrainer
 
 from peft_fanlora import FanLoraConfig, ParaConfig, export_lora
+from peft_fanlora.fanlora.modules import vllm_layers
 
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -53,12 +54,6 @@ LEARNING_RATE = 1e-3
 BY_ROLE, BY_LAYER, EVERYWHERE = "FanLoRA by role", "FanLoRA by layer", "LoRA on all linear layers"
 PARA = "PARA"
 START_SECONDS = 300
-PACKED = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
-}
-"""The packed layer of vLLM's Llama that contains a projection."""
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 Output = Annotated[Path, typer.Option(help="Folder of the adapters and their answers")]
@@ -180,8 +175,7 @@ def train(
 def layers_of_vllm(folders: Iterable[str]) -> list[str]:
     """Returns the layers of vLLM's Llama that the adapters change, for `lora_target_modules`."""
     configs = [json.loads((Path(folder) / "adapter_config.json").read_text()) for folder in set(folders)]
-    modules = {module.rpartition(".") for config in configs for module in config["target_modules"]}
-    return sorted({f"{parent}.{PACKED.get(leaf, leaf)}" for parent, _, leaf in modules})
+    return vllm_layers(module for config in configs for module in config["target_modules"])
 
 
 def tokens_of(served: Served, new_tokens: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from integration_tests.helpers.models import TINY, fanlora
+from integration_tests.helpers.models import TINY, fanlora, tiny
 from peft_fanlora import FanLoraConfig, FanLoraSetting
 
 
@@ -171,3 +171,18 @@ def test_the_budget_of_llama_2_7b() -> None:
         base = LlamaForCausalLM(LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32))
     names = [f"model.layers.{layer}.{role}" for layer in range(32) for role in ("self_attn.v_proj", "mlp.up_proj")]
     assert FanLoraSetting.from_modules(base, names).rank_for_budget(base, num_parameters=20_000_000) == 27
+
+
+def test_the_layers_of_vllm_contain_the_kept_modules() -> None:
+    names = [
+        "layers.0.self_attn.v_proj",
+        "layers.1.mlp.up_proj",
+        "layers.1.mlp.gate_proj",
+        "layers.2.self_attn.o_proj",
+    ]
+    setting = FanLoraSetting.from_modules(tiny("llama"), [f"model.{name}" for name in names])
+    assert setting.vllm_layers == [
+        "model.layers.0.self_attn.qkv_proj",
+        "model.layers.1.mlp.gate_up_proj",
+        "model.layers.2.self_attn.o_proj",
+    ]

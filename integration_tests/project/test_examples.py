@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import assets
+import costs
 import dpo_para
 import fanlora_sft
 import gpu
@@ -20,13 +21,14 @@ import torch
 import training
 import transfer_setting
 from nbclient import NotebookClient
+from peft import get_peft_model
 from shapes import Shape, load
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from integration_tests.helpers.chat import save_tiny_chat_model
 from integration_tests.helpers.processes import environment, run_python
-from peft_fanlora import FanLoraSetting
+from peft_fanlora import FanLoraConfig, FanLoraSetting
 from peft_fanlora.command_line.app import app
 from peft_fanlora.timing import BASE, Stopwatch
 
@@ -108,6 +110,19 @@ def test_the_interval_of_a_difference_covers_it_in_95_of_100_samples() -> None:
         gap, half = training.Losses(one, count, right).minus(training.Losses(other, count, right))
         covered += abs(gap - 0.1) <= half
     assert 0.92 < covered / 1000 < 0.97
+
+
+def test_costs_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_chat_model)
+    model = get_peft_model(base, FanLoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    model.score_modules([], "weight_norm").select(keep=1).save_pretrained(tmp_path / "setting")
+    file, small = tmp_path / "new" / "costs.json", {"tenants": 2, "rounds": 2}
+    costs.main(model=str(tiny_chat_model), setting=tmp_path / "setting", output=file, **small)
+    content = json.loads(file.read_text())
+    assert content["costs"]["conditions"]["tenants"] == 2
+    modules = {row["choice"]: row["modules"] for row in content["results"]}
+    assert (modules["per layer, 2"], modules["role, 2"]) == (6, 6)
+    assert all(row["measured"] > 0 and row["predicted"] >= 1 for row in content["results"])
 
 
 def test_scoring_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ from .candidates import candidates, num_parameters_per_rank
 from .config import FanLoraConfig
 from .costs import Engine, ModuleCosts, fit, import_scipy
 from .export import export_lora
-from .modules import ModuleName
+from .modules import ModuleName, vllm_layers
 from .setting import FanLoraSetting
 
 
-_PACKED_NAMES = {"gate_proj+up_proj": "gate_up_proj", "k_proj+q_proj+v_proj": "qkv_proj"}
-"""vLLM's names of packed layers."""
 _PROMPT_LENGTH = 64
+KV_CACHE_BYTES = 2**30
+"""The size of the KV cache of each vLLM engine."""
 
 
 def module_costs(
@@ -62,8 +62,7 @@ def module_costs(
     parameters = {name: r * num_parameters_per_rank(module) for name, module in candidates(base).items()}
     unmeasured = ModuleCosts(engine, 0.0, 0.0, parameters, 0.0)
     samples = _samples(unmeasured)
-    measure = _in_transformers if engine == "transformers" else _in_vllm
-    base_ms, ratios = measure(base, samples, r, tenants, rounds)
+    base_ms, ratios = step_times(base, engine, samples, r=r, tenants=tenants, rounds=rounds)
     device = next(base.parameters()).device.type
     return fit(
         engine,
@@ -80,6 +79,23 @@ def module_costs(
     )
 
 
+def step_times(
+    base: nn.Module, engine: Engine, samples: Sequence[Sequence[str]], *, r: int, tenants: int, rounds: int
+) -> tuple[float, list[float]]:
+    """Returns the base model's step in milliseconds, and the median ratio to it of steps with LoRA on each sample.
+
+    Args:
+        base: a causal language model without adapters.
+        engine: the engine to time.
+        samples: the names of the adapted modules of each variant.
+        r: the rank of the adapters.
+        tenants: the number of adapters in a batch, one row each.
+        rounds: the number of steps of each variant.
+    """
+    measure = _in_transformers if engine == "transformers" else _in_vllm
+    return measure(base, samples, r, tenants, rounds)
+
+
 def _samples(costs: ModuleCosts) -> list[list[str]]:
     """Returns the modules of each timed variant: sets that differ in the number of units and in their size."""
     units = sorted(costs.units().values(), key=lambda members: sum(costs.parameters[name] for name in members))
@@ -93,7 +109,6 @@ def _samples(costs: ModuleCosts) -> list[list[str]]:
 def _in_transformers(
     base: nn.Module, samples: Sequence[Sequence[str]], r: int, tenants: int, rounds: int
 ) -> tuple[float, list[float]]:
-    """Returns the base model's step in milliseconds, and the ratio of each sample."""
     device = next(base.parameters()).device
     names = [f"tenant{number}" for number in range(tenants)]
     contestants = [Contestant(BASE, base)]
@@ -115,11 +130,6 @@ def _in_transformers(
 def _in_vllm(
     base: nn.Module, samples: Sequence[Sequence[str]], r: int, tenants: int, rounds: int
 ) -> tuple[float, list[float]]:
-    """Returns the base model's step in milliseconds, and the ratio of each sample.
-
-    Raises:
-        ModuleNotFoundError: vLLM is missing.
-    """
     with tempfile.TemporaryDirectory() as folder, _in_this_process():
         engines = [Contestant(BASE, _engine(base, rounds, tenants, enable_lora=False))]
         for number, modules in enumerate(samples):
@@ -127,7 +137,7 @@ def _in_vllm(
             config = FanLoraConfig(r=r, setting=FanLoraSetting.from_modules(base, modules), task_type="CAUSAL_LM")
             export_lora(get_peft_model(twin(base), config), saved)
             lora = {"enable_lora": True, "max_loras": tenants, "max_lora_rank": _max_lora_rank(r)}
-            engine = _engine(base, rounds, tenants, lora_target_modules=_layers_of_vllm(modules), **lora)
+            engine = _engine(base, rounds, tenants, lora_target_modules=vllm_layers(modules), **lora)
             engines.append(Contestant(str(number), engine, {"folder": str(saved), "tenants": tenants}))
         for contestant in engines:
             _add_requests(contestant, tenants, rounds)
@@ -150,6 +160,7 @@ def _in_this_process() -> Iterator[None]:
 def _engine(base: Any, rounds: int, tenants: int, **lora: Any) -> Any:
     try:
         from vllm import LLM
+        from vllm.platforms import current_platform
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "engine='vllm' times vLLM, which is not installed here: call module_costs in vLLM's environment, save the "
@@ -163,7 +174,8 @@ def _engine(base: Any, rounds: int, tenants: int, **lora: Any) -> Any:
         async_scheduling=False,
         max_model_len=_PROMPT_LENGTH + rounds + 16,
         max_num_seqs=tenants,
-        kv_cache_memory_bytes=2**30,
+        enforce_eager=current_platform.is_cpu(),  # where vLLM compiles no model with adapters
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
         **lora,
     )
 
@@ -189,12 +201,3 @@ def _add_requests(contestant: Contestant, tenants: int, rounds: int) -> None:
         engine.add_request(str(number), prompt, sampling, lora_request=request)
     for _ in range(3):
         engine.step()
-
-
-def _layers_of_vllm(modules: Sequence[str]) -> list[str]:
-    """Returns vLLM's names of the layers that contain the modules."""
-    names = []
-    for module in map(ModuleName.parse, modules):
-        parent, packed = module.packed_group
-        names.append(".".join(filter(None, (module.block, parent, _PACKED_NAMES.get(packed, packed)))))
-    return sorted(set(names))

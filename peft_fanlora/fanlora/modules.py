@@ -16,6 +16,8 @@ _PACKED_GROUPS = (
     {"w1", "w3"},
 )
 """Projections of the same input that serving engines fuse into one matrix, by the last part of their names."""
+_VLLM_NAMES = {"gate_proj+up_proj": "gate_up_proj", "k_proj+q_proj+v_proj": "qkv_proj"}
+"""The names of packed layers in vLLM."""
 
 
 class ModuleName(NamedTuple):
@@ -51,6 +53,15 @@ class ModuleName(NamedTuple):
         parent, _, leaf = self.role.rpartition(".")
         members = next((group for group in _PACKED_GROUPS if leaf in group), {leaf})
         return parent, "+".join(sorted(members))
+
+
+def vllm_layers(names: Iterable[str]) -> list[str]:
+    """Returns the names of the vLLM layers that contain the named modules, for `lora_target_modules`."""
+    layers = set()
+    for module in map(ModuleName.parse, names):
+        parent, packed = module.packed_group
+        layers.add(".".join(filter(None, (module.block, parent, _VLLM_NAMES.get(packed, packed)))))
+    return sorted(layers)
 
 
 def layers_by_role(modules: Iterable[ModuleName], *, with_stack: bool) -> dict[str, list[int]]:

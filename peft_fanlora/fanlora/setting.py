@@ -14,7 +14,7 @@ from ..sharing.saving import save_with_card
 from ..sharing.writing import staged
 from . import setting_file
 from .candidates import candidates, counterpart, model_type, num_layers, num_parameters_per_rank
-from .modules import ModuleName, layers_by_role, ranges
+from .modules import ModuleName, layers_by_role, ranges, vllm_layers
 from .setting_file import HEAT_MAP, SETTING_NAME
 
 
@@ -90,6 +90,11 @@ class FanLoraSetting:
     def roles(self) -> list[str]:
         """The roles that are kept in at least one layer, which an engine that wraps layers by role must wrap."""
         return list(dict.fromkeys(module.role for module in self.kept))
+
+    @property
+    def vllm_layers(self) -> list[str]:
+        """vLLM's names of the layers that contain the kept modules, for its `lora_target_modules`."""
+        return vllm_layers(self.names)
 
     def resolve(self, model: nn.Module) -> "FanLoraSetting":
         """Returns the setting with the module names of `model`, which may be another size of the same model type.
