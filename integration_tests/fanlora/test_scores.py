@@ -1,6 +1,7 @@
 """The five scores against their definitions, and that scoring leaves no trace."""
 
 import copy
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -268,8 +269,33 @@ def test_merged_and_disabled_adapters_are_refused() -> None:
 def test_a_loss_that_is_not_finite_is_reported() -> None:
     model = fanlora()
     next(iter(layers_of(model).values())).lora_B["default"].weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="calibration loss is nan"):
+    with pytest.raises(ValueError, match="calibration loss of batch 0 is nan"):
         model.score_modules([TINY["llama"].batch()], progress=False)
+
+
+def test_the_batch_with_a_loss_that_is_not_finite_is_named() -> None:
+    model = fanlora()
+    model.get_input_embeddings().weight.data[5] = float("inf")
+    batch = TINY["llama"].batch()
+    good, bad = ({**batch, "input_ids": torch.full_like(batch["input_ids"], token)} for token in (6, 5))
+    assert all(map(math.isfinite, model.score_modules([good], progress=False).values()))
+    with pytest.raises(ValueError, match="calibration loss of batch 1 is nan"):
+        model.score_modules([good, bad], progress=False)
+
+
+def test_a_score_that_is_not_finite_names_the_module() -> None:
+    """A gradient may overflow where the loss does not."""
+    model = fanlora()
+    names = list(layers_of(model))
+
+    def overflows(loss: Any, num_points: int) -> torch.Tensor:
+        return torch.tensor([1.0] * 3 + [float("inf")] + [1.0] * (len(names) - 4))
+
+    with pytest.raises(ValueError, match=f"score 'overflows' of {names[3]} is not finite on batch 0"):
+        model.score_modules([TINY["llama"].batch()], overflows, progress=False)
+    layers_of(model)[names[2]].lora_A["default"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=f"score 'weight_norm' of {names[2]} is not finite for its weights"):
+        model.score_modules(None, "weight_norm")
 
 
 def test_num_batches_and_generators() -> None:

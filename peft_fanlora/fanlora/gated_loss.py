@@ -15,15 +15,22 @@ Batch = Mapping[str, Any]
 class GatedLoss:
     """The loss of a gated model on one batch, as a function of the gates.
 
+    Args:
+        model: the base model with its LoRA layers.
+        gates: the gates of the scored modules.
+        batch: the arguments of the model's forward, including labels.
+        number: the batch's position in the calibration data, for errors.
+
     Attributes:
         label_mask: where the batch has label tokens, see `label_mask`.
         num_tokens: the number of label tokens.
     """
 
-    def __init__(self, model: nn.Module, gates: Gates, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, gates: Gates, batch: Batch, number: int = 0) -> None:
         self.model = model
         self.gates = gates
         self.batch = batch
+        self.number = number
         self.label_mask = label_mask(model, batch)
         self.num_tokens = int(self.label_mask.sum())
 
@@ -40,8 +47,8 @@ class GatedLoss:
         loss = self.model(**self.batch).loss.float() * self.num_tokens
         if not torch.isfinite(loss):
             raise ValueError(
-                f"The calibration loss is {loss.item()}, so no module can be scored. Check the labels and the dtype "
-                "of the model: float16 may overflow where bfloat16 and float32 do not."
+                f"The calibration loss of batch {self.number} is {loss.item()}, so no module can be scored. Check the "
+                "labels of that batch and the dtype of the model: float16 may overflow where bfloat16 and float32 do not."
             )
         return loss
 

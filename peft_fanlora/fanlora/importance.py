@@ -196,15 +196,15 @@ def score_batches(
         num_points: K of `path`.
 
     Raises:
-        ValueError: there is no label token, a loss is not finite, or the score has a wrong shape.
+        ValueError: there is no label token, a loss or a score is not finite, or the score has a wrong shape.
     """
     if not score.needs_data:
-        return _checked(score.function(gates, num_points), score, len(gates)), 0
+        return _checked(score.function(gates, num_points), score, gates, "for its weights"), 0
     total, num_tokens = torch.zeros(len(gates), dtype=torch.float64), 0
-    for batch in batches:
-        loss = GatedLoss(model, gates, batch)
+    for number, batch in enumerate(batches):
+        loss = GatedLoss(model, gates, batch, number)
         if loss.num_tokens:
-            total += _checked(score.function(loss, num_points), score, len(gates))
+            total += _checked(score.function(loss, num_points), score, gates, f"on batch {number}")
             num_tokens += loss.num_tokens
     total, num_tokens = _sum_over_processes(total, num_tokens)
     if not num_tokens:
@@ -216,11 +216,18 @@ def score_batches(
     return total / (total.sum() if score.is_share else num_tokens), num_tokens
 
 
-def _checked(scores: torch.Tensor, score: Score, num_modules: int) -> torch.Tensor:
-    if scores.shape != (num_modules,):
+def _checked(scores: torch.Tensor, score: Score, gates: Gates, where: str) -> torch.Tensor:
+    if scores.shape != (len(gates),):
         raise ValueError(
-            f"The score {score.name!r} returned the shape {tuple(scores.shape)} for {num_modules} modules: return one "
+            f"The score {score.name!r} returned the shape {tuple(scores.shape)} for {len(gates)} modules: return one "
             "number per module."
+        )
+    if not scores.isfinite().all():
+        name = list(gates.layers)[int((~scores.isfinite()).nonzero()[0])]
+        raise ValueError(
+            f"The score {score.name!r} of {name} is not finite {where}, so modules cannot be compared. Check that the "
+            "adapter's weights are finite, and the dtype of the model: float16 may overflow where bfloat16 and float32 "
+            "do not."
         )
     return scores.detach().to("cpu", torch.float64)
 
