@@ -19,6 +19,7 @@ import scoring
 import serving
 import torch
 import training
+import training_steps
 import transfer_setting
 from nbclient import NotebookClient
 from peft import get_peft_model
@@ -123,6 +124,17 @@ def test_costs_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
     modules = {row["choice"]: row["modules"] for row in content["results"]}
     assert (modules["per layer, 2"], modules["role, 2"]) == (6, 6)
     assert all(row["measured"] > 0 and row["predicted"] >= 1 for row in content["results"])
+
+
+def test_training_benchmark(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "training.json"
+    training_steps.main(shape=Shape.tiny, rows=2, tokens=24, rounds=2, memory=False, output=file)
+    results = json.loads(file.read_text())["results"]
+    assert [row["checkpointing"] for row in results] == [False] * 5 + [True] * 5
+    parameters = {row["method"]: row["parameters"] for row in results}
+    lora, _, fanlora, *_ = parameters.values()
+    assert fanlora == pytest.approx(lora, rel=0.15)
+    assert all(row["median_ms"] > 0 for row in results)
 
 
 def test_scoring_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
