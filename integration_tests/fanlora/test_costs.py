@@ -133,6 +133,8 @@ def test_costs_are_measured_on_the_model(tenants: int, monkeypatch: pytest.Monke
     """A clock that counts the adapted layers that a step passes, in place of time."""
     model = fanlora()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    assert any(trained)
 
     def counted(contestants: list[Contestant], rounds: Any, prompts: Any, stopwatch: Any) -> Seconds:
         def cost(one: Contestant) -> float:
@@ -153,6 +155,7 @@ def test_costs_are_measured_on_the_model(tenants: int, monkeypatch: pytest.Monke
     )
     assert list(found.parameters) == list(costs().parameters)
     assert found.error < 1e-3
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
@@ -160,6 +163,13 @@ def test_costs_are_measured_on_the_model(tenants: int, monkeypatch: pytest.Monke
 def test_costs_are_timed() -> None:
     found = module_costs(fanlora(), tenants=2, rounds=2)
     assert found.conditions["base_ms"] > 0 and len(found.measured) == 4
+
+
+def test_a_model_without_adapters_stays_trainable() -> None:
+    model = tiny("llama").train()
+    module_costs(model, tenants=1, rounds=2)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    assert not any("lora" in name for name, _ in model.named_parameters())
 
 
 def test_what_cannot_be_timed() -> None:

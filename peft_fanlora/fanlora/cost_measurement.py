@@ -58,11 +58,12 @@ def module_costs(
     base = twin(model)
     if isinstance(base, PeftModel):
         base = base.unload()
-    base.requires_grad_(False).eval()
+    base.eval()
     parameters = {name: r * num_parameters_per_rank(module) for name, module in candidates(base).items()}
     unmeasured = ModuleCosts(engine, 0.0, 0.0, parameters, 0.0)
     samples = _samples(unmeasured)
-    base_ms, ratios = step_times(base, engine, samples, r=r, tenants=tenants, rounds=rounds)
+    with _same_requires_grad(model):
+        base_ms, ratios = step_times(base, engine, samples, r=r, tenants=tenants, rounds=rounds)
     device = next(base.parameters()).device.type
     return fit(
         engine,
@@ -77,6 +78,17 @@ def module_costs(
             "threads": torch.get_num_threads(),
         },
     )
+
+
+@contextmanager
+def _same_requires_grad(model: nn.Module) -> Iterator[None]:
+    """Restores which parameters require gradients: the timed models share them, and PEFT freezes them."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
 
 
 def step_times(
