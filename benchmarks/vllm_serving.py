@@ -271,11 +271,6 @@ def main(
             ("prefill, 200", 1, lambda: prefill(contestants, [200], several, clock)),
             (f"{requests} arrivals", 32, lambda: mixed(contestants, requests, loads, clock)),
         ]
-        for measure, rows, times in measures:
-            results += summary(measure, rows, times())
-            show(results[-len(contestants) :])
-    show(results)
-    if result is not None:
         facts = {
             "model": Path(base).name,
             "dtype": "float32" if device == "cpu" else "bfloat16",
@@ -286,8 +281,13 @@ def main(
             "load_before": round(load, 2),
             "machine": machine.facts() | {"vllm": vllm.__version__},
         }
-        result.parent.mkdir(parents=True, exist_ok=True)
-        result.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+        for measure, rows, times in measures:
+            results += summary(measure, rows, times())
+            show(results[-len(contestants) :])
+            if result is not None:  # after each measure, since the last ones take long
+                result.parent.mkdir(parents=True, exist_ok=True)
+                result.write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
+    show(results)
 
 
 if __name__ == "__main__":
