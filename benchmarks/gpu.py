@@ -27,6 +27,7 @@ from torch import nn
 from torch._inductor import config as inductor
 from transformers import StaticCache, set_seed
 
+from peft_fanlora.sharing.writing import staged
 from peft_fanlora.timing import BASE, Contestant, Generation, Stopwatch, decode_steps, in_turns, summaries
 
 
@@ -62,11 +63,9 @@ class Report:
         self.results += results
         self.left_out += left_out
         if self.output is not None:
-            self.output.parent.mkdir(parents=True, exist_ok=True)
             content = {**self.facts, "results": self.results, "left_out": self.left_out}
-            part = self.output.with_suffix(".part")
-            part.write_text(json.dumps(content, indent=1) + "\n")
-            part.replace(self.output)
+            with staged(self.output.parent) as stage:
+                (stage / self.output.name).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def random_tokens(base: Any, rows: int, tokens: int) -> torch.Tensor:

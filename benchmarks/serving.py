@@ -11,14 +11,13 @@ tenants. The result is the ratio to the base model's time in the same round. Res
 import gc
 import json
 import os
-import subprocess
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import contestants
 import machine
+import memory
 import serving_plots
 import torch
 import typer
@@ -39,12 +38,6 @@ class Measure(StrEnum):
     beams1 = "beams1"
     beams3 = "beams3"
     memory = "memory"
-
-
-def peak_memory(name: str, options: list[str]) -> float:
-    """Returns the peak memory of a contestant in MiB, measured in a new process."""
-    command = [sys.executable, str(Path(__file__).parent / "memory.py"), name, *options]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def show(measure: str, tenants: int, results: list[dict[str, Any]]) -> None:
@@ -110,7 +103,10 @@ def main(
         for one in measure or list(Measure):
             if one is Measure.memory:
                 scale = ["--tenants", str(num_tenants), "--batch-size", str(rows)]
-                found = [{"method": name, "peak_mb": round(peak_memory(name, options + scale))} for name in names]
+                found = [
+                    {"method": name, "peak_mb": round(memory.last_number(memory.__file__, name, *options, *scale))}
+                    for name in names
+                ]
             elif one is Measure.decode:
                 found = summaries(decode_steps(made, range(rounds), prompts, stopwatch))
             elif one is Measure.prefill:

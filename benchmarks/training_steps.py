@@ -9,16 +9,13 @@ parameters as LoRA on all of them. Memory is measured in a new process per metho
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import machine
 import torch
 import typer
-from memory import resident_megabytes
+from memory import last_number, peak_megabytes
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -75,24 +72,6 @@ class Training:
         self.optimizer.zero_grad()
 
 
-def peak_memory(name: str, checkpointing: bool, options: list[str]) -> float:
-    """Returns the peak memory (MiB) of three steps in a new process, including the weights."""
-    command = [sys.executable, __file__, "--only", name, *options]
-    command.append("--checkpointing" if checkpointing else "--no-checkpointing")
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def show_memory(train: Callable[[], None], device: str) -> None:
-    """Prints the peak memory (MiB) of three steps."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, so that loading is excluded
-    for _ in range(3):
-        train()
-    print(torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident_megabytes("VmHWM"))
-
-
 def main(
     shape: Annotated[Shape, typer.Option(help="SmolLM2's weights, or random ones of a Llama shape")] = Shape.smollm2,
     model: Annotated[str, typer.Option(help="Folder or Hub id of a model, in place of a shape")] = "",
@@ -112,7 +91,8 @@ def main(
     base = load(shape, model, device, getattr(torch, dtype))
     methods = configs(base)
     if only:
-        show_memory(Training(base, methods[only], checkpointing, rows, tokens), device)
+        train = Training(base, methods[only], checkpointing, rows, tokens)
+        print(peak_megabytes(lambda: [train() for _ in range(3)], device))
         return
     sizes = ["--rows", str(rows), "--tokens", str(tokens), "--device", device, "--dtype", dtype]
     options = ["--shape", shape.value, "--model", model, *sizes]
@@ -125,7 +105,8 @@ def main(
             train()  # the first step is not counted
         seconds = in_turns(turns, range(rounds), lambda turn, steps=steps: stopwatch(steps[turn.name]))
         for (name, train), summary in zip(made.items(), summaries(seconds), strict=True):
-            peak = {"peak_mb": round(peak_memory(name, has_checkpointing, options))} if memory else {}
+            flag = "--checkpointing" if has_checkpointing else "--no-checkpointing"
+            peak = {"peak_mb": round(last_number(__file__, "--only", name, flag, *options))} if memory else {}
             row = {"checkpointing": has_checkpointing, "parameters": train.parameters, **peak}
             results.append({**summary, "method": name, **row})
     table = Table(*results[0], title="Training steps; the ratio is to LoRA on all modules")

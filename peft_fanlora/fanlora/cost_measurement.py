@@ -142,7 +142,8 @@ def _in_transformers(
 def _in_vllm(
     base: nn.Module, samples: Sequence[Sequence[str]], r: int, tenants: int, rounds: int
 ) -> tuple[float, list[float]]:
-    with tempfile.TemporaryDirectory() as folder, _in_this_process():
+    in_this_process = patch.dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0")  # where engines can take turns
+    with tempfile.TemporaryDirectory() as folder, in_this_process:
         engines = [Contestant(BASE, _engine(base, rounds, tenants, enable_lora=False))]
         for number, modules in enumerate(samples):
             saved = Path(folder, str(number))
@@ -160,13 +161,6 @@ def _in_vllm(
         )
     first, *others = summaries(seconds)
     return first["median_ms"], [summary["ratio"] for summary in others]
-
-
-@contextmanager
-def _in_this_process() -> Iterator[None]:
-    """Makes vLLM start its engines in this process, where they can take turns."""
-    with patch.dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0"):
-        yield
 
 
 def _engine(base: Any, rounds: int, tenants: int, **lora: Any) -> Any:

@@ -5,15 +5,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..sharing.reading import checked, read_json
 from ..sharing.writing import staged
 from .modules import ModuleName
-from .shapes import CostsFile
+from .shapes import CostsFile, Engine
 
 
-Engine = Literal["transformers", "vllm"]
 Unit = tuple[str, tuple[str, str] | str]
 """What an engine computes at once: a module, or a packed layer, as its block and its role or packed group."""
 
@@ -81,6 +80,9 @@ class ModuleCosts:
         num_units, num_parameters = self.size(names)
         return 1 + self.per_unit * num_units + self.per_parameter * num_parameters
 
+    def _cost(self, unit: Sequence[str]) -> float:
+        return self.per_unit + self.per_parameter * sum(self.parameters[name] for name in unit)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the costs as JSON, for use in another environment."""
         with staged(Path(path).parent) as stage:
@@ -110,7 +112,7 @@ class ModuleCosts:
         optimize = import_scipy()
         self.size(scores)
         units = [members for members in self.units().values() if any(name in scores for name in members)]
-        costs = [self.slowdown(members) - 1 for members in units]
+        costs = [self._cost(members) for members in units]
         values = [sum(scores.get(name, 0.0) for name in members) for members in units]
         budget = optimize.LinearConstraint([costs], ub=max_slowdown - 1)
         found = optimize.milp(

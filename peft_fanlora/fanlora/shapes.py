@@ -63,10 +63,13 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0)]
 
 
+Engine = Literal["transformers", "vllm"]
+
+
 class CostsFile(Shape):
     """The content of a file with `ModuleCosts`."""
 
-    engine: Literal["transformers", "vllm"]
+    engine: Engine
     per_unit: Share
     per_parameter: Share
     parameters: Annotated[dict[ModulePath, PositiveInt], Field(min_length=2)]
