@@ -89,6 +89,8 @@ def test_the_setting_says_how_it_was_chosen(tmp_path: Path) -> None:
         ({"max_slowdown": 1.05, "costs": 0, "strategy": "role"}, "not both"),
         ({"max_slowdown": 1.0, "costs": 0}, "max_slowdown=1.0 is not above 1"),
         ({"max_slowdown": float("nan"), "costs": 0}, "max_slowdown=nan is not above 1"),
+        ({"max_slowdown": "1.05", "costs": 0}, "max_slowdown='1.05' is not above 1"),
+        ({"max_slowdown": float("inf"), "costs": 0}, "max_slowdown=inf is not above 1 and finite"),
         ({"max_slowdown": 1.001, "costs": 0}, "the fastest one makes a step 1.0"),
     ],
 )
@@ -175,5 +177,8 @@ def test_a_model_without_adapters_stays_trainable() -> None:
 def test_what_cannot_be_timed() -> None:
     with pytest.raises(ValueError, match="engine='x' is unknown; use one of transformers, vllm"):
         module_costs(fanlora(), "x")  # type: ignore[arg-type]
+    for argument, value in {"tenants": 0, "r": 0, "rounds": 1}.items():
+        with pytest.raises(ValueError, match=f"`{argument}` is {value}; it must be an integer of at least"):
+            module_costs(fanlora(), **{argument: value})
     with pytest.raises(ValueError, match="1 module"):
         module_costs(nn.Sequential(nn.Linear(2, 2)))

@@ -217,6 +217,7 @@ def test_find_within_a_time_budget(base_folder: Path, rows: Path, tmp_path: Path
     assert (report["modules_scored"], report["modules_kept"]) == (modules, 6)
     setting = FanLoraSetting.from_pretrained(tmp_path / "found")
     assert (setting.calibration["strategy"], setting.calibration["predicted_slowdown"]) == ("budget", 1.06)
+    assert invoke("find", rows, *options, "--costs", file).exit_code == 2
 
 
 def test_costs_prints_a_report(base_folder: Path, tmp_path: Path) -> None:

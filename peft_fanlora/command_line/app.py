@@ -112,6 +112,8 @@ def find(
         if adapter is None:
             raise typer.BadParameter("Pass the model and the data set.", param_hint="dataset")
         model, dataset = sources.base_model_of(adapter), model
+    if max_slowdown is None and costs is not None:
+        raise typer.BadParameter("Pass --max-slowdown too, such as 1.05.", param_hint="--costs")
     plan = finding.Plan(
         model, adapter, output, steps, batch_size, learning_rate, max_length, r, method, strategy, keep, packed,
         max_slowdown, engine, costs, seed,

@@ -45,7 +45,7 @@ def module_costs(
         rounds: the number of steps of each variant.
 
     Raises:
-        ValueError: the engine is unknown, or the model has fewer than two modules.
+        ValueError: the engine is unknown, a number is too small, or the model has fewer than two modules.
         ModuleNotFoundError: SciPy or vLLM is missing.
 
     Examples:
@@ -54,6 +54,9 @@ def module_costs(
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine={engine!r} is unknown; use one of {', '.join(get_args(Engine))}.")
+    for argument, value, least in (("r", r, 1), ("tenants", tenants, 1), ("rounds", rounds, 2)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"`{argument}` is {value!r}; it must be an integer of at least {least}.")
     import_scipy()
     base = twin(model)
     if isinstance(base, PeftModel):

@@ -158,9 +158,9 @@ class ImportanceScores(Mapping[str, float]):
             )
         if is_ranked_too:
             raise ValueError("Pass either `max_slowdown` and `costs`, or `keep`, `strategy` and `packed`, not both.")
-        if not max_slowdown > 1:
+        if not isinstance(max_slowdown, (int, float)) or not 1 < max_slowdown < float("inf"):
             raise ValueError(
-                f"max_slowdown={max_slowdown!r} is not above 1: it is the time of a decoding step relative to the base "
+                f"max_slowdown={max_slowdown!r} is not above 1 and finite: it is the time of a decoding step relative to the base "
                 "model's, such as 1.05."
             )
         chosen = set(costs.best(self, max_slowdown))
