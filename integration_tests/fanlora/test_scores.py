@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from integration_tests.helpers.brute_force import loss_of
 from integration_tests.helpers.models import TINY, fanlora, logits, randomize
 from peft_fanlora import ImportanceScores
 from peft_fanlora.fanlora.candidates import lora_modules
+from peft_fanlora.fanlora.choices import ScoreName
 from peft_fanlora.fanlora.importance import SCORES
 
 
@@ -26,6 +27,11 @@ METHODS = list(SCORES)
 
 def layers_of(model: PeftModel, adapter_name: str = "default") -> dict[str, Any]:
     return lora_modules(model.get_base_model(), adapter_name)
+
+
+def test_the_command_line_offers_all_scores_of_the_package() -> None:
+    own = [name for name, score in SCORES.items() if score.function.__module__.startswith("peft_fanlora")]
+    assert own == list(get_args(ScoreName))
 
 
 @pytest.mark.support("scoring")

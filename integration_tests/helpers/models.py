@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_fanlora import FanLoraConfig, ParaConfig
-from peft_fanlora.para import ParaLayer
+from peft_fanlora.para.layer import ParaLayer
 
 
 METHODS: dict[str, type[FanLoraConfig] | type[ParaConfig]] = {"FanLoRA": FanLoraConfig, "PARA": ParaConfig}

@@ -20,8 +20,8 @@ from integration_tests.helpers.models import (
     tokens,
 )
 from peft_fanlora import ParaConfig
-from peft_fanlora.para import ParaLayer
 from peft_fanlora.para.core.scaling import OutputSlices
+from peft_fanlora.para.layer import ParaLayer
 
 
 def close(a, b):

@@ -7,8 +7,14 @@ from torch import nn
 
 from integration_tests.helpers.models import para, tiny
 from peft_fanlora import ParaConfig
-from peft_fanlora.para import VectorGenerator
-from peft_fanlora.para.core.generator import POOLINGS, RationalActivation, pool, rational, rms_normalise
+from peft_fanlora.para.core.generator import (
+    POOLINGS,
+    RationalActivation,
+    VectorGenerator,
+    pool,
+    rational,
+    rms_normalise,
+)
 
 
 def naive_pool(hidden, mask, pooling, query):

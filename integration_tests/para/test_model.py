@@ -13,7 +13,7 @@ from torch import nn
 from integration_tests.helpers.models import GREEDY, LLAMA, generate, leading, logits, para, randomize, tiny, tokens
 from integration_tests.helpers.processes import OtherProcess
 from peft_fanlora import ParaConfig
-from peft_fanlora.para import ParaLayer
+from peft_fanlora.para.layer import ParaLayer
 
 
 pytestmark = pytest.mark.xdist_group("model")  # one worker makes what its tests share

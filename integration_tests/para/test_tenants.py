@@ -11,7 +11,7 @@ from torch import nn
 from integration_tests.helpers.counting import Products, PythonCalls, tensor_bytes
 from integration_tests.helpers.models import generate, leading, para, randomize, tiny, tokens
 from peft_fanlora import ParaConfig, load_tenant
-from peft_fanlora.para import ParaLayer
+from peft_fanlora.para.layer import ParaLayer
 from peft_fanlora.serving.tenants import BASE_ROWS
 
 

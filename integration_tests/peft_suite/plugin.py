@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from peft_fanlora import FanLoraConfig, ParaConfig
-from peft_fanlora.para import ParaLayer
+from peft_fanlora.para.layer import ParaLayer
 
 from . import offline
 from .deselected import Entry, entries

@@ -18,7 +18,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from integration_tests.helpers.models import TINY, fanlora, logits, randomize
-from integration_tests.helpers.processes import environment
+from integration_tests.helpers.processes import environment, run_python
 from integration_tests.helpers.text import sentences, tokenizer
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
 from peft_fanlora.command_line import main
@@ -358,6 +358,20 @@ def test_help_has_examples() -> None:
         assert f"peft-fanlora {command}" in shown and "Example" in shown
         assert command in answer("--help")
     assert invoke("show").exit_code == invoke("find", "a", "b", "--steps", "0").exit_code == 2
+
+
+def test_help_imports_neither_torch_nor_peft() -> None:
+    code = """
+import sys
+from peft_fanlora_cli import main
+sys.argv = ["peft-fanlora", "find", "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert end.code == 0
+assert not {"numpy", "peft", "torch", "transformers"} & set(sys.modules)
+"""
+    assert "--max-slowdown" in run_python("-c", code)
 
 
 def test_messages_of_other_libraries_are_not_shown(places: dict[str, Path], tmp_path: Path) -> None:

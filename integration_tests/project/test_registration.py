@@ -48,10 +48,37 @@ def test_peft_may_be_imported_later() -> None:
     assert run_python("-c", code).strip() == "FanLoraConfig"
 
 
+def test_vllm_does_not_import_peft() -> None:
+    """In a process of vLLM, the plugin leaves PEFT alone; whoever imports PEFT there gets both methods."""
+    code = """
+import sys, types
+sys.modules["vllm"] = types.ModuleType("vllm")
+import peft_fanlora.vllm_plugin, peft_fanlora.para.activations, peft_fanlora.para.targets, peft_fanlora.sharing.reading
+from peft_fanlora.para.core import generator, scaling
+assert not {"peft", "transformers.trainer"} & set(sys.modules)
+assert "load_tenant" in dir(peft_fanlora)
+FIRST_USE
+assert {"FANLORA", "PARA"} <= set(sys.modules["peft"].PEFT_TYPE_TO_CONFIG_MAPPING)
+assert hasattr(sys.modules["peft"].PeftModel.save_pretrained, "writes_cards")
+"""
+    first_uses = ("import peft", "from peft_fanlora import ParaConfig", "peft_fanlora.load_tenant")
+    # One process for all: each first use in a child that was forked from a process without PEFT.
+    script = f"""
+import os
+code = {code!r}
+for first_use in {first_uses!r}:
+    child = os.fork()
+    if child == 0:
+        exec(code.replace("FIRST_USE", first_use), {{}})
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, first_use
+"""
+    run_python("-c", script)
+
+
 def test_public_names() -> None:
     assert all(hasattr(peft_fanlora, name) for name in peft_fanlora.__all__)
     assert set(peft_fanlora.__all__) <= set(dir(peft_fanlora))
-    assert set(peft_fanlora.fanlora.__all__) <= set(dir(peft_fanlora.fanlora))
     with pytest.raises(AttributeError, match="no attribute 'FanLoraCalback'"):
         peft_fanlora.FanLoraCalback  # noqa: B018
 

@@ -1,14 +1,11 @@
-"""The commands and their options."""
+"""The commands and their options. Each command imports what it needs when it runs, so that `--help` is fast."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..fanlora.costs import Engine
-from ..fanlora.importance import SCORES
-from ..fanlora.scores import Strategy
-from . import benching, exporting, finding, looking, running, sources
+from ..fanlora.choices import Engine, ScoreName, Strategy
 from .output import answers_in_one_line, quiet_stdout, show_json
 
 
@@ -23,12 +20,6 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Where = Annotated[str, typer.Argument(help="Folder or Hub id.", show_default=False)]
-
-
-def _known_score(name: str) -> str:
-    if name not in SCORES:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(SCORES)}.")
-    return name
 
 
 @app.command(
@@ -72,9 +63,7 @@ def find(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     max_length: Annotated[int, typer.Option(min=2, help="Maximum number of tokens per row.")] = 512,
     r: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of the LoRA on all modules.")] = 8,
-    method: Annotated[
-        str, typer.Option(metavar=f"[{'|'.join(SCORES)}]", callback=_known_score, help="Importance score.")
-    ] = "path",
+    method: Annotated[ScoreName, typer.Option(help="Importance score.")] = "path",
     strategy: Annotated[
         Strategy,
         typer.Option(help="Whether to select modules within each layer, whole roles, or modules of the whole model."),
@@ -108,6 +97,8 @@ def find(
 
     Writes the setting with its heat map and model card, the pruned adapter (`adapter/`) and all scores (`report.json`).
     """
+    from . import finding, looking, sources
+
     if dataset is None:
         if adapter is None:
             raise typer.BadParameter("Pass the model and the data set.", param_hint="dataset")
@@ -131,6 +122,8 @@ def find(
 @answers_in_one_line
 def show(where: Where, json: Json = False) -> None:
     """Show the modules of a setting or an adapter, their number and their size."""
+    from . import looking
+
     looking.show(where, json)
 
 
@@ -141,6 +134,8 @@ def plot(
     image: Annotated[Path, typer.Argument(help="Output image: .png, .svg or .pdf.", show_default=False)],
 ) -> None:
     """Draw the heat map of a setting: layers by roles, with a dot on each kept module."""
+    from . import looking
+
     looking.plot(where, image)
 
 
@@ -148,6 +143,8 @@ def plot(
 @answers_in_one_line
 def compare(first: Where, second: Where, json: Json = False) -> None:
     """Compare two settings of models with the same depth, module by module."""
+    from . import looking
+
     looking.compare(first, second, json)
 
 
@@ -162,6 +159,8 @@ def export(
 
     The weights of the base model are not needed.
     """
+    from . import exporting
+
     exporting.export(adapter, output, json)
 
 
@@ -192,6 +191,8 @@ def bench(
     The methods take turns. The ratio is relative to the base model in the same round; a second copy of the base model
     shows the measurement noise.
     """
+    from . import benching
+
     benching.bench(model, setting, tenants, batch_size, prompt_length, r, rounds, device, json)
 
 
@@ -210,6 +211,8 @@ def costs(
     json: Json = False,
 ) -> None:
     """Measure the time that LoRA modules add to a decoding step, for `find --max-slowdown`."""
+    from . import benching
+
     benching.costs(model, engine, output, tenants, r, rounds, device, json)
 
 
@@ -232,4 +235,6 @@ def run(
 
     The program keeps its arguments, signals and exit code. Processes that it starts itself do not have the methods.
     """
+    from . import running
+
     running.replace_process(program)

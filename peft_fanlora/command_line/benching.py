@@ -12,9 +12,9 @@ from torch import nn
 from transformers import set_seed
 
 from ..fanlora.candidates import candidates
+from ..fanlora.choices import Engine
 from ..fanlora.config import FanLoraConfig
 from ..fanlora.cost_measurement import module_costs
-from ..fanlora.costs import Engine
 from ..fanlora.modules import ModuleName
 from ..fanlora.setting import FanLoraSetting
 from ..para.config import ParaConfig

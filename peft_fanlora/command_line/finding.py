@@ -10,9 +10,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
+from ..fanlora.choices import Engine, ScoreName, Strategy
 from ..fanlora.config import FanLoraConfig
-from ..fanlora.costs import Engine, ModuleCosts
-from ..fanlora.scores import ImportanceScores, Strategy
+from ..fanlora.costs import ModuleCosts
+from ..fanlora.scores import ImportanceScores
 from ..fanlora.setting import FanLoraSetting
 from ..sharing.writing import staged
 from . import sources
@@ -31,7 +32,7 @@ class Plan:
     learning_rate: float
     max_length: int
     r: int
-    method: str
+    method: ScoreName
     strategy: Strategy
     keep: int
     packed: bool

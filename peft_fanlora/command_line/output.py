@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import redirect_stdout
+from importlib import import_module
 from typing import Any, TypeVar
 
 import typer
@@ -18,10 +19,11 @@ _FOR_USERS = (ValueError, OSError, NotImplementedError, ModuleNotFoundError)
 
 
 def answers_in_one_line(command: Command) -> Command:
-    """Decorator that prints errors that the user can fix as one line, with the exit code 1."""
+    """Decorator of the commands that need PEFT: prints errors that the user can fix as one line, with exit code 1."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
+        import_module("peft")  # registers both methods, before the command imports modules of this package
         try:
             command(*args, **kwargs)
         except _FOR_USERS as error:

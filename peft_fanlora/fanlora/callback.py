@@ -10,10 +10,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from .calibration import calibration_batches, check_calibration_data
+from .choices import Strategy
 from .importance import Method, find_score
 from .model import FanLoraModel
 from .modules import ModuleName
-from .scores import ImportanceScores, Strategy
+from .scores import ImportanceScores
 from .setting import FanLoraSetting
 
 

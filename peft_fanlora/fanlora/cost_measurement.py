@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from ..timing import BASE, Contestant, Stopwatch, decode_steps, in_turns, summaries, twin, with_tenants
 from .candidates import candidates, num_parameters_per_rank
+from .choices import Engine
 from .config import FanLoraConfig
-from .costs import Engine, ModuleCosts, fit, import_scipy
+from .costs import ModuleCosts, fit, import_scipy
 from .export import export_lora
 from .modules import ModuleName, vllm_layers
 from .setting import FanLoraSetting

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..sharing.reading import checked, read_json
 from ..sharing.writing import staged
+from .choices import Engine
 from .modules import ModuleName
-from .shapes import CostsFile, Engine
+from .shapes import CostsFile
 
 
 Unit = tuple[str, tuple[str, str] | str]

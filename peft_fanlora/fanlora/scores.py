@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from .choices import Strategy
 from .modules import ModuleName
 from .setting import FanLoraSetting
 
@@ -12,9 +13,6 @@ if TYPE_CHECKING:
     import pandas
 
     from .costs import ModuleCosts
-
-
-Strategy = Literal["layer", "role", "global"]
 
 
 class ImportanceScores(Mapping[str, float]):

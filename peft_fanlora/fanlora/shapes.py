@@ -1,10 +1,11 @@
 """The types of the fields of a FanLoRA setting and of a FanLoRA configuration."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, JsonValue
 
 from ..sharing.reading import AdapterFields, Names, Shape, Text
+from .choices import Engine
 
 
 MAX_LAYERS = 10_000
@@ -61,9 +62,6 @@ class SettingFile(Shape):
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0)]
-
-
-Engine = Literal["transformers", "vllm"]
 
 
 class CostsFile(Shape):

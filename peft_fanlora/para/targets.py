@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -143,7 +142,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(module, BaseTunerLayer) or not all(isinstance(size, int) for size in shape):
+    adapted = hasattr(module, "base_layer")  # as all layers of PEFT's tuners have
+    if adapted or not all(isinstance(size, int) for size in shape):
         raise TypeError(
             f"PARA scales the output of linear layers, and {type(module).__name__} is not one: set target_modules to "
             "linear layers."
