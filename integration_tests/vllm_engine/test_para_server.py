@@ -1,6 +1,7 @@
 """PARA with vLLM's OpenAI server: the model name selects the tenant, and refused requests get HTTP 400."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -41,6 +42,7 @@ class Server:
         command += ["--max-num-seqs", "8", "--kv-cache-memory-bytes", str(2**24), "--max-num-batched-tokens", "128"]
         command += ["--enable-lora", "--max-loras", "8", "--additional-config", '{"para": {}}', *arguments]
         variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
+        variables["PYTHONPROFILEIMPORTTIME"] = "1"  # all processes log their imports
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=environment(**variables), start_new_session=True
@@ -115,6 +117,13 @@ def test_the_model_name_chooses_the_tenant(server: Server, jobs: list[Job]) -> N
         assert list(clients.map(server.complete, jobs)) == [job.answer for job in jobs]
     names = {model.id for model in server.client.models.list()}
     assert names == {BASE_NAME, *TENANTS} - {"mean"}
+
+
+def test_no_process_imports_peft(server: Server, jobs: list[Job]) -> None:
+    assert server.complete(jobs[0]) == jobs[0].answer
+    imported = re.findall(r"import time: .*\| +([\w.]+)$", server.log.read_text(), re.MULTILINE)
+    assert imported.count("peft_fanlora.para.core.generator") == 2  # by the server and the engine
+    assert not [name for name in imported if name.startswith(("peft.", "transformers.trainer"))]
 
 
 def test_tenants_are_loaded_and_unloaded(server: Server, tenants: Tenants) -> None:
