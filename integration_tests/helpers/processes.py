@@ -1,15 +1,27 @@
-"""Python in a new process, which can import what the tests can."""
+"""Python in a new process, which can import what the tests can.
 
+Importing PEFT takes many seconds. New processes are therefore forked from one per pytest worker that has imported PEFT and
+nothing of this project, except where the imports themselves are tested.
+"""
+
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
 ROOT = Path(__file__).parents[2]
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["peft"])
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -18,38 +30,53 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
 
 
-def run_python(*arguments: object, cwd: Path = ROOT) -> str:
-    """Runs Python to its end, and returns what it printed."""
+def run_new_python(*arguments: object, cwd: Path = ROOT) -> str:
+    """Runs a Python that has imported nothing to its end, and returns what it printed."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
+def run_python(*arguments: object, cwd: Path = ROOT) -> str:
+    """Runs "-c" and code, or a script with its arguments, in a forked process, and returns what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = start_python(Path(folder), *arguments, cwd=cwd)
+        process.join()
+        assert process.exitcode == 0, Path(folder, "stderr").read_text()[-3000:]
+        return Path(folder, "stdout").read_text()
+
+
+def start_python(output: Path, *arguments: object, cwd: Path = ROOT) -> BaseProcess:
+    """Starts what `run_python` runs. It prints to the files `stdout` and `stderr` of the folder `output`."""
+    process = _FORKS.Process(target=_run, args=(list(map(str, arguments)), str(cwd), str(output), dict(os.environ)))
+    process.start()
+    return process
+
+
+def _run(arguments: list[str], cwd: str, output: str, variables: dict[str, str]) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(os.path.join(output, name), os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(cwd)
+    os.environ.update(variables)
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        sys.path.insert(0, "")
+        exec(arguments[1], {"__name__": "__main__"})
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
 class OtherProcess:
-    """A process that loads saved adapters: one for many tests, since importing torch takes seconds.
+    """A forked process that loads saved adapters, one for many tests.
 
     Args:
         first: what the process runs before anything else, such as the import that makes the methods known to PEFT.
     """
 
-    CODE = """
-import sys, torch, transformers
-from peft import PeftModel
-for line in sys.stdin:
-    model_class, base, adapter, batch, output = line.rstrip("\\n").split("\\t")
-    base = getattr(transformers, model_class).from_pretrained(base)
-    model = PeftModel.from_pretrained(base, adapter).eval()
-    with torch.no_grad():
-        torch.save(model(**torch.load(batch)).logits, output)
-    print(*sorted(name for name in sys.modules if name in ("peft", "peft_fanlora")), flush=True)
-"""
-
     def __init__(self, first: str = "") -> None:
-        command = [sys.executable, "-c", f"{first}\n{self.CODE}"]
-        self._process = subprocess.Popen(
-            command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._pool = ProcessPoolExecutor(1, _FORKS, initializer=exec, initargs=(first,))
         self.modules: list[str] = []
         """Which of `peft` and `peft_fanlora` the process has imported."""
 
@@ -57,16 +84,20 @@ for line in sys.stdin:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._process.communicate(timeout=60)
+        self._pool.shutdown()
 
     def logits(self, model_class: type, base: Path, adapter: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns what the saved adapter computes on its saved base model."""
-        with tempfile.TemporaryDirectory() as folder:
-            given, found = Path(folder, "batch.pt"), Path(folder, "logits.pt")
-            torch.save(batch, given)
-            assert self._process.stdin and self._process.stdout
-            self._process.stdin.write("\t".join(map(str, (model_class.__name__, base, adapter, given, found))) + "\n")
-            self._process.stdin.flush()
-            self.modules = self._process.stdout.readline().split()
-            assert self.modules, "the process has failed; its last words are above"
-            return torch.load(found)
+        arrays = {name: tensor.numpy() for name, tensor in batch.items()}
+        logits, self.modules = self._pool.submit(_logits, model_class.__name__, base, adapter, arrays).result()
+        return torch.from_numpy(logits)
+
+
+@torch.no_grad()
+def _logits(model_class: str, base: Path, adapter: Path, arrays: dict[str, Any]) -> tuple[Any, list[str]]:
+    import transformers
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(getattr(transformers, model_class).from_pretrained(base), adapter).eval()
+    logits = model(**{name: torch.from_numpy(array) for name, array in arrays.items()}).logits
+    return logits.numpy(), sorted(name for name in sys.modules if name in ("peft", "peft_fanlora"))

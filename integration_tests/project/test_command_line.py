@@ -18,7 +18,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from integration_tests.helpers.models import TINY, fanlora, logits, randomize
-from integration_tests.helpers.processes import environment, run_python
+from integration_tests.helpers.processes import environment, run_new_python
 from integration_tests.helpers.text import sentences, tokenizer
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
 from peft_fanlora.command_line import main
@@ -371,7 +371,7 @@ except SystemExit as end:
     assert end.code == 0
 assert not {"numpy", "peft", "torch", "transformers"} & set(sys.modules)
 """
-    assert "--max-slowdown" in run_python("-c", code)
+    assert "--max-slowdown" in run_new_python("-c", code)
 
 
 def test_messages_of_other_libraries_are_not_shown(places: dict[str, Path], tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ sys.exit(3)
 
 
 def started(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from peft_fanlora.command_line import main; main()", "run", *map(str, arguments)]
+    command = [sys.executable, "-c", "from peft_fanlora_cli import main; main()", "run", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True)
 
 

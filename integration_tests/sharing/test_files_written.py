@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from integration_tests.helpers.models import TINY, fanlora
-from integration_tests.helpers.processes import environment
+from integration_tests.helpers.processes import environment, run_python
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
 from peft_fanlora.sharing.writing import STAGE_PREFIX, staged
 
@@ -22,16 +22,10 @@ CONFIG, WEIGHTS, SETTING = "adapter_config.json", "adapter_model.safetensors", "
 State = dict[str, str]
 
 
-def run(what: str, folder: Path, *prefix: str) -> Any:
-    command = [*prefix, sys.executable, str(HERE / "faults.py"), what, str(folder)]
-    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run("kills-and-refusals", tmp_path_factory.mktemp("faults") / "folder")
+    printed = run_python(HERE / "faults.py", "kills-and-refusals", tmp_path_factory.mktemp("faults") / "folder")
+    return json.loads(printed.splitlines()[-1])
 
 
 @pytest.fixture
@@ -99,7 +93,11 @@ def test_a_full_disk_leaves_the_earlier_state(tmp_path: Path) -> None:
     unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
     if shutil.which("unshare") is None or subprocess.run([*unshare, mount], capture_output=True).returncode:
         pytest.skip("no small disk can be mounted here")
-    for name, found in run("full-disk", tmp_path / "folder", *unshare, f'{mount} && exec "$@"', "sh").items():
+    faults = [sys.executable, str(HERE / "faults.py"), "full-disk", str(tmp_path / "folder")]
+    command = [*unshare, f'{mount} && exec "$@"', "sh", *faults]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, found in json.loads(done.stdout.splitlines()[-1]).items():
         assert found["error"] in ("OSError", "SafetensorError") and found["intact"], (name, found)
         assert "No space left on device" in found["message"], name
 

@@ -18,6 +18,8 @@ def replace_process(arguments: list[str]) -> NoReturn:
     Args:
         arguments: the arguments of `peft-fanlora run`.
     """
+    if arguments[0] != "-m" and not Path(arguments[0]).is_file():
+        _console_script(arguments[0])
     os.execv(sys.executable, [sys.executable, "-m", __name__, *arguments])
 
 
