@@ -80,6 +80,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Steps of each method")] = 12,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    processor_time: Annotated[bool, typer.Option(help="Measure CPU time instead of wall-clock time")] = False,
     memory: Annotated[bool, typer.Option(help="Measure the peak memory as well")] = True,
     output: Annotated[Path | None, typer.Option(help="The JSON file to write")] = None,
     only: Annotated[str, typer.Option(help="Print the peak memory of this method alone", hidden=True)] = "",
@@ -96,7 +97,7 @@ def main(
         return
     sizes = ["--rows", str(rows), "--tokens", str(tokens), "--device", device, "--dtype", dtype]
     options = ["--shape", shape.value, "--model", model, *sizes]
-    stopwatch, results = Stopwatch(device), []
+    stopwatch, results = Stopwatch(device, processor_time), []
     for has_checkpointing in (False, True):
         made = {name: Training(base, config, has_checkpointing, rows, tokens) for name, config in methods.items()}
         turns = [Contestant(BASE if name == LORA else name, train.model) for name, train in made.items()]
@@ -115,6 +116,7 @@ def main(
     Console(width=140).print(table)
     if output is not None:
         facts = {"model": model or shape.value, "rows": rows, "tokens": tokens, "dtype": dtype, "device": device}
+        facts["seconds"] = "processor" if processor_time else "clock"
         content = {**facts, "load_before": load_before, "machine": machine.facts(), "results": results}
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(content, indent=1) + "\n")

@@ -48,6 +48,7 @@ def page(store: Store, files: list[Path]) -> str:
         "limits": figures.of_the_setting(lost).groupby("choice")["loss"].mean(),
         "parts_of_para": [(figures.PARA, name) for name in plots.compared(small)["para"][1:]],
         "picture": picture,
+        "steps_timed": json.loads((ROOT / "benchmarks/results/training-steps-cpu.json").read_text()),
         "example": json.loads((ROOT / "benchmarks/results/para-sft.json").read_text()),
     }
     environment = Environment(

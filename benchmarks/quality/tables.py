@@ -237,6 +237,17 @@ def costs(frame: pd.DataFrame) -> str:
     return markdown(["", "task", "CPU seconds", "relative to LoRA", "peak memory, GiB"], rows)
 
 
+def training_steps(content: dict[str, Any]) -> str:
+    """Returns the times and the memory of `benchmarks/training_steps.py`."""
+    rows = []
+    for result in content["results"]:
+        low, high = result["ratio_quartiles"]
+        ratio = f"{result['ratio']:.2f} ({low:.2f}-{high:.2f})"
+        checkpointing = "yes" if result["checkpointing"] else "no"
+        rows.append([result["method"], checkpointing, f"{result['parameters']:,}", ratio, f"{result['peak_mb']:,}"])
+    return markdown(["", "checkpointing", "parameters", "step / LoRA's", "peak memory, MB"], rows)
+
+
 def finished(files: Iterable[Path], store: Store) -> str:
     """Returns how much of each experiment is finished."""
     rows = []

@@ -8,6 +8,7 @@ from pathlib import Path
 import assets
 import costs
 import dpo_para
+import existing_lora
 import fanlora_sft
 import gpu
 import multi_tenant
@@ -231,6 +232,14 @@ def test_serving_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
         "benchmarks/memory.py", "PARA", "--model", tiny_chat_model, "--tenants", "2", "--prompt-length", "4"
     )
     assert float(memory.split()[-1]) > 50
+
+
+def test_existing_lora_benchmark(tiny_chat_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "new" / "existing.json"
+    existing_lora.main(model=str(tiny_chat_model), tenants=2, rounds=2, prompt_length=4, output=file)
+    content = json.loads(file.read_text())
+    assert content["logits"]["largest_difference"] < 1e-4 < content["logits"]["largest_change_by_adapters"]
+    assert [one["method"] for one in content["results"]][2:] == ["PEFT LoRA, 7 roles", "same adapters, FanLoRA"]
 
 
 def test_gpu_benchmark(tmp_path: Path) -> None:

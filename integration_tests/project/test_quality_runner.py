@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import time_budget
 import torch
 import transformers as tf
 import typer
@@ -444,3 +445,21 @@ def test_a_run_that_another_process_has_just_finished_is_not_repeated(
     monkeypatch.setattr(Store, "claim", late)
     runner.main([path], **tiny)
     assert "0 runs done, 0 to go" in capsys.readouterr().out and len(lines(results)) == 1
+
+
+def test_choices_by_time_and_per_layer_are_compared(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = {"engine": "transformers", "per_unit": 1e-3, "per_parameter": 1e-6, "error": 0.01, "conditions": {"r": 8}}
+    (tmp_path / "costs.json").write_text(json.dumps({"costs": costs}))
+    monkeypatch.setattr(time_budget, "LORA_RANK_2", 3000)
+    output = tmp_path / "budget.json"
+    time_budget.main(tiny["model"], seeds=1, costs=tmp_path / "costs.json", output=output)
+    content = json.loads(output.read_text())
+    every, per_layer, by_time = content["pruned"]
+    assert (every["modules"], per_layer["modules"]) == (14, 4)
+    assert by_time["slowdown"] <= per_layer["slowdown"] and by_time["score"] >= per_layer["score"]
+    (pruned,) = content["differences"]["pruned"]
+    assert pruned["by_seed"] == [pytest.approx(by_time["loss"] - per_layer["loss"], abs=1e-4)]
+    assert [one["minus"] for one in content["differences"]["retrained"]] == ["two per layer", "all modules"]
+    assert all(one["parameters"] == pytest.approx(3000, rel=0.4) for one in content["retrained"])
