@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 COSTS = HERE / "results" / "costs-cpu.json"
 PER_LAYER, BY_TIME, ALL = "two per layer", "by time", "all modules"
 SOURCE, TASK = "gloss", "category"
+STEPS = {SOURCE: Search.steps, TASK: Run.steps}
 
 
 def measured_costs(base: Any, path: Path) -> ModuleCosts:
@@ -45,7 +46,7 @@ def after_pruning(bench: Bench, seed: int, costs: Path) -> tuple[dict[str, FanLo
     split = bench.split(SOURCE)
     config = FanLoraConfig(r=search.rank, lora_alpha=2 * search.rank, task_type="CAUSAL_LM")
     model = get_peft_model(bench.base(seed), config)
-    bench.train(model, split.training(search.steps * BATCH_SIZE, seed), search.learning_rate, search.steps)
+    bench.train(model, split.training(STEPS[SOURCE] * BATCH_SIZE, seed), search.learning_rate, STEPS[SOURCE])
     scores = model.score_modules(bench.tokens.loader(split.calibration[:16]), num_points=8)
     times = measured_costs(model.get_base_model(), costs)
     per_layer = scores.select(keep=2)
@@ -72,7 +73,7 @@ def after_retraining(bench: Bench, seed: int, settings: dict[str, FanLoraSetting
         config = FanLoraConfig(setting=setting, r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM")
         model = get_peft_model(base, config)
         rate = bench.store.best_learning_rate("lora" if name == ALL else "fanlora", "path")
-        bench.train(model, split.training(Run.steps * BATCH_SIZE, seed), rate, Run.steps)
+        bench.train(model, split.training(STEPS[TASK] * BATCH_SIZE, seed), rate, STEPS[TASK])
         parameters = model.get_nb_trainable_parameters()[0]
         loss = evaluate(model, bench.tokens, split.test, split.task, name)["loss"]
         found.append({"seed": seed, "choice": name, "parameters": parameters, "learning_rate": rate, "loss": loss})
@@ -92,25 +93,29 @@ def main(
     seeds: Annotated[int, typer.Option(help="Number of seeds")] = 3,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     costs: Annotated[Path, typer.Option(help="File of `benchmarks/costs.py`")] = COSTS,
-    output: Annotated[Path | None, typer.Option(help="The JSON file to write, after each seed")] = None,
+    output: Annotated[Path | None, typer.Option(help="The JSON file to write, after each part of a seed")] = None,
 ) -> None:
     """Trains, prunes and retrains for each seed."""
     import assets
 
     bench = Bench(model or str(assets.model_folder()), device, Store(HERE / "results" / "quality"))
     content: dict[str, Any] = {**bench.facts(), "device": device, "pruned": [], "retrained": []}
-    for seed in range(seeds):
-        settings, pruned = after_pruning(bench, seed, costs)
-        content["pruned"] += pruned
-        content["retrained"] += after_retraining(bench, seed, settings)
-        content["differences"] = {
-            "pruned": [differences(content["pruned"], BY_TIME, PER_LAYER)],
-            "retrained": [differences(content["retrained"], BY_TIME, other) for other in (PER_LAYER, ALL)],
-        }
-        Console().print_json(data={"seed": seed, **content["differences"]})
+    content["differences"] = {}
+    settings: dict[int, dict[str, FanLoraSetting]] = {}
+
+    def save(part: str, found: list[dict[str, Any]], *others: str) -> None:
+        content[part] += found
+        content["differences"][part] = [differences(content[part], BY_TIME, other) for other in others]
+        Console().print_json(data=content["differences"])
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(json.dumps(content, indent=1) + "\n")
+
+    for seed in range(seeds):
+        settings[seed], found = after_pruning(bench, seed, costs)
+        save("pruned", found, PER_LAYER)
+    for seed in range(seeds):
+        save("retrained", after_retraining(bench, seed, settings[seed]), PER_LAYER, ALL)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def page(store: Store, files: list[Path]) -> str:
     def picture(name: str, alt: str) -> str:
         return f"![{alt}](images/results-{name}.png)\n" if plots.panels(small, plots.compared(small)[name]) else ""
 
+    served = json.loads((ROOT / "benchmarks/results/serving-cpu.json").read_text())["results"]
     values: dict[str, Any] = {
         "store": store,
         "files": files,
@@ -48,6 +49,11 @@ def page(store: Store, files: list[Path]) -> str:
         "limits": figures.of_the_setting(lost).groupby("choice")["loss"].mean(),
         "parts_of_para": [(figures.PARA, name) for name in plots.compared(small)["para"][1:]],
         "picture": picture,
+        "step": {
+            (result["method"], result["tenants"]): f"{result['ratio']:.2f}"
+            for result in served
+            if result["measure"] == "decode"
+        },
         "steps_timed": json.loads((ROOT / "benchmarks/results/training-steps-cpu.json").read_text()),
         "example": json.loads((ROOT / "benchmarks/results/para-sft.json").read_text()),
     }

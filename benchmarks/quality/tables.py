@@ -52,20 +52,25 @@ def spread(values: pd.Series) -> str:
     return f"{mean:.3f}" + ("" if half_width is None else f" ± {half_width:.3f}")
 
 
+def interval(found: Difference | None) -> str:
+    """Returns a mean difference and its interval."""
+    return "no runs to compare" if found is None else _columns(found)[0]
+
+
 def says(found: Difference | None) -> str:
     """Returns a predicate that compares the first of two variants with the second."""
     if found is None:
         return "has no runs to compare"
-    interval, _, pairs, verdict = _columns(found)
+    size, _, pairs, verdict = _columns(found)
     if verdict in ("better", "worse"):
-        return f"is {verdict} by {interval.lstrip('+-')} ({pairs} seeds)"
-    return f"shows no difference ({interval}, {pairs} seeds)" if found.pairs > 1 else f"has one pair ({interval})"
+        return f"is {verdict} by {size.lstrip('+-')} ({pairs} seeds)"
+    return f"shows no difference ({size}, {pairs} seeds)" if found.pairs > 1 else f"has one pair ({size})"
 
 
 def _columns(found: Difference) -> list[str]:
-    interval = "" if found.half_width is None else f" ± {found.half_width:.3f}"
+    half_width = "" if found.half_width is None else f" ± {found.half_width:.3f}"
     p = "" if found.p is None else f"{found.p:.2g}"
-    return [f"{found.mean:+.3f}{interval}", p, str(found.pairs), found.verdict]
+    return [f"{found.mean:+.3f}{half_width}", p, str(found.pairs), found.verdict]
 
 
 def comparison(frame: pd.DataFrame, pairs: Iterable[tuple[str, str]]) -> str:
@@ -103,8 +108,8 @@ def claims(frame: pd.DataFrame, lost: pd.DataFrame) -> str:
 
 def _claim(found: Difference) -> list[str]:
     words = {"better": "holds", "worse": "the opposite", "no difference shown": "not shown"}
-    interval, _, pairs, verdict = _columns(found)
-    return [interval, pairs, words.get(verdict, verdict)]
+    size, _, pairs, verdict = _columns(found)
+    return [size, pairs, words.get(verdict, verdict)]
 
 
 def methods(frame: pd.DataFrame) -> str:

@@ -453,6 +453,7 @@ def test_choices_by_time_and_per_layer_are_compared(
     costs = {"engine": "transformers", "per_unit": 1e-3, "per_parameter": 1e-6, "error": 0.01, "conditions": {"r": 8}}
     (tmp_path / "costs.json").write_text(json.dumps({"costs": costs}))
     monkeypatch.setattr(time_budget, "LORA_RANK_2", 3000)
+    monkeypatch.setattr(time_budget, "STEPS", {"gloss": 3, "category": 2})
     output = tmp_path / "budget.json"
     time_budget.main(tiny["model"], seeds=1, costs=tmp_path / "costs.json", output=output)
     content = json.loads(output.read_text())
