@@ -81,7 +81,8 @@ class ModuleCosts:
         num_units, num_parameters = self.size(names)
         return 1 + self.per_unit * num_units + self.per_parameter * num_parameters
 
-    def _cost(self, unit: Sequence[str]) -> float:
+    def cost(self, unit: Sequence[str]) -> float:
+        """Returns the time of a unit with these modules, as a share of the base model's step."""
         return self.per_unit + self.per_parameter * sum(self.parameters[name] for name in unit)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -113,11 +114,12 @@ class ModuleCosts:
         optimize = import_scipy()
         self.size(scores)
         units = [members for members in self.units().values() if any(name in scores for name in members)]
-        costs = [self._cost(members) for members in units]
+        costs = [self.cost(members) for members in units]
         values = [sum(scores.get(name, 0.0) for name in members) for members in units]
-        budget = optimize.LinearConstraint([costs], ub=max_slowdown - 1)
+        unit_cost, unit_value = min(costs) or 1.0, max(map(abs, values)) or 1.0  # the solver's tolerances are absolute
+        budget = optimize.LinearConstraint([[cost / unit_cost for cost in costs]], ub=(max_slowdown - 1) / unit_cost)
         found = optimize.milp(
-            [-value for value in values],
+            [-value / unit_value for value in values],
             integrality=[1] * len(units),
             bounds=optimize.Bounds(0, 1),
             constraints=budget,

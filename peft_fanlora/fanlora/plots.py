@@ -1,14 +1,16 @@
-"""The heat map of scores by layer and role. Needs matplotlib."""
+"""The heat map of scores by layer and role, and the trade-off of cost and score. Needs matplotlib."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from ..sharing.writing import staged
 from .modules import ModuleName
+from .tradeoff import Choice
 
 
 _LARGEST_SIDE = 80
@@ -60,5 +62,44 @@ def plot_modules(
             axes.scatter(*zip(*dots, strict=True), s=16, color="white", edgecolor="black", linewidth=0.8)
         figure.colorbar(image, ax=axes, label="score", pad=0.01)
     figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def plot_tradeoff(
+    curves: Mapping[str, Sequence[Choice]],
+    *,
+    path: str | os.PathLike[str],
+    title: str,
+    cost: str,
+    marked: Choice | None = None,
+) -> None:
+    """Draws the cost of choices on the x axis and their share of the scores on the y axis, one line per strategy.
+
+    Args:
+        curves: the choices of each strategy, from few modules to many.
+        path: the image file.
+        title: the title.
+        cost: what the cost is.
+        marked: a choice to mark with a star.
+    """
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for marker, (label, choices) in zip(".osD^", curves.items(), strict=False):
+        points = [(choice.cost, choice.share) for choice in choices]
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.2, label=label)
+    if marked is not None:
+        style = {"marker": "*", "s": 150, "color": "white", "edgecolor": "black", "zorder": 3}
+        axes.scatter([marked.cost], [marked.share], label="this setting", **style)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel(cost, fontsize=9)
+    axes.set_ylabel("share of the summed scores that is kept", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     with staged(Path(path).parent) as stage:
         figure.savefig(stage / Path(path).name, dpi=150)

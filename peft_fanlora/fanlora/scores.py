@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from .costs import ModuleCosts
 
 
+_FACTS_OF_CHOICES = ("strategy", "keep", "packed", "max_slowdown", "engine", "predicted_slowdown", "error")
+"""The calibration facts of a setting that are about its choice of modules."""
+
+
 class ImportanceScores(Mapping[str, float]):
     """The score of each module, by its qualified name and in the model's order; higher is more important.
 
@@ -44,6 +48,34 @@ class ImportanceScores(Mapping[str, float]):
         self.num_layers = dict(num_layers)
         self.model_type = model_type
         self.calibration = {"method": method, "num_tokens": num_tokens, **calibration}
+
+    @classmethod
+    def from_setting(cls, setting: FanLoraSetting) -> "ImportanceScores":
+        """Returns the scores that a setting was selected by, for another choice without scoring again.
+
+        Args:
+            setting: a setting with scores; its modules without a score are left out.
+
+        Raises:
+            ValueError: the setting has no scores, such as a hand-written one.
+
+        Examples:
+            >>> scores = ImportanceScores.from_setting(FanLoraSetting.from_pretrained("me/my-setting"))
+            >>> setting = scores.select(max_slowdown=1.05, costs=costs)
+        """
+        setting.require_scores()
+        facts = dict(setting.calibration)
+        stacks = list(setting.num_layers)
+        scores = {module: score for module, score in {**setting.kept, **setting.dropped}.items() if score is not None}
+        in_order = sorted(scores, key=lambda module: (stacks.index(module.stack), module.layer, module.role))
+        return cls(
+            {module.name: scores[module] for module in in_order},
+            method=facts.pop("method", None) or "unknown",
+            num_tokens=facts.pop("num_tokens", 0),
+            num_layers=setting.num_layers,
+            model_type=setting.model_type,
+            calibration={name: fact for name, fact in facts.items() if name not in _FACTS_OF_CHOICES},
+        )
 
     def __getitem__(self, name: str) -> float:
         return self._scores[name]
@@ -76,6 +108,34 @@ class ImportanceScores(Mapping[str, float]):
         scores = {ModuleName.parse(name): score for name, score in self.items()}
         kept = setting.kept if setting is not None else ()
         plot_modules(scores, path=path, title=f"Importance by {self.method}", kept=kept)
+
+    def plot_tradeoff(
+        self,
+        path: str | os.PathLike[str],
+        costs: "ModuleCosts | None" = None,
+        setting: FanLoraSetting | None = None,
+    ) -> None:
+        """Saves a plot of what the choices of modules cost and which share of the scores they keep, as an image file.
+
+        It shows the choices of `select` per layer, by role, of the whole model and, with `costs`, within time budgets.
+        Needs matplotlib.
+
+        Args:
+            path: the file; its suffix sets the format, as for `matplotlib.figure.Figure.savefig`.
+            costs: the costs of the modules, from `module_costs`, for the predicted time of a decoding step. Without
+                them, the cost of a choice is its number of modules.
+            setting: a setting from these scores that is marked.
+
+        Raises:
+            ValueError: the scores do not have a positive sum, or a module of the setting has no score or no costs.
+        """
+        from .plots import plot_tradeoff
+        from .tradeoff import choice, cost_label, tradeoff
+
+        curves = tradeoff(self, self.select, costs)
+        marked = None if setting is None else choice(self, setting.names, costs, {})
+        title = f"Share of the importance by {self.method} that is kept"
+        plot_tradeoff(curves, path=path, title=title, cost=cost_label(costs), marked=marked)
 
     def select(
         self,

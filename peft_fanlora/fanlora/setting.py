@@ -151,11 +151,7 @@ class FanLoraSetting:
         Raises:
             ValueError: the setting has no scores, such as a hand-written one.
         """
-        if not self.is_scored:
-            raise ValueError(
-                "This FanLoRA setting has no scores to draw, since it was made by hand or from a pruned adapter's "
-                "weights. Use the result of `scores.select(...)`."
-            )
+        self.require_scores()
         from .plots import plot_modules
 
         scores = {module: score for module, score in {**self.kept, **self.dropped}.items() if score is not None}
@@ -167,6 +163,14 @@ class FanLoraSetting:
     def is_scored(self) -> bool:
         """Whether the setting has scores."""
         return any(score is not None for score in (*self.kept.values(), *self.dropped.values()))
+
+    def require_scores(self) -> None:
+        """Raises a ValueError if the setting has no scores."""
+        if not self.is_scored:
+            raise ValueError(
+                "This FanLoRA setting has no scores, since it was made by hand or from a pruned adapter's weights. Use "
+                "the result of `scores.select(...)`."
+            )
 
     def rank_for_budget(self, base: nn.Module, num_parameters: int) -> int:
         """Returns the rank at which LoRA on this setting's modules is closest to a number of parameters.
