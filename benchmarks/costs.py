@@ -53,19 +53,6 @@ def choices(scores: ImportanceScores, costs: Any) -> dict[str, FanLoraSetting]:
     return found
 
 
-def scores_of(setting: FanLoraSetting) -> ImportanceScores:
-    """Returns the scores that a setting was chosen by."""
-    modules = {**setting.kept, **setting.dropped}
-    return ImportanceScores(
-        {module.name: float(score or 0) for module, score in sorted(modules.items(), key=lambda item: item[0].layer)},
-        method=setting.calibration["method"],
-        num_tokens=setting.calibration["num_tokens"],
-        num_layers=setting.num_layers,
-        model_type=setting.model_type,
-        calibration={},
-    )
-
-
 def main(
     engine: Annotated[Engine, typer.Option(help="The engine to time")] = "transformers",
     model: Annotated[str, typer.Option(help="Folder or Hub id [default: SmolLM2-135M-Instruct]")] = "",
@@ -81,7 +68,7 @@ def main(
     base = AutoModelForCausalLM.from_pretrained(model or str(assets.model_folder()), dtype=torch.float32).eval()
     options: dict[str, int] = {"r": r, "tenants": tenants, "rounds": rounds}
     costs = module_costs(base, engine, **options)
-    scores = scores_of(FanLoraSetting.from_pretrained(setting))
+    scores = ImportanceScores.from_setting(FanLoraSetting.from_pretrained(setting))
     settings = choices(scores, costs)
     _, ratios = step_times(base, engine, [one.names for one in settings.values()], **options)
     results = [

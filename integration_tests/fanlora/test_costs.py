@@ -55,6 +55,13 @@ def test_the_choice_is_the_best_within_the_budget(engine: Any, seed: int) -> Non
     assert sum(own[name] for name in chosen) == pytest.approx(best)
 
 
+def test_small_scores_are_compared_as_exactly_as_large_ones() -> None:
+    """The solver stops at an absolute gap, which is more than such scores."""
+    own = scores()
+    small = {name: score * 1e-8 for name, score in own.items()}
+    assert costs().best(small, 1.05) == costs().best(own, 1.05)
+
+
 def test_in_vllm_one_projection_costs_the_packed_layer() -> None:
     block = "model.layers.0.self_attn."
     of_vllm, of_transformers = costs("vllm"), costs()

@@ -1,6 +1,7 @@
 """The command line, on tiny models in folders."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -20,9 +21,10 @@ from typer.testing import CliRunner, Result
 from integration_tests.helpers.models import TINY, fanlora, logits, randomize
 from integration_tests.helpers.processes import environment, run_new_python
 from integration_tests.helpers.text import sentences, tokenizer
-from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
+from peft_fanlora import FanLoraConfig, FanLoraSetting, ModuleCosts, ParaConfig
 from peft_fanlora.command_line import main
 from peft_fanlora.command_line.app import app
+from peft_fanlora.command_line.output import quiet_stdout
 from peft_fanlora_cli import quiet_libraries
 
 
@@ -93,6 +95,37 @@ def test_show_a_setting(places: dict[str, Path]) -> None:
     assert content["kept"] == {module.name: score for module, score in setting.kept.items()}
     assert content["calibration"]["method"] == "path"
     assert len(content["dropped"]) == 15
+
+
+def test_show_writes_a_report(places: dict[str, Path], tmp_path: Path) -> None:
+    found = FanLoraSetting.from_pretrained(places["setting"])
+    file, costs = tmp_path / "new" / "report.html", tmp_path / "costs.json"
+    content = answer_json("show", places["pruned"], "--report", file)
+    assert content["modules kept"] == 6 and choices_of(file).keys() == {
+        "global",
+        "by role",
+        "per layer",
+        "all modules",
+    }
+    parameters = {module.name: 100 for module in [*found.kept, *found.dropped]}
+    ModuleCosts("transformers", 0.01, 0.0, parameters, 0.01).save(costs)
+    answer("show", places["setting"], "--report", file, "--costs", costs)
+    assert choices_of(file)["time budget"][0]["cost"] == pytest.approx(1.01)
+    assert invoke("show", places["setting"], "--costs", costs).exit_code == 2
+    ModuleCosts("transformers", 0.01, 0.0, {"model.a": 1, "model.b": 1}, 0.01).save(costs)
+    before = file.read_bytes()
+    assert "is not a module of the timed model" in refusal(
+        "show", places["setting"], "--report", file, "--costs", costs
+    )
+    assert "never pruned" in refusal("show", places["whole"], "--report", file)
+    FanLoraSetting.from_modules(TINY["llama"].base(), found.names).save_pretrained(tmp_path / "by-hand")
+    assert "has no scores" in refusal("show", tmp_path / "by-hand", "--report", file)
+    assert file.read_bytes() == before
+
+
+def choices_of(report: Path) -> dict[str, Any]:
+    (content,) = re.findall(r'<script type="application/json" id="data">(.*)</script>', report.read_text())
+    return json.loads(content)["choices"]
 
 
 def test_show_an_adapter(places: dict[str, Path]) -> None:
@@ -182,6 +215,8 @@ def test_find(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     assert (tmp_path / "found" / "fanlora_importance.png").exists()
     written = json.loads((tmp_path / "found" / "report.json").read_text())
     assert len(written["scores"]) == 21
+    assert choices_of(tmp_path / "found" / "report.html").keys() == {"global", "by role", "per layer", "all modules"}
+    assert not (tmp_path / "found" / "module-costs.json").exists()
     model = PeftModel.from_pretrained(load(base_folder), tmp_path / "found" / "adapter")
     assert model.peft_config["default"].target_modules == set(setting.names)
 
@@ -217,6 +252,10 @@ def test_find_within_a_time_budget(base_folder: Path, rows: Path, tmp_path: Path
     assert (report["modules_scored"], report["modules_kept"]) == (modules, 6)
     setting = FanLoraSetting.from_pretrained(tmp_path / "found")
     assert (setting.calibration["strategy"], setting.calibration["predicted_slowdown"]) == ("budget", 1.06)
+    assert [one["cost"] for one in choices_of(tmp_path / "found" / "report.html")["time budget"]] == pytest.approx(
+        [1 + 0.01 * kept for kept in range(1, modules + 1)]
+    )
+    assert ModuleCosts.load(tmp_path / "found" / "module-costs.json") == ModuleCosts.load(file)
     assert invoke("find", rows, *options, "--costs", file).exit_code == 2
 
 
@@ -404,6 +443,24 @@ def test_without_its_packages_the_command_says_what_to_install(package: str, mon
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match=f"^The command line needs {package}: pip install 'peft-fanlora\\[cli\\]'$"):
         main()
+
+
+def test_the_report_says_that_it_needs_plotly(
+    base_folder: Path, places: dict[str, Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    needed = "report.html needs plotly: pip install 'peft-fanlora[report]'"
+    assert needed in refusal("find", base_folder, rows, "-o", tmp_path / "found")
+    assert needed in refusal("show", places["setting"], "--report", tmp_path / "report.html")
+    assert not list(tmp_path.glob("found")) and not (tmp_path / "report.html").exists()
+
+
+def test_output_of_compiled_libraries_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    """SciPy's solver prints to the file descriptor, which would spoil the JSON."""
+    with quiet_stdout():
+        os.write(1, b"from a library")
+    os.write(1, b"result")
+    assert capfd.readouterr() == ("result", "from a library")
 
 
 def test_find_says_that_it_needs_trl(base_folder: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,7 @@ def test_a_setting_without_scores_has_no_picture(tmp_path: Path) -> None:
     setting.save_pretrained(tmp_path)
     assert "| `mlp.up_proj` | 1 | 0 |" in text_of(tmp_path)
     assert PICTURE not in text_of(tmp_path) and not (tmp_path / PICTURE).exists()
-    with pytest.raises(ValueError, match="no scores to draw"):
+    with pytest.raises(ValueError, match="has no scores"):
         setting.plot(tmp_path / "picture.png")
 
 

@@ -95,7 +95,8 @@ def find(
 ) -> None:
     """Find a setting: train LoRA on all linear layers, or take an adapter, score the modules, and keep the best.
 
-    Writes the setting with its heat map and model card, the pruned adapter (`adapter/`) and all scores (`report.json`).
+    Writes the setting with its heat map and model card, the pruned adapter (`adapter/`), all scores (`report.json`), and
+    a page with the scores and the modules that stay at each budget (`report.html`).
     """
     from . import finding, looking, sources
 
@@ -118,12 +119,35 @@ def find(
         finding.show(report)
 
 
-@app.command(epilog="**Examples:** `peft-fanlora show my-setting`, `peft-fanlora show me/my-adapter --json`")
+@app.command(
+    epilog="**Examples:** `peft-fanlora show my-setting`, `peft-fanlora show me/my-adapter --json`, "
+    "`peft-fanlora show my-setting --report report.html --costs module-costs.json`"
+)
 @answers_in_one_line
-def show(where: Where, json: Json = False) -> None:
+def show(
+    where: Where,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a page with the scores and the modules that stay at each budget.", show_default=False
+        ),
+    ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of `peft-fanlora costs`, for budgets of time instead of numbers of modules in the report.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Show the modules of a setting or an adapter, their number and their size."""
     from . import looking
 
+    if costs is not None and report is None:
+        raise typer.BadParameter("Pass --report too, such as report.html.", param_hint="--costs")
+    if report is not None:
+        looking.write_report(where, report, costs)
     looking.show(where, json)
 
 

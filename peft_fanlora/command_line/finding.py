@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
+from ..fanlora import report as reports
 from ..fanlora.choices import Engine, ScoreName, Strategy
 from ..fanlora.config import FanLoraConfig
 from ..fanlora.costs import ModuleCosts
@@ -49,12 +50,13 @@ def run(
 
     Raises:
         ValueError: the model or the data cannot be read, or the data has too few rows.
-        ModuleNotFoundError: TRL is missing.
+        ModuleNotFoundError: TRL or plotly is missing.
     """
     try:
         from trl import SFTConfig, SFTTrainer
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("find trains with TRL: pip install 'peft-fanlora[cli,trl]'") from error
+    reports.import_plotly()
     tokenizer, base, data = _read(plan, dataset, split, name, rows, calibration_rows)
     budget = _budget(plan, base)
     set_seed(plan.seed)
@@ -109,7 +111,7 @@ def run(
         "calibration_loss": {"base model": before, "all modules": trained, "kept modules": pruned},
         "output": str(plan.output),
     }
-    _write(plan.output, model, setting, scores, report)
+    _write(plan.output, model, setting, scores, budget.get("costs"), report)
     return report, setting
 
 
@@ -119,7 +121,8 @@ def show(report: dict[str, Any]) -> None:
         f"loss on the {report['calibration_rows']} calibration rows in nats per token, without retraining after pruning",
         {name: f"{loss:.3f}" for name, loss in report["calibration_loss"].items()},
     )
-    print(f"Wrote the setting to {report['output']}, its adapter to {Path(report['output'], 'adapter')}")
+    folder = Path(report["output"])
+    print(f"Wrote the setting to {folder}, its adapter to {folder / 'adapter'}, a report to {folder / 'report.html'}")
 
 
 def _read(
@@ -150,10 +153,19 @@ def _budget(plan: Plan, base: Any) -> dict[str, Any]:
 
 
 def _write(
-    folder: Path, model: PeftModel, setting: FanLoraSetting, scores: ImportanceScores, report: dict[str, Any]
+    folder: Path,
+    model: PeftModel,
+    setting: FanLoraSetting,
+    scores: ImportanceScores,
+    costs: ModuleCosts | None,
+    report: dict[str, Any],
 ) -> None:
+    page = reports.page(scores, setting, costs)
     setting.save_pretrained(folder)
     model.save_pretrained(str(folder / "adapter"))
     content = {**report, "scores": dict(scores)}
     with staged(folder) as stage:
         (stage / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (stage / "report.html").write_text(page, encoding="utf-8")
+        if costs is not None:
+            costs.save(stage / "module-costs.json")

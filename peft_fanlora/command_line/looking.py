@@ -1,15 +1,19 @@
 """The commands `show`, `plot` and `compare`, which do not load a model."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from ..fanlora.card import facts_of, modules_of
 from ..fanlora.config import FanLoraConfig
+from ..fanlora.costs import ModuleCosts
 from ..fanlora.modules import layers_by_role, ranges
+from ..fanlora.scores import ImportanceScores
 from ..fanlora.setting import FanLoraSetting
 from ..sharing.saved import SavedAdapter
+from ..sharing.writing import staged
 from . import sources
-from .output import show_facts, show_json, show_table
+from .output import quiet_stdout, show_facts, show_json, show_table
 
 
 def show(where: str, as_json: bool) -> None:
@@ -37,6 +41,24 @@ def show_setting(setting: FanLoraSetting, where: str) -> None:
     _show_modules(setting.kept)
     if setting.calibration:
         show_facts("calibration", facts_of(setting.calibration))
+
+
+def write_report(where: str, file: Path, costs: Path | None) -> None:
+    """Writes a setting's page.
+
+    Raises:
+        ValueError: there is no setting with scores, or the costs are those of another model.
+        ModuleNotFoundError: plotly is missing.
+    """
+    from ..fanlora import report
+
+    setting = sources.setting(where)
+    scores = ImportanceScores.from_setting(setting)
+    with quiet_stdout():
+        page = report.page(scores, setting, None if costs is None else ModuleCosts.load(costs))
+    with staged(file.parent) as stage:
+        (stage / file.name).write_text(page, encoding="utf-8")
+    print(f"Wrote {file}", file=sys.stderr)
 
 
 def plot(where: str, image: Path) -> None:

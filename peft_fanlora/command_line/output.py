@@ -2,9 +2,10 @@
 
 import functools
 import json
+import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -36,9 +37,18 @@ def answers_in_one_line(command: Command) -> Command:
     return run  # type: ignore[return-value]
 
 
-def quiet_stdout() -> redirect_stdout:
-    """Redirects library output in the context to stderr, so that stdout only has the result."""
-    return redirect_stdout(sys.stderr)
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Redirects library output in the context to stderr, that of compiled ones too, so that stdout only has the result."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def show_json(content: Mapping[str, Any]) -> None:

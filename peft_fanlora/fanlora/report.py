@@ -17,6 +17,8 @@ from .tradeoff import Choice, choice, cost_label, tradeoff
 
 
 _CONFIG = {"displayModeBar": False, "responsive": True}
+_GAP = 55
+"""Between two panels, in pixels."""
 _FONT = {"family": "system-ui, sans-serif", "size": 12}
 _SHOWN = {"symbol": "circle-open", "size": 16, "color": "black", "line": {"width": 2}}
 _SAVED = {"symbol": "star", "size": 13, "color": "white", "line": {"width": 1.5, "color": "black"}}
@@ -67,9 +69,7 @@ def _template(name: str) -> Template:
 
 def _div(figure: Any, name: str, *, with_library: bool = False) -> str:
     height = f"{figure.layout.height}px"
-    return figure.to_html(
-        _CONFIG, full_html=False, include_plotlyjs=with_library, div_id=name, default_height=height
-    )
+    return figure.to_html(_CONFIG, full_html=False, include_plotlyjs=with_library, div_id=name, default_height=height)
 
 
 def _facts(setting: FanLoraSetting) -> str:
@@ -105,9 +105,8 @@ def _heat_map(scores: ImportanceScores, kept: Collection[str]) -> Any:
         return math.asinh(10 * score / limit)
 
     sizes = [len(roles) for roles in panels.values()]
-    figure = make_subplots(
-        len(panels), 1, row_heights=sizes, vertical_spacing=min(0.2, 2.5 / (sum(sizes) + 2.5 * len(sizes)))
-    )
+    panels_height = 22 * sum(sizes) + _GAP * (len(sizes) - 1)
+    figure = make_subplots(len(panels), 1, row_heights=sizes, vertical_spacing=_GAP / panels_height)
     for row, (stack, roles) in enumerate(panels.items(), start=1):
         depth = scores.num_layers.get(stack, 1)
         names = [[ModuleName(stack, layer, role).name for layer in range(depth)] for role in roles]
@@ -148,18 +147,16 @@ def _heat_map(scores: ImportanceScores, kept: Collection[str]) -> Any:
     lowest = min(0.0, *scores.values())
     marks = [mark * limit for mark in (-1, -0.3, -0.1, 0, 0.1, 0.3, 1) if mark * limit >= lowest]
     bar = {
-        "title": {"text": "score", "side": "top"},
+        "title": {"text": "score", "side": "bottom"},
         "tickvals": [color(mark) for mark in marks],
         "ticktext": [f"{mark:.2g}" for mark in marks],
         "orientation": "h",
-        "yref": "container",
-        "y": 0,
-        "yanchor": "bottom",
+        "y": -45 / panels_height,
+        "yanchor": "top",
         "thickness": 12,
     }
     colors = {"colorscale": "Viridis", "cmin": color(lowest), "cmax": color(limit), "colorbar": bar}
-    height = 130 + 22 * sum(sizes) + 50 * (len(sizes) - 1)
-    return _styled(figure, height, {"t": 10, "r": 10, "b": 110}, coloraxis=colors, showlegend=False)
+    return _styled(figure, panels_height + 100, {"t": 10, "r": 10, "b": 90}, coloraxis=colors, showlegend=False)
 
 
 def _styled(figure: Any, height: int, margin: Mapping[str, int], **layout: Any) -> Any:
@@ -211,7 +208,7 @@ def _tradeoff(scores: ImportanceScores, kept: Sequence[str], costs: ModuleCosts 
 
 def _curves(curves: Mapping[str, Sequence[Choice]], saved: Choice, costs: ModuleCosts | None) -> Any:
     figure = import_plotly().Figure()
-    cost = "%{x} modules" if costs is None else "predicted step %{x:.3f}"
+    time = "" if costs is None else ", predicted step %{x:.3f}"
     for label, choices in curves.items():
         figure.add_scatter(
             x=[one.cost for one in choices],
@@ -219,15 +216,15 @@ def _curves(curves: Mapping[str, Sequence[Choice]], saved: Choice, costs: Module
             name=label,
             mode="lines+markers",
             customdata=[[_how(label, one.how), len(one.names)] for one in choices],
-            hovertemplate="%{customdata[0]}: %{customdata[1]} modules<br>"
-            f"{cost}, %{{y:.1%}} of the score<extra></extra>",
+            hovertemplate="%{customdata[0]}<br>%{customdata[1]} modules"
+            f"{time}<br>%{{y:.1%}} of the score<extra></extra>",
         )
     for label, marker in (("saved setting", _SAVED), ("shown", _SHOWN)):
         figure.add_scatter(
             x=[saved.cost], y=[saved.share], name=label, mode="markers", marker=marker, hoverinfo="skip"
         )
     figure.update_xaxes(title=cost_label(costs).replace(", base", ",<br>base"), automargin=True)
-    figure.update_yaxes(title="share of the summed scores", tickformat=".0%", automargin=True)
+    figure.update_yaxes(title="share of the summed scores", tickformat=".0%", rangemode="tozero", automargin=True)
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "itemclick": False, "itemdoubleclick": False}
     return _styled(figure, 440, {"t": 70, "r": 16, "b": 60}, legend=legend, hovermode="closest")
 
@@ -235,7 +232,7 @@ def _curves(curves: Mapping[str, Sequence[Choice]], saved: Choice, costs: Module
 def _how(label: str, how: Mapping[str, Any]) -> str:
     if "max_slowdown" in how:
         return f"{label} {how['max_slowdown']:g}"
-    return f"{label}, {how['keep']}" if how else label
+    return f"{label}, keep {how['keep']}" if how else label
 
 
 def _summary(label: str, one: Choice, saved: Choice, num_modules: int, costs: ModuleCosts | None) -> str:
@@ -253,7 +250,7 @@ def _calls(how: Mapping[str, Any]) -> list[str]:
     if not how:
         return []
     keep, strategy = how["keep"], how["strategy"]
-    call = f"scores.select(keep={keep}, strategy={strategy!r})"
+    call = f'scores.select(keep={keep}, strategy="{strategy}")'
     return [call, f"peft-fanlora find --strategy {strategy} --keep {keep} …"]
 
 

@@ -19,7 +19,7 @@ _NUM_BUDGETS = 25
 """The largest number of time budgets, each of which takes a fraction of a second to solve."""
 _NUM_KEPT = 60
 """The largest number of choices per strategy."""
-_STRATEGIES: dict[str, Strategy] = {"per layer": "layer", "by role": "role", "global": "global"}
+_STRATEGIES: dict[str, Strategy] = {"global": "global", "by role": "role", "per layer": "layer"}
 
 
 class Choice(NamedTuple):
@@ -55,7 +55,7 @@ def choice(
 def tradeoff(
     scores: Mapping[str, float], select: Callable[..., FanLoraSetting], costs: ModuleCosts | None
 ) -> dict[str, list[Choice]]:
-    """Returns the choices of each strategy, from few modules to many; the strategy with the most score comes first.
+    """Returns the choices of each strategy, from few modules to many; the strategy that keeps the most comes first.
 
     Args:
         scores: the scores by qualified module name.
@@ -79,7 +79,7 @@ def tradeoff(
     curves: dict[str, list[Choice]] = {}
     if costs is not None:
         curves["time budget"] = list(_within_budgets(scores, costs))
-    for label, strategy in reversed(_STRATEGIES.items()):
+    for label, strategy in _STRATEGIES.items():
         step = max(1, round(_step(sizes[strategy], _NUM_KEPT)))
         arguments = [{"keep": keep, "strategy": strategy} for keep in range(step, sizes[strategy], step)]
         curves[label] = [choice(scores, select(**how).names, costs, how) for how in arguments]
