@@ -51,7 +51,7 @@ def test_the_choice_is_the_best_within_the_budget(engine: Any, seed: int) -> Non
     assert 1 < found.slowdown(chosen) <= budget
     sets = itertools.chain.from_iterable(itertools.combinations(units, size) for size in range(1, len(units)))
     names = [[name for unit in each for name in unit] for each in sets]
-    best = max(sum(own[name] for name in each) for each in names if found.slowdown(each) <= budget)
+    best = max(sum(max(own[name], 0) for name in each) for each in names if found.slowdown(each) <= budget)
     assert sum(own[name] for name in chosen) == pytest.approx(best)
 
 
@@ -76,6 +76,11 @@ def test_modules_with_negative_scores_are_left_out_of_a_large_budget() -> None:
     setting = own.select(max_slowdown=100, costs=costs())
     assert set(setting.names) == {name for name, score in own.items() if score > 0}
     assert set(setting.dropped) | set(setting.kept) and len(setting.dropped) + len(setting.kept) == len(own)
+
+
+def test_without_positive_scores_no_budget_can_be_used() -> None:
+    with pytest.raises(ValueError, match="No module has a positive score"):
+        costs().best({name: -(score**2) for name, score in scores().items()}, 1.05)
 
 
 def test_the_setting_says_how_it_was_chosen(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_names_from_files_are_text() -> None:
     harmless = two_stacks()
     found, expected = Tags(text), Tags(page(harmless, harmless.select(1)))
     assert [tag for tag, _ in found.tags] == [tag for tag, _ in expected.tags]
-    assert found.text.count(HOSTILE) == 5
+    assert found.text.count(HOSTILE) == 7
     _, layout = figure_of(text, "heat")
     assert layout["yaxis"]["ticktext"][0] == "fc1&amp;copy;"
 
@@ -137,7 +137,7 @@ def test_names_from_files_are_text() -> None:
 def test_scores_without_a_positive_sum_are_shown_without_choices() -> None:
     own = scores()
     about: dict[str, Any] = {"num_layers": own.num_layers, "model_type": "llama", "calibration": {}}
-    negative = ImportanceScores({name: -1.0 for name in own}, method="path", num_tokens=1, **about)
+    negative = ImportanceScores(dict.fromkeys(own, -1.0), method="path", num_tokens=1, **about)
     text = page(negative, negative.select(2))
     assert len(figure_of(text, "heat")[0]) == 2
     assert 'id="data"' not in text and "Plotly.restyle" not in text.rpartition("</details>")[0].rpartition("heat")[2]

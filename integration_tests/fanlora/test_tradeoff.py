@@ -32,7 +32,7 @@ def test_each_choice_is_what_select_returns() -> None:
 def test_no_choice_keeps_more_in_the_time_of_a_budget(engine: str) -> None:
     own, measured = scores(), costs(engine)
     budgets, *others = curves(engine).values()
-    assert 10 < len(budgets) <= 26
+    assert 5 < len(budgets) <= 26
     for choice in budgets:
         assert choice.how["max_slowdown"] == round(choice.how["max_slowdown"], 3)
         setting = own.select(**choice.how, costs=measured)
@@ -44,11 +44,11 @@ def test_no_choice_keeps_more_in_the_time_of_a_budget(engine: str) -> None:
 
 
 def test_large_models_have_a_bounded_number_of_choices() -> None:
-    names = [f"model.layers.{layer}.{role}" for layer in range(300) for role in ("a", "b", "c")]
-    about: dict[str, Any] = {"num_layers": {"model.layers": 300}, "model_type": None, "calibration": {}}
-    own = ImportanceScores({name: 1.0 for name in names}, method="path", num_tokens=1, **about)
+    names = [f"model.layers.{layer}.{role}" for layer in range(40) for role in ("a", "b", "c")]
+    about: dict[str, Any] = {"num_layers": {"model.layers": 40}, "model_type": None, "calibration": {}}
+    own = ImportanceScores(dict.fromkeys(names, 1.0), method="path", num_tokens=1, **about)
     kept = [choice.cost for choice in tradeoff(own, own.select, None)["global"]]
-    assert kept == list(range(20, 900, 20))
+    assert kept == list(range(2, 120, 2))
 
 
 def test_scores_of_a_setting_select_again(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_plot_shows_each_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_what_has_no_tradeoff(tmp_path: Path) -> None:
     own, about = scores(), {"num_layers": {"model.layers": 3}, "model_type": "llama", "calibration": {}}
-    negative = ImportanceScores({name: -1.0 for name in own}, method="path", num_tokens=1, **about)
+    negative = ImportanceScores(dict.fromkeys(own, -1.0), method="path", num_tokens=1, **about)
     with pytest.raises(ValueError, match="add up to zero or less"):
         negative.plot_tradeoff(tmp_path / "x.png")
     other = FanLoraSetting.from_modules(tiny("opt"), ["model.decoder.layers.0.fc1"])

@@ -105,18 +105,23 @@ class ModuleCosts:
     def best(self, scores: Mapping[str, float], max_slowdown: float) -> list[str]:
         """Returns the modules with the highest sum of scores whose predicted slowdown is at most `max_slowdown`.
 
-        This is the exact solution of the knapsack problem over the units, found by SciPy's `milp`.
+        This is the exact solution of the knapsack problem over the units, found by SciPy's `milp`. Modules without a
+        positive score are not kept, even in a packed layer that is used by others.
 
         Raises:
-            ValueError: `max_slowdown` is below the slowdown of every module, or a module was not in the timed model.
+            ValueError: no module has a positive score, `max_slowdown` is below the slowdown of every one that has, or a
+                module was not in the timed model.
             ModuleNotFoundError: SciPy is missing.
         """
         optimize = import_scipy()
         self.size(scores)
-        units = [members for members in self.units().values() if any(name in scores for name in members)]
+        positive = {name: score for name, score in scores.items() if score > 0}
+        if not positive:
+            raise ValueError("No module has a positive score, so there is none that is worth its time.")
+        units = [members for members in self.units().values() if positive.keys() & set(members)]
         costs = [self.cost(members) for members in units]
-        values = [sum(scores.get(name, 0.0) for name in members) for members in units]
-        unit_cost, unit_value = min(costs) or 1.0, max(map(abs, values)) or 1.0  # the solver's tolerances are absolute
+        values = [sum(positive.get(name, 0.0) for name in members) for members in units]
+        unit_cost, unit_value = min(costs) or 1.0, max(values)  # the solver's tolerances are absolute
         budget = optimize.LinearConstraint([[cost / unit_cost for cost in costs]], ub=(max_slowdown - 1) / unit_cost)
         found = optimize.milp(
             [-value / unit_value for value in values],
@@ -131,7 +136,7 @@ class ModuleCosts:
                 f"max_slowdown={max_slowdown!r} leaves no time for a module with a positive score: the fastest one "
                 f"makes a step {1 + min(costs):.3f} times as long as the base model's."
             )
-        return [name for members in chosen for name in members if name in scores]
+        return [name for members in chosen for name in members if name in positive]
 
 
 def fit(

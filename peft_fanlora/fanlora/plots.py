@@ -88,8 +88,16 @@ def plot_tradeoff(
         points = [(choice.cost, choice.share) for choice in choices]
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, linewidth=1.2, label=label)
     if marked is not None:
-        style = {"marker": "*", "s": 150, "color": "white", "edgecolor": "black", "zorder": 3}
-        axes.scatter([marked.cost], [marked.share], label="this setting", **style)
+        axes.scatter(
+            marked.cost,
+            marked.share,
+            s=150,
+            marker="*",
+            color="white",
+            edgecolor="black",
+            zorder=3,
+            label="this setting",
+        )
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel(cost, fontsize=9)
     axes.set_ylabel("share of the summed scores that is kept", fontsize=9)

@@ -94,7 +94,6 @@ def _heat_map(scores: ImportanceScores, kept: Collection[str]) -> Any:
     """Returns one panel per stack, each with a heat map and the dots on the kept modules."""
     from plotly.subplots import make_subplots
 
-    graph = import_plotly()
     panels = _panels(scores)
     limit = max(map(abs, scores.values())) or 1.0
     order = sorted(scores, key=lambda name: -scores[name])

@@ -13,7 +13,6 @@ from .modules import ModuleName
 
 if TYPE_CHECKING:
     from .costs import ModuleCosts
-    from .setting import FanLoraSetting
 
 _NUM_BUDGETS = 25
 """The largest number of time budgets, each of which takes a fraction of a second to solve."""
@@ -53,7 +52,7 @@ def choice(
 
 
 def tradeoff(
-    scores: Mapping[str, float], select: Callable[..., FanLoraSetting], costs: ModuleCosts | None
+    scores: Mapping[str, float], select: Callable[..., Any], costs: ModuleCosts | None
 ) -> dict[str, list[Choice]]:
     """Returns the choices of each strategy, from few modules to many; the strategy that keeps the most comes first.
 
@@ -97,7 +96,7 @@ def cost_label(costs: ModuleCosts | None) -> str:
 def _within_budgets(scores: Mapping[str, float], costs: ModuleCosts) -> Iterator[Choice]:
     """Yields the choices within round time budgets, from the fastest module to all modules with positive scores."""
     costs.size(scores)
-    units = [unit for unit in costs.units().values() if sum(scores.get(name, 0.0) for name in unit) > 0]
+    units = [unit for unit in costs.units().values() if any(scores.get(name, 0.0) > 0 for name in unit)]
     prices = [costs.cost(unit) for unit in units]
     step = _step(sum(prices), _NUM_BUDGETS)
     before: set[str] = set()
