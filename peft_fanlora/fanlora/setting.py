@@ -167,9 +167,9 @@ class FanLoraSetting:
     def require_scores(self) -> None:
         """Raises a ValueError if the setting has no scores."""
         if not self.is_scored:
+            source = "made by hand or from a pruned adapter's weights"
             raise ValueError(
-                "This FanLoRA setting has no scores, since it was made by hand or from a pruned adapter's weights. Use "
-                "the result of `scores.select(...)`."
+                f"This FanLoRA setting has no scores, since it was {source}: use that of `scores.select`."
             )
 
     def rank_for_budget(self, base: nn.Module, num_parameters: int) -> int:
