@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,24 +100,22 @@ def test_show_a_setting(places: dict[str, Path]) -> None:
 
 def test_show_writes_a_report(places: dict[str, Path], tmp_path: Path) -> None:
     found = FanLoraSetting.from_pretrained(places["setting"])
+    positive = replace(found, kept=dict.fromkeys(found.kept, 2.0), dropped=dict.fromkeys(found.dropped, 1.0))
+    positive.save_pretrained(tmp_path / "setting")
     file, costs = tmp_path / "new" / "report.html", tmp_path / "costs.json"
-    content = answer_json("show", places["pruned"], "--report", file)
-    assert content["modules kept"] == 6 and choices_of(file).keys() == {
-        "global",
-        "by role",
-        "per layer",
-        "all modules",
-    }
+    assert answer_json("show", places["pruned"], "--report", file)["modules kept"] == 6
+    assert 'id="heat"' in file.read_text()
+    answer("show", tmp_path / "setting", "--report", file)
+    assert choices_of(file).keys() == {"global", "by role", "per layer", "all modules"}
     parameters = {module.name: 100 for module in [*found.kept, *found.dropped]}
     ModuleCosts("transformers", 0.01, 0.0, parameters, 0.01).save(costs)
-    answer("show", places["setting"], "--report", file, "--costs", costs)
+    answer("show", tmp_path / "setting", "--report", file, "--costs", costs)
     assert choices_of(file)["time budget"][0]["cost"] == pytest.approx(1.01)
-    assert invoke("show", places["setting"], "--costs", costs).exit_code == 2
-    ModuleCosts("transformers", 0.01, 0.0, {"model.a": 1, "model.b": 1}, 0.01).save(costs)
     before = file.read_bytes()
-    assert "is not a module of the timed model" in refusal(
-        "show", places["setting"], "--report", file, "--costs", costs
-    )
+    assert invoke("show", tmp_path / "setting", "--costs", costs).exit_code == 2
+    ModuleCosts("transformers", 0.01, 0.0, {"model.a": 1, "model.b": 1}, 0.01).save(costs)
+    of_another_model = refusal("show", tmp_path / "setting", "--report", file, "--costs", costs)
+    assert "is not a module of the timed model" in of_another_model
     assert "never pruned" in refusal("show", places["whole"], "--report", file)
     FanLoraSetting.from_modules(TINY["llama"].base(), found.names).save_pretrained(tmp_path / "by-hand")
     assert "has no scores" in refusal("show", tmp_path / "by-hand", "--report", file)

@@ -52,6 +52,7 @@ def page(scores: ImportanceScores, setting: FanLoraSetting, costs: ModuleCosts |
         ValueError: a module has no costs.
         ModuleNotFoundError: plotly is missing.
     """
+    import_plotly()
     kept = [name for name in setting.names if name in scores]
     return _template("report.html").substitute(
         title=html.escape(f"Importance of {len(scores):,} modules by {scores.method}"),
