@@ -167,10 +167,7 @@ class FanLoraSetting:
     def require_scores(self) -> None:
         """Raises a ValueError if the setting has no scores."""
         if not self.is_scored:
-            source = "made by hand or from a pruned adapter's weights"
-            raise ValueError(
-                f"This FanLoRA setting has no scores, since it was {source}: use that of `scores.select`."
-            )
+            raise ValueError("This FanLoRA setting has no scores: use the result of `scores.select`, as it was saved.")
 
     def rank_for_budget(self, base: nn.Module, num_parameters: int) -> int:
         """Returns the rank at which LoRA on this setting's modules is closest to a number of parameters.
