@@ -1,7 +1,9 @@
 """The heat map of scores by layer and role, and the trade-off of cost and score. Needs matplotlib."""
 
+import io
 import os
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from matplotlib.colors import SymLogNorm
@@ -31,6 +33,16 @@ def plot_modules(
         title: the title above the panels.
         kept: modules to mark with a dot, those of a setting.
     """
+    file = _with_suffix(path)
+    _write(_modules(tuple(scores.items()), tuple(kept), title, file.suffix), file)
+
+
+@lru_cache(maxsize=4)  # each checkpoint of a run has the same heat map, which takes half a second to draw
+def _modules(
+    items: tuple[tuple[ModuleName, float], ...], kept: tuple[ModuleName, ...], title: str, suffix: str
+) -> bytes:
+    """Returns the image of `plot_modules`."""
+    scores = dict(items)
     stacks = list(dict.fromkeys(module.stack for module in scores))
     roles = {stack: list(dict.fromkeys(m.role for m in scores if m.stack == stack)) for stack in stacks}
     depths = {stack: 1 + max(m.layer for m in scores if m.stack == stack) for stack in stacks}
@@ -62,7 +74,7 @@ def plot_modules(
             axes.scatter(*zip(*dots, strict=True), s=16, color="white", edgecolor="black", linewidth=0.8)
         figure.colorbar(image, ax=axes, label="score", pad=0.01)
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    return _image(figure, suffix)
 
 
 def plot_tradeoff(
@@ -105,9 +117,21 @@ def plot_tradeoff(
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    file = _with_suffix(path)
+    _write(_image(figure, file.suffix), file)
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    with staged(Path(path).parent) as stage:
-        figure.savefig(stage / Path(path).name, dpi=150)
+def _with_suffix(path: str | os.PathLike[str]) -> Path:
+    """Returns the path, with the suffix of matplotlib's default format if it has none."""
+    return Path(path) if Path(path).suffix else Path(f"{os.fspath(path)}.png")
+
+
+def _image(figure: Figure, suffix: str) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=suffix.removeprefix("."), dpi=150)
+    return buffer.getvalue()
+
+
+def _write(image: bytes, file: Path) -> None:
+    with staged(file.parent) as stage:
+        (stage / file.name).write_bytes(image)
