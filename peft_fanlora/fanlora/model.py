@@ -19,6 +19,7 @@ from torch import nn
 from ..serving.adapters import require_usable_names, taken_back
 from ..serving.tenants import TenantMixin, adapted_modules, changing
 from .candidates import adapted_modules_of, exact_names, lora_factors, lora_modules
+from .homes import HomesMixin
 from .setting import FanLoraSetting
 
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _LORA_PARTS = {*LoraLayer.adapter_layer_names, "lora_dropout", "lora_magnitude_vector"}
 
 
-class FanLoraModel(TenantMixin, LoraModel):
+class FanLoraModel(TenantMixin, HomesMixin, LoraModel):
     """FanLoRA: applies LoRA to all linear layers, scores each module, and keeps only the most critical ones.
 
     Every module computes y = W_m x + (α/r) B_m A_m x with LoRA's own layers; this class adds the choice of modules.
@@ -92,10 +93,11 @@ class FanLoraModel(TenantMixin, LoraModel):
     def _batches(self) -> Batches:
         from .batches import Batches
 
-        return Batches()
+        return Batches(self.call_gate, self._homes)
 
     def _after_change(self) -> None:
         self._batches.forget()
+        self._homes.give_back()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
