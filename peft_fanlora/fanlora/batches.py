@@ -211,7 +211,8 @@ class Batches:
             self.find_rows(model, given.named)
         grad = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(grad), self._gate.alone() as is_alone:
-            may_move = is_alone and not grad and not torch.compiler.is_compiling()
+            # continuous batching stacks too often for moves, which take more time than copies
+            may_move = is_alone and kind is tuple and not (grad or torch.compiler.is_compiling())
             batch = Batch(model, names, self._places, self._homes if may_move else None)
         self._hook(model, batch)
         if not batch.has_graph:

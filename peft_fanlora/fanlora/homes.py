@@ -7,6 +7,8 @@ other adapters, or until adapters are changed or trained, or the model is copied
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -21,26 +23,39 @@ from ..serving.gate import CallGate
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A, (r, in), and B, (out, r)."""
 
+_SHARE_TO_MOVE = 1 / 4
+"""The share of a layer's adapters that a batch must have for their factors to be moved."""
+
+_BYTES_TO_TRIM = 2**25
+
 
 class Homes:
     """The shared memory of the layers of one model."""
 
     def __init__(self) -> None:
         self._of: dict[nn.Module, Home] = {}
+        self._num_moved = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()  # the weights of a copied model have memory of their own
 
-    def stacked(self, layer: nn.Module, factors: Sequence[Factors]) -> Factors:
-        """Stacks a layer's factors like `stacked`, without a copy if they are the views of the last stack.
+    def stacked(self, layer: Any, factors: Sequence[Factors]) -> Factors:
+        """Stacks a layer's factors like `stacked`, by moving them, or at no cost if they are those of the last stack.
 
-        No call of the model may run in another thread.
+        Moving takes more time than copying, so factors of few of the layer's adapters are copied. No call of the model
+        may run in another thread.
         """
+        if len(factors) < _SHARE_TO_MOVE * len(layer.lora_A):
+            return stacked(factors)
         last = self._of.get(layer)
         if last is None or not last.has(factors):
-            self._of[layer] = Home(factors, last)
+            home = self._of[layer] = Home(factors, last)
             if last is not None:
                 last.give_back()
+            self._num_moved += sum(part.nbytes for part in home.stack)
+            if self._num_moved > _BYTES_TO_TRIM:
+                self._num_moved = 0
+                _trim()
         return self._of[layer].stack
 
     def give_back(self) -> None:
@@ -89,20 +104,19 @@ class Home:
     """
 
     def __init__(self, factors: Sequence[Factors], last: Home | None) -> None:
-        self.stack = A, B = stacked(factors)
+        self.stack = stacked(factors)
         self.factors = factors
-        for own, in_A, in_B in zip(factors, A, B, strict=True):
+        self._places = []
+        for own, *slots in zip(factors, *self.stack, strict=True):
+            rank = len(own[0])
+            views = slots[0][:rank], slots[1][:rank].t()
             if all(_is_movable(factor) or (last is not None and last._holds(factor)) for factor in own):
-                rank = len(own[0])
-                own[0].data, own[1].data = in_A[:rank], in_B[:rank].t()
+                own[0].data, own[1].data = views
+            self._places += [_place(view) for view in views]
 
     def has(self, factors: Sequence[Factors]) -> bool:
         """Returns whether the stack consists of these factors."""
-        A, B = self.stack
-        return len(factors) == len(A) and all(
-            own[0].is_set_to(in_A[: len(own[0])]) and own[1].is_set_to(in_B[: len(own[0])].t())
-            for own, in_A, in_B in zip(factors, A, B, strict=True)
-        )
+        return self._places == [_place(factor) for own in factors for factor in own]
 
     def give_back(self) -> None:
         """Gives the factors that are still here memory of their own."""
@@ -126,6 +140,10 @@ def stacked(factors: Sequence[Factors]) -> Factors:
     return torch.stack([_padded(A, rank) for A, _ in factors]), torch.stack([_padded(B.T, rank) for _, B in factors])
 
 
+def _place(factor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return factor.data_ptr(), factor.shape, factor.stride()
+
+
 def _padded(factor: torch.Tensor, rank: int) -> torch.Tensor:
     missing = rank - len(factor)
     return F.pad(factor, (0, 0, 0, missing)) if missing else factor
@@ -141,3 +159,9 @@ def _is_part(tensor: torch.Tensor) -> bool:
     """Returns whether a tensor is a view of a part of its memory."""
     is_dense = type(tensor) in (torch.Tensor, nn.Parameter)
     return is_dense and tensor.untyped_storage().nbytes() > tensor.nbytes
+
+
+def _trim() -> None:
+    """Returns freed memory to the system. glibc keeps blocks between others that are in use, and reuses few of them."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
