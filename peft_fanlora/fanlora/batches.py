@@ -126,8 +126,9 @@ class Batches:
         return type(self), (self._gate, self._homes)  # a copy of the model builds its own stacks
 
     def forget(self) -> None:
-        """Drops the stored batches. Called whenever adapters are added or removed."""
+        """Drops the stored batches, at each change of the adapters, whose weights get memory of their own again."""
         self._last.clear()
+        self._homes.give_back()
 
     def leave(self, model: nn.Module) -> None:
         """Removes the hooks from a model whose adapted layers were removed."""

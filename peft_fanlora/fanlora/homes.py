@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..serving.gate import CallGate
+from ..serving.tenants import TenantMixin
 
 
 Factors = tuple[torch.Tensor, torch.Tensor]
@@ -64,10 +64,8 @@ class Homes:
             self._of.popitem()[1].give_back()
 
 
-class HomesMixin:
+class HomesMixin(TenantMixin):
     """What a tuner does so that other code finds each weight in memory of its own, apart from inference."""
-
-    call_gate: CallGate
 
     @cached_property
     def _homes(self) -> Homes:
