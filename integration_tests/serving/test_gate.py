@@ -12,6 +12,7 @@ from transformers import LlamaForSequenceClassification
 
 from integration_tests.helpers.models import TINY, fanlora, para, randomize
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
+from peft_fanlora.serving.gate import CallGate
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +164,44 @@ def test_stacks_made_while_a_change_waits_do_not_outlive_it() -> None:
     with model.base_model.call_gate.closed(), torch.no_grad():
         model(**batch, adapter_names=names)  # a change may call the model itself
     assert not model.base_model._batches._last
+
+
+def test_a_thread_is_alone_unless_another_one_is_in_a_call() -> None:
+    gate = CallGate()
+
+    def elsewhere() -> list[bool]:
+        found: list[bool] = []
+        thread = threading.Thread(target=lambda: found.append(is_alone(gate)))
+        thread.start()
+        thread.join()
+        return found
+
+    assert is_alone(gate)
+    assert elsewhere() == [True]
+    with gate.passed(), gate.passed():
+        assert is_alone(gate)
+        assert elsewhere() == [False]
+    with gate.closed(), gate.passed():
+        assert is_alone(gate)
+    assert elsewhere() == [True]
+
+
+def is_alone(gate: CallGate) -> bool:
+    with gate.alone() as alone:
+        return alone
+
+
+def test_calls_begin_after_a_thread_was_alone() -> None:
+    gate, events = CallGate(), []
+
+    def call() -> None:
+        with gate.passed():
+            events.append("call")
+
+    thread = threading.Thread(target=call)
+    with gate.passed(), gate.alone():
+        thread.start()
+        thread.join(0.1)
+        events.append("alone")
+    thread.join()
+    assert events == ["alone", "call"]

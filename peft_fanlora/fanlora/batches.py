@@ -22,9 +22,11 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..serving.call import Arguments
+from ..serving.gate import CallGate
 from ..serving.named_rows import NamedRows
 from ..serving.rows import RowPlaces
 from ..serving.tenants import BASE_ROWS, adapted_modules, wrong_length
+from .homes import Homes
 from .layer_forward import LayerForward, can_stand_in
 from .run import CurrentRun, PackedRun, Run
 from .stacks import AdapterStack, SharedAdapter, Slots, is_plain
@@ -37,6 +39,7 @@ class Batch:
         model: the adapted model.
         names: the adapter of each row; or the name of the active adapter, for any number of rows.
         places: the dimensions in which the layers see the rows.
+        homes: the memory in which the adapters may be stacked; None to copy their weights.
 
     Attributes:
         stacks: the layers whose deltas are computed here. With the active adapter, all others run as in PEFT.
@@ -46,7 +49,7 @@ class Batch:
         caches: the KV caches of the generations that used these stacks.
     """
 
-    def __init__(self, model: nn.Module, names: tuple[str, ...] | str, places: RowPlaces) -> None:
+    def __init__(self, model: nn.Module, names: tuple[str, ...] | str, places: RowPlaces, homes: Homes | None) -> None:
         self.names = names
         self.places = places
         self.stacks: dict[nn.Module, AdapterStack | SharedAdapter] = {}
@@ -55,7 +58,7 @@ class Batch:
         if isinstance(names, str):
             self._share(model, names)
         else:
-            self._stack(model, names)
+            self._stack(model, names, homes)
         self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def _share(self, model: nn.Module, name: str) -> None:
@@ -65,7 +68,7 @@ class Batch:
             if is_linear and _is_alone(module, name) and is_plain(module, [name]) and can_stand_in(module):
                 self.stacks[module] = SharedAdapter(module, name)
 
-    def _stack(self, model: nn.Module, names: tuple[str, ...]) -> None:
+    def _stack(self, model: nn.Module, names: tuple[str, ...], homes: Homes | None) -> None:
         adapters = [name for name in dict.fromkeys(names) if name != BASE_ROWS]
         slots: dict[tuple[Any, ...], Slots] = {}
         for module in adapted_modules(model):
@@ -81,7 +84,8 @@ class Batch:
                 key = (device, *present)
                 if key not in slots:
                     slots[key] = Slots.of(names, present, device)
-                self.stacks[module] = AdapterStack(module, slots[key], names, self.places.is_rows_first(module))
+                rows_first = self.places.is_rows_first(module)
+                self.stacks[module] = AdapterStack(module, slots[key], names, rows_first, homes)
             else:
                 self.others[module] = [name if _has(module, name) else BASE_ROWS for name in names]
 
@@ -105,19 +109,26 @@ class Batches:
     The first batch installs a `LayerForward` in front of the `forward` of the adapted layers, and hooks on the model
     and on modules that are not LoRA layers. They are permanent, since installing them for each token would cost more
     than all other overhead, and do nothing unless a batch runs in the same thread.
+
+    Args:
+        gate: the gate that the calls of the model pass.
+        homes: the memory that stacks share with the adapters.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gate: CallGate, homes: Homes) -> None:
+        self._gate = gate
+        self._homes = homes
         self._last: dict[type, Batch] = {}
         self._places = RowPlaces()
         self.current = CurrentRun()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), ()  # a copy of the model builds its own stacks
+        return type(self), (self._gate, self._homes)  # a copy of the model builds its own stacks
 
     def forget(self) -> None:
-        """Drops the stored batches. Called whenever adapters are added or removed."""
+        """Drops the stored batches, at each change of the adapters, whose weights get memory of their own again."""
         self._last.clear()
+        self._homes.give_back()
 
     def leave(self, model: nn.Module) -> None:
         """Removes the hooks from a model whose adapted layers were removed."""
@@ -200,8 +211,10 @@ class Batches:
         if not isinstance(names, str) and len(set(names)) > 1:
             self.find_rows(model, given.named)
         grad = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.set_grad_enabled(grad):
-            batch = Batch(model, names, self._places)
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), self._gate.alone() as is_alone:
+            # continuous batching stacks too often for moves, which take more time than copies
+            may_move = is_alone and kind is tuple and not (grad or torch.compiler.is_compiling())
+            batch = Batch(model, names, self._places, self._homes if may_move else None)
         self._hook(model, batch)
         if not batch.has_graph:
             self._last[kind] = batch

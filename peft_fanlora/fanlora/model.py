@@ -17,8 +17,9 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from ..serving.adapters import require_usable_names, taken_back
-from ..serving.tenants import TenantMixin, adapted_modules, changing
+from ..serving.tenants import adapted_modules, changing
 from .candidates import adapted_modules_of, exact_names, lora_factors, lora_modules
+from .homes import HomesMixin
 from .setting import FanLoraSetting
 
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _LORA_PARTS = {*LoraLayer.adapter_layer_names, "lora_dropout", "lora_magnitude_vector"}
 
 
-class FanLoraModel(TenantMixin, LoraModel):
+class FanLoraModel(HomesMixin, LoraModel):
     """FanLoRA: applies LoRA to all linear layers, scores each module, and keeps only the most critical ones.
 
     Every module computes y = W_m x + (α/r) B_m A_m x with LoRA's own layers; this class adds the choice of modules.
@@ -55,7 +56,8 @@ class FanLoraModel(TenantMixin, LoraModel):
             ValueError: the setting does not fit the model or contradicts `target_modules`, or the adapter has the name
                 of a part of the model.
         """
-        is_known = any(adapter_name in layer._all_available_adapter_names() for layer in _lora_layers(model))
+        layers = (module for module in adapted_modules(model) if isinstance(module, LoraLayer))
+        is_known = any(adapter_name in layer._all_available_adapter_names() for layer in layers)
         with (
             changing(self.call_gate, model, adapter_name),
             taken_back(self, model, adapter_name, is_known=is_known),
@@ -92,7 +94,7 @@ class FanLoraModel(TenantMixin, LoraModel):
     def _batches(self) -> Batches:
         from .batches import Batches
 
-        return Batches()
+        return Batches(self.call_gate, self._homes)
 
     def _after_change(self) -> None:
         self._batches.forget()
@@ -287,10 +289,6 @@ class FanLoraModel(TenantMixin, LoraModel):
         return super()._convert_state_dict_for_initial_model(
             peft_model, peft_config, path_initial_model_for_weight_conversion, output_state_dict, kwargs
         )
-
-
-def _lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
-    return (module for module in adapted_modules(model) if isinstance(module, LoraLayer))
 
 
 def _as_lora(config: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .candidates import lora_factors
+from .homes import Homes, stacked
 
 
 class RowFinder(Protocol):
@@ -64,24 +65,26 @@ class AdapterStack:
         slots: the arrangement of the rows in slots.
         names: the adapter of each row.
         rows_first: whether the layer is known to see (rows, …).
+        homes: the memory in which the factors may be stacked; None to copy them.
 
     Attributes:
-        A: (slots, r, in), r the highest rank, times the adapter's α/r.
+        A: (slots, r, in), r the highest rank.
         B: (slots, r, out). This layout is faster for a single token.
+        scalings: α/r of each slot, (slots, 1, 1).
+        scaling: α/r if it is the same for all slots, else None.
     """
 
-    def __init__(self, layer: Any, slots: Slots, names: Sequence[str], rows_first: bool) -> None:
+    def __init__(self, layer: Any, slots: Slots, names: Sequence[str], rows_first: bool, homes: Homes | None) -> None:
         self.layer = layer
         self.slots = slots
         self.adapters = slots.adapters
         self.num_rows = len(names)
         self.slot_of_row = [self.adapters.index(name) if name in self.adapters else None for name in names]
         factors = [lora_factors(layer, name) for name in self.adapters]
-        rank = max(len(A) for A, _ in factors)
-        scalings = torch.tensor([layer.scaling[name] for name in self.adapters], device=factors[0][0].device)
-        A = torch.stack([_padded(A, rank) for A, _ in factors])
-        self.A = A * scalings.to(A.dtype).view(-1, 1, 1)
-        self.B = torch.stack([_padded(B.T, rank) for _, B in factors])
+        self.A, self.B = stacked(factors) if homes is None else homes.stacked(layer, factors)
+        scalings = [layer.scaling[name] for name in self.adapters]
+        self.scaling = scalings[0] if len(set(scalings)) == 1 else None
+        self.scalings = torch.tensor(scalings, device=self.A.device).to(self.A.dtype).view(-1, 1, 1)
         self.A_transposed = self.A.transpose(1, 2)
         self.is_aligned = rows_first and slots.rows is None and len(self.adapters) == self.num_rows
 
@@ -98,7 +101,10 @@ class AdapterStack:
             ValueError: the dimension of the rows cannot be determined.
         """
         if self.is_aligned and x.dim() == 3 and x.shape[0] == self.num_rows and _fit_in_place(result, x, self.A):
-            return result.baddbmm_(torch.bmm(x, self.A_transposed), self.B)
+            hidden = torch.bmm(x, self.A_transposed)
+            if self.scaling is None:
+                return result.baddbmm_(hidden.mul_(self.scalings), self.B)
+            return result.baddbmm_(hidden, self.B, alpha=self.scaling)
         rows = run.rows_of(self.layer, x)
         if isinstance(rows, list):
             return self._add_to_items(result, x, rows)
@@ -112,7 +118,7 @@ class AdapterStack:
         per_row = x.to(self.A.device, self.A.dtype).reshape(self.num_rows, -1, x.shape[-1])
         per_place = per_row if slots.padded is None else per_row[slots.padded]
         hidden = torch.bmm(per_place.reshape(len(self.adapters), -1, x.shape[-1]), self.A_transposed)
-        delta = torch.bmm(hidden, self.B).to(result.device, result.dtype)
+        delta = torch.bmm(hidden * self.scalings, self.B).to(result.device, result.dtype)
         in_place = not torch.is_grad_enabled() and result.is_contiguous()
         if slots.rows is None or slots.places is None:
             delta = delta.reshape(result.shape)
@@ -131,7 +137,7 @@ class AdapterStack:
         items = torch.tensor([item for item, slot in enumerate(slots) if slot is not None], device=self.A.device)
         chosen = torch.tensor([slot for slot in slots if slot is not None], device=self.A.device)
         per_item = x.to(self.A.device, self.A.dtype)[items].flatten(1, -2)
-        delta = torch.bmm(torch.bmm(per_item, self.A_transposed[chosen]), self.B[chosen])
+        delta = torch.bmm(torch.bmm(per_item, self.A_transposed[chosen]) * self.scalings[chosen], self.B[chosen])
         delta = delta.to(result.device, result.dtype).reshape(len(items), *result.shape[1:])
         return result.index_add(0, items.to(result.device), delta)
 
@@ -179,11 +185,6 @@ def _fit_in_place(result: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(device.type)
     )
-
-
-def _padded(factor: torch.Tensor, rank: int) -> torch.Tensor:
-    missing = rank - len(factor)
-    return F.pad(factor, (0, 0, 0, missing)) if missing else factor
 
 
 def is_plain(layer: Any, names: Sequence[str]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -47,6 +47,17 @@ class CallGate:
                 with self._condition:
                     self._calls -= 1
                     self._condition.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Context in which no call of another thread is running, or may begin; gives False if one is running."""
+        with ExitStack() as lock:
+            lock.enter_context(self._condition)
+            own = int(self._own.calls > 0 and not self._own.changes)
+            is_alone = self._calls == own
+            if not is_alone:
+                lock.close()
+            yield is_alone
 
     @contextmanager
     def closed(self) -> Iterator[None]:
