@@ -34,11 +34,13 @@ class PythonCalls:
 
     def __enter__(self) -> "PythonCalls":
         self.count = 0
+        gc.disable()  # it would call what waits for objects of earlier tests
         sys.setprofile(self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(None)
+        gc.enable()
 
     def _note(self, frame: Any, event: str, argument: Any) -> None:
         self.count += event in ("call", "c_call")

@@ -144,7 +144,8 @@ def run_code(base: Path, code: str) -> None:
 
     model = trained("FanLoRA", base)
     names = {"model": model, "base": LlamaForCausalLM.from_pretrained(base), "setting": made_setting(base)}
-    exec(code, {**vars(peft), **vars(peft_fanlora), **names})
+    public = {name: getattr(peft_fanlora, name) for name in peft_fanlora.__all__}
+    exec(code, {**vars(peft), **public, **names})
 
 
 def train_and_publish(base: Path, output: Path, repo_id: str) -> None:
