@@ -77,7 +77,7 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 # What the examples need is less, and installed first: `make quickstart` does not wait for the rest.
 $(EXAMPLES) $(READY): CONSTRAINTS := constraints-dev.txt
 $(EXAMPLES): EXTRAS := examples
-$(READY): EXTRAS := dev,docs,peft-tests
+$(READY): EXTRAS := dev,docs,lm-eval,peft-tests
 $(OLDEST)/ready: CONSTRAINTS := constraints-oldest.txt
 $(OLDEST)/ready: EXTRAS := dev
 

@@ -1,3 +1,3 @@
 """The version of the package, which is also stored in the files that it writes."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

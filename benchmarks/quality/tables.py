@@ -1,5 +1,6 @@
 """The tables of the page of results, and the words for what two variants differ by."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     """Returns a table, numbers to the right."""
     if not rows:
         return "*No runs yet.*\n"
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    numbers = [all(re.match(r"[*+-]*\d|$", cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = [columns, ["---:" if right else "---" for right in numbers], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -100,10 +102,10 @@ def claims(frame: pd.DataFrame, lost: pd.DataFrame) -> str:
     for claim, (first, second) in CLAIMS.items():
         found = difference(frame, first, second)
         if found is not None:
-            each = ", ".join(f"{task} {one.mean:+.3f}{'*' * (one.verdict in ('better', 'worse'))}"
+            each = ", ".join(f"{task} {one.mean:+.3f}{'★' * (one.verdict in ('better', 'worse'))}"
                              for task, one in _by_task(frame, first, second).items())  # fmt: skip
             rows.append([claim, *_claim(found), each])
-    return markdown(["claim", "difference", "seeds", "", "task by task"], rows)
+    return markdown(["claim", "difference", "seeds", "verdict", "task by task"], rows)
 
 
 def _claim(found: Difference) -> list[str]:

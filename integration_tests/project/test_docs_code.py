@@ -298,7 +298,7 @@ def test_the_make_targets_and_extras_that_are_named_exist() -> None:
         )
     )
     named = {"targets": set(), "extras": set()}
-    for path in PAGES.values():
+    for path in (*PAGES.values(), ROOT / "CONTRIBUTING.md"):
         text = path.read_text()
         named["targets"] |= set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE))
         named["extras"] |= {

@@ -51,6 +51,21 @@ def test_every_link_and_picture_is_there(pages: dict[Path, str]) -> None:
     assert checked > 500
 
 
+def test_every_page_is_linked_within_three_clicks_of_the_landing_page(site: Path, pages: dict[Path, str]) -> None:
+    """By the links of the text; the navigation beside it lists all pages anyway."""
+    seen = clicked = {site / "index.html"}
+    for _ in range(3):
+        clicked = {
+            (path.parent / urldefrag(unquote(target))[0] / "index.html").resolve()
+            for path in clicked
+            for target in re.findall(
+                r'href="([^":]+)"', pages[path].partition("<article")[2].partition("</article>")[0]
+            )
+        } & pages.keys()
+        seen = seen | clicked
+    assert seen == pages.keys()
+
+
 def test_no_page_loads_anything_from_another_host(pages: dict[Path, str]) -> None:
     for path, html in pages.items():
         loaded = re.findall(r'<(?:script|img|iframe)[^>]*\ssrc="(https?:[^"]+)"', html)

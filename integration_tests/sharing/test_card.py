@@ -122,7 +122,7 @@ def test_what_a_fanlora_card_says(tmp_path: Path) -> None:
         assert f"| `{role}` | {layers} | " in text
     assert "| score | path |" in text and "| kept | 2 |" in text
     assert f"]({PICTURE})" in text and (tmp_path / "adapter" / PICTURE).stat().st_size > 10_000
-    assert "export_lora" in text
+    assert "export_lora" in text and 'from_pretrained(base, "adapter", subfolder="plain-lora")' in text
     assert "not pruned" not in text
     assert data["base_model"] == "me/base" and data["library_name"] == "peft"
     assert "license" not in data  # the user's to choose

@@ -61,14 +61,16 @@ def adapter_part(saved: SavedAdapter[FanLoraConfig], base: snippets.BaseModel, l
         f"FanLoRA: LoRA with r = {config.r} and α = {config.lora_alpha:g} on {len(modules)}{of_all} linear layers{how}."
         + size,
         _code(snippets.use_adapter("FanLoRA", base, location, saved.subfolder)),
-        "It requires `pip install peft-fanlora`; without importing it PEFT raises `KeyError: 'FANLORA'`.",
+        "It requires `pip install peft-fanlora`; without importing it PEFT raises `KeyError: 'FANLORA'`. "
+        "`peft-fanlora run` starts other programs that load adapters with PEFT.",
         "### Modules",
         module_table(modules, len({module.stack for module in modules}) > 1),
         *_of_setting(setting, saved.folder, saved.subfolder),
         "### Without this package",
-        'Export it as a plain LoRA adapter with `peft_fanlora.export_lora(model, "plain-lora")` to load it in PEFT '
-        "without `peft_fanlora` and in engines that serve LoRA, such as vLLM, with the same output. Features that "
-        "plain LoRA does not have, such as DoRA, are refused.",
+        "If there is a folder `plain-lora` beside this adapter, it contains the same adapter as plain LoRA, for PEFT "
+        "without `peft_fanlora` and for engines that serve LoRA, such as vLLM: `PeftModel.from_pretrained(base, "
+        f'"{location}", subfolder="plain-lora")`. It is created with `peft_fanlora.export_lora(model, "plain-lora")`, '
+        "which refuses features that plain LoRA does not have, such as DoRA.",
     ]
     if setting is not None and setting.is_scored:
         pieces.append("[1] " + _PROVENANCE)

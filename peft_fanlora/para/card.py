@@ -29,8 +29,9 @@ def adapter_part(saved: SavedAdapter[ParaConfig], base: snippets.BaseModel, loca
         "PARA: one small generator in each Transformer block reads the prompt once and computes vectors that scale "
         f"the outputs of {named or 'the target modules'} for every following token.{size}",
         f"```python\n{snippets.use_adapter('PARA', base, location, saved.subfolder)}\n```",
-        "It requires `pip install peft-fanlora`; without importing it PEFT raises `KeyError: 'PARA'`. Since the "
-        "vectors depend on the prompt, the adapter cannot be merged into the weights.",
+        "It requires `pip install peft-fanlora`; without importing it PEFT raises `KeyError: 'PARA'`. "
+        "`peft-fanlora run` starts other programs that load adapters with PEFT. Since the vectors depend on the "
+        "prompt, the adapter cannot be merged into the weights or exported as plain LoRA.",
         "### Generator",
         "\n".join(
             [
