@@ -13,6 +13,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+from .serving.call import cache_in
 from .serving.tenants import only_visible
 
 
@@ -94,7 +95,7 @@ class Generation:
         output = self.contestant.model(
             input_ids=self.tokens, past_key_values=self.cache, use_cache=True, **self.options, **self.contestant.call
         )
-        self.cache = getattr(output, "past_key_values", None)
+        self.cache = cache_in(output)
         if self.cache is None:
             raise ValueError(f"The {self.contestant.name} has no KV cache; decoding is timed with one.")
         self.tokens = output.logits[:, -1:].argmax(-1)

@@ -61,7 +61,6 @@ def _run(arguments: list[str], cwd: str, output: str, variables: dict[str, str])
     os.environ.update(variables)
     if arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
-        sys.path.insert(0, "")
         exec(arguments[1], {"__name__": "__main__"})
     else:
         sys.argv = arguments

@@ -111,7 +111,7 @@ class TestEveryKindOfCache:
         logits = [out.logits[:, -1:]]
         knows_positions = "position_ids" in inspect.signature(model.get_base_model().forward).parameters
         for step in range(PROMPT, PROMPT + 4):
-            cache = next(key for key in ("past_key_values", "cache_params", "state") if key in out)
+            cache = next(key for key in ("cache", "past_key_values", "cache_params", "state") if key in out)
             given = {"position_ids": torch.full((rows, 1), step)} if knows_positions else {}
             out = model(input_ids=whole[:, step : step + 1], use_cache=True, **{cache: out[cache]}, **given)
             logits.append(out.logits)

@@ -21,7 +21,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..serving.call import Arguments
+from ..serving.call import Arguments, cache_in
 from ..serving.gate import CallGate
 from ..serving.named_rows import NamedRows
 from ..serving.rows import RowPlaces
@@ -247,7 +247,7 @@ class Batches:
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         run = self.current.run
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_in(output)
         if run is not None and hasattr(cache, "get_seq_length"):
             run.batch.caches.add(cache)
 

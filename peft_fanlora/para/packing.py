@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..serving.call import cache_in
+
 
 _BLOCKED = -1e4  # additive masks have at most this value where a token is not attended
 
@@ -87,7 +89,7 @@ def jumps_begin_sequences(module: nn.Module, named: Mapping[str, Any]) -> bool:
 
     It does if it makes a causal mask without a cache; flash attention looks for the lowest position instead.
     """
-    if named.get("position_ids") is None or named.get("past_key_values") is not None:
+    if named.get("position_ids") is None or cache_in(named) is not None:
         return False
     config: Any = getattr(module, "config", None)
     if hasattr(config, "get_text_config"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..serving.call import Arguments, first_not_none
+from ..serving.call import Arguments, cache_in, first_not_none
 from .blocks import ParaBlocks
 from .cached_vectors import CachedVectors
 from .state import Generation, ParaState, Text
@@ -92,7 +92,7 @@ class PromptKeepingGenerate:
         generation.expansion = Arguments(self.model, {"generation_config": config, **kwargs}).expansion
         with self.blocks.state.generating(generation):
             output = generate(*args, **kwargs)
-        self._remember_answer(generation, first_not_none(kwargs.get("past_key_values"), output), output)
+        self._remember_answer(generation, first_not_none(cache_in(kwargs), cache_in(output)), output)
         return output
 
     def _generation(
@@ -122,10 +122,9 @@ class PromptKeepingGenerate:
         length = max(prompt.shape[1], attended)
         return Generation(length, ids if embeds is None else None, prompt_mask, others=others)
 
-    def _remember_answer(self, generation: Generation, holder: Any, output: Any) -> None:
+    def _remember_answer(self, generation: Generation, cache: Any, output: Any) -> None:
         """Stores on a cache the first token that was generated after the prompt that filled it."""
-        cache = getattr(holder, "past_key_values", holder)
-        kept = None if isinstance(cache, torch.Tensor) else CachedVectors.of(cache)
+        kept = CachedVectors.of(cache)
         sequences = getattr(output, "sequences", output)
         if kept is None or generation.input_ids is None or generation.length != kept.tokens:
             return

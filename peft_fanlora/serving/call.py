@@ -190,12 +190,16 @@ def _rows_of_items(ids: torch.Tensor, items: int, placeholders: list[int]) -> li
     return [row for row, number in enumerate(in_row) for _ in range(number)]
 
 
+_CACHE_NAMES = tuple(dict.fromkeys((*ALL_CACHE_NAMES, "past_key_values", "cache_params")))
+"""Since transformers 5.24 the argument is called `cache`; the names before it are still accepted."""
+
+
 def cache_in(values: Any) -> Any:
     """Returns the KV cache in a call's arguments or output."""
     if isinstance(values, tuple):
         return next((value for value in values if hasattr(value, "get_seq_length")), None)
     get = values.get if isinstance(values, Mapping) else functools.partial(getattr, values)
-    named = (get(name, None) for name in ALL_CACHE_NAMES)
+    named = (get(name, None) for name in _CACHE_NAMES)
     # The argument `state` of robotics models is a tensor, not a cache.
     return next((value for value in named if not isinstance(value, (torch.Tensor, type(None)))), None)
 
