@@ -136,9 +136,9 @@ def restarted(name: str, folder: Path) -> dict[str, Any]:
 
 
 def chosen(stages: list[list[str]]) -> list[int]:
-    """Returns the numbers of the stages to kill at: the last of each kind, and every sixtieth."""
+    """Returns the numbers of the stages to kill at: the last of each kind, and every hundredth."""
     last = {stage: number for number, (stage, _) in enumerate(stages)}
-    return sorted({*last.values(), *range(0, len(stages), 60)})
+    return sorted({*last.values(), *range(0, len(stages), 100)})
 
 
 def kills(name: str, folder: Path) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def kills(name: str, folder: Path) -> dict[str, Any]:
 
     def as_left() -> list[dict[str, Any]]:
         found = []
-        for snapshot in sorted(snapshots.iterdir())[::2]:
+        for snapshot in sorted(snapshots.iterdir())[::4]:
             incomplete = remove_incomplete_checkpoints(fresh(snapshot))
             if incomplete:
                 found.append(restarted(name, fresh(snapshot)))

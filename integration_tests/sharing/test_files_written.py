@@ -71,7 +71,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been_killed(runs: dict[str, dict[str
 def test_a_checkpoint_that_is_not_complete_is_refused(runs: dict[str, dict[str, Any]]) -> None:
     """The trainer writes its state last: a run never goes on from the weights alone."""
     refusals = runs["a run of the trainer"]["incomplete"]
-    assert len(refusals) > 10
+    assert len(refusals) > 5
     assert {refusal.get("error") for refusal in refusals} <= {"FileNotFoundError", "JSONDecodeError", "ValueError"}
 
 

@@ -400,6 +400,24 @@ def test_a_network_lost_during_a_download_mixes_no_versions(method: str, hub: Hu
     assert run(read, base, "me/adapter") == second
 
 
+@both
+def test_a_repository_is_asked_for_the_files_of_an_adapter_only(method: str, hub: Hub, run: Run, base: Path) -> None:
+    """What else a stranger puts there is neither downloaded nor read."""
+    expected = run(publish, method, base, "me/adapter")
+    others = {
+        "adapter_model.bin": b"a pickle",
+        "modeling_llama.py": b"1 / 0",
+        "../../escaped": b"",
+        "config.json": b"[",
+    }
+    hub.repositories["me/adapter"].commit("main", others)
+    hub.requests.clear()
+    assert run(read, base, "me/adapter") == expected
+    asked = {path.rpartition("/")[2] for _, path, _ in hub.requests if "/resolve/" in path}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= asked
+    assert not asked & {"adapter_model.bin", "modeling_llama.py", "escaped"}
+
+
 def test_a_network_lost_while_a_setting_is_read(hub: Hub, run: Run, base: Path) -> None:
     setting = run(publish_setting, base, "me/new-setting")
     hub.lost = "/resolve/"
