@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -44,14 +44,20 @@ class Interrupted(Exception):
 
 
 class Interruptions(threading.local):
-    """A hook that raises when this thread has passed it `left` times."""
+    """A hook that raises when this thread has passed it `left` times.
+
+    Attributes:
+        raised: has an entry for each time that it has raised, in any thread.
+    """
 
     left = 0
+    raised: ClassVar[list[str]] = []
 
     def __call__(self, *_: Any) -> None:
         if self.left:
             self.left -= 1
             if not self.left:
+                self.raised.append(threading.current_thread().name)
                 raise Interrupted
 
 
@@ -236,6 +242,7 @@ def soak(seed: int, calls: int, rounds: int = 10) -> dict[str, Any]:
     counts: Counter[str] = Counter()
     reports: list[str] = []
     memory: dict[str, list[int]] = {"resident_bytes": [], "tensor_bytes": [], "objects": []}
+    Interruptions.raised.clear()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         services = [service(*kind, Path(scratch, str(number))) for number, kind in enumerate(SERVICES)]
@@ -265,7 +272,16 @@ def soak(seed: int, calls: int, rounds: int = 10) -> dict[str, Any]:
             ]
     growth = {name: max(values[1:]) / values[0] - 1 for name, values in memory.items()}
     seconds = round(time.monotonic() - start)
-    return {"seed": seed, "calls": counts, "reports": reports, "growth": growth, **memory, "seconds": seconds}
+    raised = len(Interruptions.raised)
+    return {
+        "seed": seed,
+        "calls": counts,
+        "raised": raised,
+        "reports": reports,
+        "growth": growth,
+        **memory,
+        "seconds": seconds,
+    }
 
 
 if __name__ == "__main__":

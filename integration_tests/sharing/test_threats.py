@@ -82,7 +82,7 @@ def test_weights_that_claim_more_than_the_file_has_are_refused(method: str, tmp_
         host = adapted(method)
         before = logits(host)
         for load in (*ways(method, tmp_path), lambda host=host: load_tenant(host, tmp_path, "guest")):
-            with pytest.raises(Exception, match="deserializing header|InvalidHeader|HeaderTooLarge|Metadata"):
+            with pytest.raises(Exception, match=r"deserializing header|InvalidHeader|HeaderTooLarge|Metadata"):
                 load()
         assert torch.equal(logits(host), before) and list(host.peft_config) == ["default"]
     assert tensor.numel() < size
