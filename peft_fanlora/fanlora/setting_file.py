@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
 from ..version import __version__
 from .modules import ModuleName
@@ -119,9 +119,9 @@ def find(location: str, subfolder: str | None, download_kwargs: dict[str, Any]) 
         return path
     try:
         return Path(hf_hub_download(location, SETTING_NAME, subfolder=subfolder, **download_kwargs))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"There is no {SETTING_NAME} in {location!r}: it is neither a folder with a saved setting nor a readable "
             f"Hub repository ({type(error).__name__}). An adapter that was never pruned has no setting; a private "
-            "repository needs a `token`."
+            "repository needs a `token`; if the connection was lost, try again."
         ) from error
