@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 OLDEST := .venv-oldest
 CHECKED := $(addprefix integration_tests/,fanlora para project/test_layers.py project/test_tests.py)
 
-.PHONY: quickstart test check fuzz test-oldest test-peft test-vllm test-vllm-short support results docs build quality style
+.PHONY: quickstart test check fuzz soak test-oldest test-peft test-vllm test-vllm-short support results docs build quality style
 
 quickstart: $(EXAMPLES)
 	$(BIN)/python examples/quickstart.py
@@ -24,6 +24,10 @@ check: quality
 # 10,000 damaged settings, configurations and cards: each is read or refused with a ValueError.
 fuzz: $(READY)
 	$(BIN)/python integration_tests/sharing/fuzz.py
+
+# 3,000 calls of four threads to six models, some minutes: each row is compared, and memory must stay flat.
+soak: $(READY)
+	$(BIN)/python integration_tests/serving/soak.py --results benchmarks/results/soak-cpu.json
 
 # PEFT's own tests on our methods, about half an hour on two CPU cores.
 test-peft: $(READY)

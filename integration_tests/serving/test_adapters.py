@@ -61,6 +61,20 @@ def test_names_of_parts_are_refused_wherever_an_adapter_is_added(config: Any, na
     plain.add_adapter(config(r=2), "fine too")
 
 
+@both
+def test_a_name_that_leads_out_of_the_folder_is_refused(config: Any, tmp_path: Path) -> None:
+    """PEFT saves an adapter in a folder of its name: an absolute path would replace the folder that is passed."""
+    model = get_peft_model(TINY["llama"].base(), config(r=2))
+    before = snapshot(model)
+    for name in (f"/{tmp_path.name}/elsewhere", "C:\\elsewhere", "\\elsewhere"):
+        with pytest.raises(ValueError, match="is a path, and the adapter would be saved there"):
+            model.add_adapter(name, config(r=2))
+    assert snapshot(model) == before
+    model.add_adapter("customers/17", config(r=2))
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "customers" / "17" / "adapter_config.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("config", "name"),
     [(FanLoraConfig, name) for name in ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "mlp", "layers")]

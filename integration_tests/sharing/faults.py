@@ -5,14 +5,12 @@ may be filled. Each kill and each refusal is in a child of its own.
 """
 
 import functools
-import hashlib
 import json
 import os
 import resource
 import shutil
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -20,45 +18,18 @@ from typing import Any
 
 import torch
 
+from integration_tests.helpers.kills import alone, in_child, in_halves, killing, state
 from integration_tests.helpers.models import TINY, fanlora
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, export_lora
-from peft_fanlora.sharing import writing
 
 
 STEPS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.scandir", "shutil.copyfile"}
 """The audit events of Python that a save makes; the flushes and the writing of safetensors are counted by wrappers."""
 
 
-def in_child(act: Callable[[], Any]) -> tuple[int, str]:
-    """Runs `act` in a child process. Returns its wait status, and its result as JSON if it came to its end."""
-    reading, writing_end = os.pipe()
-    if child := os.fork():
-        os.close(writing_end)
-        with os.fdopen(reading) as pipe:
-            result = pipe.read()
-        return os.waitpid(child, 0)[1], result
-    os.close(reading)
-    try:
-        result = json.dumps(act())
-    except BaseException:
-        traceback.print_exc()
-        os._exit(3)
-    with os.fdopen(writing_end, "w") as pipe:
-        pipe.write(result)
-    os._exit(0)
-
-
 def before_each_step(act: Callable[[], None], save: Callable[[], None]) -> None:
     """Runs a save, and `act` before each of its steps. It changes Python for good, so this is for a child process."""
-    is_acting = False
-
-    def step(*_: Any) -> None:
-        nonlocal is_acting
-        if not is_acting:  # what `act` opens is no step
-            is_acting = True
-            act()
-            is_acting = False
-
+    step = alone(lambda *_: act())
     os.fsync = step  # flushing matters where the machine fails, not where a process is killed
     halve_weights(step)
     sys.addaudithook(lambda event, _: step() if event in STEPS else None)
@@ -72,28 +43,6 @@ def states_of(folder: Path, save: Callable[[], None]) -> list[dict[str, str]]:
     return [*found, state(folder)]
 
 
-def killed_at(step: int, save: Callable[[], None]) -> None:
-    """Runs a save, and kills this process with SIGKILL before a step."""
-    left = [step]
-
-    def count() -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    before_each_step(count, save)
-
-
-def in_halves(
-    save_file: Callable[..., None], step: Callable[[], None], tensors: Any, path: Any, **options: Any
-) -> None:
-    save_file(tensors, path, **options)
-    whole = Path(path).read_bytes()
-    Path(path).write_bytes(whole[: len(whole) // 2])
-    step()
-    Path(path).write_bytes(whole)
-
-
 def halve_weights(step: Callable[[], None]) -> None:
     """Makes safetensors write the first half of a file, then a step, then all of it."""
     import peft.peft_model
@@ -102,16 +51,6 @@ def halve_weights(step: Callable[[], None]) -> None:
 
     for module, name in ((peft.peft_model, "safe_save_file"), (peft_fanlora.fanlora.export, "save_file")):
         setattr(module, name, functools.partial(in_halves, getattr(module, name), step))
-
-
-def state(folder: Path) -> dict[str, str]:
-    """Returns the digest of each file of a folder but for what a killed save was still writing."""
-    files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
-    return {
-        str(file): hashlib.sha256((folder / file).read_bytes()).hexdigest()
-        for file in files
-        if not any(part.startswith(writing.STAGE_PREFIX) for part in file.parts)
-    }
 
 
 def model(method: str, seed: int, **options: Any) -> Any:
@@ -192,7 +131,7 @@ def kills(case: str, folder: Path) -> dict[str, Any]:
         raise SystemExit(f"{case}: the save failed with status {status}")
     left, killed = json.loads(result), 0
     for step in range(1, len(left), 10):
-        status, _ = repeated(lambda step=step: killed_at(step, lambda: after(saved)))
+        status, _ = repeated(lambda step=step: before_each_step(killing(step), lambda: after(saved)))
         if not (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL):
             raise SystemExit(f"{case}: the save was not killed at step {step}, its status is {status}")
         if state(saved) != left[step - 1]:
@@ -282,7 +221,10 @@ def main(what: str, folder: Path) -> dict[str, Any]:
     """Returns the result of one of the two programs."""
     if what == "full-disk":
         return refusals(folder, ["a full disk"])
+    from integration_tests.sharing import killed_runs
+
     return {
+        "runs": killed_runs.report(folder / "runs"),
         "kills": {case: kills(case, folder / str(number)) for number, case in enumerate(cases())},
         "refusals": refusals(folder / "refusals", [name for name in OBSTACLES if name != "a full disk"]),
     }

@@ -54,6 +54,7 @@ class Hub:
         uploads: what came by LFS, by SHA-256.
         requests: method, path and `Range` of every request.
         cuts: for how many more downloads of a large file the connection breaks, and after which part of what is left.
+        lost: a pattern of paths on which the connection breaks in the middle of each request, before anything is done.
     """
 
     users: dict[str, str] = field(default_factory=lambda: {"my-token": "me", "your-token": "you"})
@@ -62,6 +63,7 @@ class Hub:
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     cuts: int = 0
     cut_after: float = 0.5
+    lost: str | None = None
     url: str = ""
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
@@ -118,9 +120,14 @@ class _Handler(BaseHTTPRequestHandler):
         """Logs nothing."""
 
     def _answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        size = int(self.headers.get("Content-Length") or 0)
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        if self.hub.lost is not None and re.search(self.hub.lost, path):
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            return
+        body = self.rfile.read(size)
         for methods, pattern, respond in _ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in methods:

@@ -38,6 +38,43 @@ def refusals(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found["refusals"]
 
 
+@pytest.fixture
+def runs(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return found["runs"]
+
+
+def test_runs_are_killed_at_each_kind_of_stage(runs: dict[str, dict[str, Any]]) -> None:
+    by_trainer = runs["a run of the trainer"]
+    assert by_trainer["stages"].keys() == {
+        "file",
+        "half of the weights",
+        "half of a checkpoint's state",
+        "forward in training",
+        "before the optimizer",
+        "after the optimizer",
+        "forward in scoring",
+        "pruning",
+    }
+    assert runs["by hand"]["stages"].keys() == {"file", "half of the weights", "forward in scoring", "pruning"}
+    for found in runs.values():
+        assert found["killed"] >= len(found["stages"]) and found["expected"]
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been_killed(runs: dict[str, dict[str, Any]]) -> None:
+    """From its last complete checkpoint, each file of the final adapter is the same, bit for bit."""
+    for name, found in runs.items():
+        assert len(found["restarts"]) > 2, name
+        for restart in found["restarts"]:
+            assert restart == {"final": found["expected"]}, name
+
+
+def test_a_checkpoint_that_is_not_complete_is_refused(runs: dict[str, dict[str, Any]]) -> None:
+    """The trainer writes its state last: a run never goes on from the weights alone."""
+    refusals = runs["a run of the trainer"]["incomplete"]
+    assert len(refusals) > 5
+    assert {refusal.get("error") for refusal in refusals} <= {"FileNotFoundError", "JSONDecodeError", "ValueError"}
+
+
 def test_each_save_has_many_steps_and_kills_leave_what_they_show(kills: dict[str, dict[str, Any]]) -> None:
     assert len(kills) == 9
     for case, found in kills.items():

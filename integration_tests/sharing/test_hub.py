@@ -32,7 +32,7 @@ def hub(session_hub: Hub) -> Hub:
     session_hub.repositories.clear()
     session_hub.uploads.clear()
     session_hub.requests.clear()
-    session_hub.cuts, session_hub.cut_after = 0, 0.5
+    session_hub.cuts, session_hub.cut_after, session_hub.lost = 0, 0.5, None
     return session_hub
 
 
@@ -170,6 +170,12 @@ def failure(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[st
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""
+
+
+def without_waiting(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs a function without the pauses between the client's attempts, which add up to half a minute."""
+    with mock.patch("huggingface_hub.utils._http.time.sleep"):
+        return function(*args, **kwargs)
 
 
 # The tests.
@@ -357,3 +363,64 @@ def test_a_download_that_never_ends_fails_and_can_be_repeated(hub: Hub, run: Run
     assert kind == "RemoteProtocolError" and "without sending complete message body" in message
     hub.cuts = 0
     assert run(read, base, "me/adapter") == expected
+
+
+LOST = ("RemoteProtocolError", "ReadError", "WriteError", "ConnectError", "LocalEntryNotFoundError", "RuntimeError")
+"""The client's errors; a RuntimeError names the file whose upload has failed."""
+
+
+@both
+def test_a_network_lost_during_an_upload_leaves_the_repository_as_it_was(
+    method: str, hub: Hub, run: Run, base: Path
+) -> None:
+    first = run(publish, method, base, "me/adapter")
+    before = dict(hub.files("me/adapter"))
+    for stage in ("/resolve/", "/preupload/", "/lfs/objects/batch", "/upload/", "/commit/"):
+        hub.lost = stage
+        kind, message = run(without_waiting, failure, publish, method, base, "me/adapter", seed=1)
+        assert kind in LOST and message, (stage, kind)
+        assert hub.files("me/adapter") == before, stage
+    hub.lost = None
+    assert run(read, base, "me/adapter") == first
+    second = run(publish, method, base, "me/adapter", seed=1)
+    assert run(read, base, "me/adapter") == second != first
+
+
+@both
+def test_a_network_lost_during_a_download_mixes_no_versions(method: str, hub: Hub, run: Run, base: Path) -> None:
+    first = run(publish, method, base, "me/adapter")
+    assert run(read, base, "me/adapter") == first
+    second = run(publish, method, base, "me/adapter", seed=11)  # whose weights no other test has downloaded
+    for stage in ("/resolve/", "/resolve/.*safetensors", "/cdn/"):
+        hub.lost = stage
+        kind, message = run(without_waiting, failure, read, base, "me/adapter")
+        assert kind in (*LOST, "ValueError") and message, (stage, kind)
+    hub.lost = None
+    assert run(read, base, "me/adapter") == second
+
+
+@both
+def test_a_repository_is_asked_for_the_files_of_an_adapter_only(method: str, hub: Hub, run: Run, base: Path) -> None:
+    """What else a stranger puts there is neither downloaded nor read."""
+    expected = run(publish, method, base, "me/adapter")
+    others = {
+        "adapter_model.bin": b"a pickle",
+        "modeling_llama.py": b"1 / 0",
+        "../../escaped": b"",
+        "config.json": b"[",
+    }
+    hub.repositories["me/adapter"].commit("main", others)
+    hub.requests.clear()
+    assert run(read, base, "me/adapter") == expected
+    asked = {path.rpartition("/")[2] for _, path, _ in hub.requests if "/resolve/" in path}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= asked
+    assert not asked & {"adapter_model.bin", "modeling_llama.py", "escaped"}
+
+
+def test_a_network_lost_while_a_setting_is_read(hub: Hub, run: Run, base: Path) -> None:
+    setting = run(publish_setting, base, "me/new-setting")
+    hub.lost = "/resolve/"
+    kind, message = run(without_waiting, failure, FanLoraSetting.from_pretrained, "me/new-setting")
+    assert kind == "FileNotFoundError" and "'me/new-setting'" in message
+    hub.lost = None
+    assert run(FanLoraSetting.from_pretrained, "me/new-setting") == setting

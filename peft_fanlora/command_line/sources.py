@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -68,7 +68,7 @@ def _adapter_folder(where: str) -> Path | None:
         try:
             file = hf_hub_download(where, CONFIG_NAME)
             hf_hub_download(where, SAFETENSORS_WEIGHTS_NAME)
-        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        except (EntryNotFoundError, HFValidationError, HTTPError, OSError):
             return None
         return Path(file).parent
     return folder if (folder / CONFIG_NAME).exists() else None

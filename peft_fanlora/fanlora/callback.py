@@ -1,5 +1,6 @@
 """A callback that scores and prunes modules during a training run of transformers or TRL."""
 
+import json
 import sys
 import warnings
 from typing import Any
@@ -101,7 +102,8 @@ class FanLoraCallback(TrainerCallback, ExportableState):
                 "num_points": self.num_points,
                 **self.selection,
             },
-            "attributes": {"saved_setting": None if self.setting is None else self.setting.to_dict()},
+            # As text, because the trainer sorts the keys of a checkpoint's state, and the order of modules is the model's.
+            "attributes": {"saved_setting": None if self.setting is None else json.dumps(self.setting.to_dict())},
         }
 
     def on_train_begin(
@@ -212,7 +214,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
 def _setting_of(state: dict[str, Any]) -> FanLoraSetting | None:
     """Returns the setting in a callback's saved state; None if it was saved before pruning."""
     saved = state["attributes"]["saved_setting"]
-    return None if saved is None else FanLoraSetting.from_dict(saved)
+    return None if saved is None else FanLoraSetting.from_dict(json.loads(saved))
 
 
 def _fanlora_adapter(model: torch.nn.Module) -> tuple[FanLoraModel, str]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..sharing.reading import checked, read_json
+from ..sharing.reading import checked, ignore_later_fields, read_json
 from ..sharing.writing import staged
 from .choices import Engine
 from .modules import ModuleName
@@ -92,13 +92,14 @@ class ModuleCosts:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "ModuleCosts":
-        """Loads saved costs.
+        """Loads saved costs. Fields that a later version has added are ignored with a warning.
 
         Raises:
             OSError: the file cannot be read.
             ValueError: its content is not that of saved costs.
         """
         file = checked(CostsFile, read_json(Path(path)), str(path))
+        ignore_later_fields(sorted(file.model_extra or ()), str(path), stacklevel=3)
         measured = tuple((int(units), int(parameters), ratio) for units, parameters, ratio in file.measured)
         return cls(**{**{each.name: getattr(file, each.name) for each in fields(cls)}, "measured": measured})
 

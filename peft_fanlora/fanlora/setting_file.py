@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
 from ..version import __version__
 from .modules import ModuleName
@@ -55,7 +54,7 @@ def check(content: Any, where: str) -> None:
     Raises:
         ValueError: the format version or the structure is wrong.
     """
-    from ..sharing.reading import checked, short
+    from ..sharing.reading import checked, ignore_later_fields, short
     from .shapes import SettingFile
 
     if not isinstance(content, Mapping):
@@ -66,12 +65,7 @@ def check(content: Any, where: str) -> None:
             f"{where} has format version {short(found)}, this peft_fanlora reads {FORMAT_VERSION}; {_remedy(content)}"
         )
     given = {key: value for key, value in content.items() if value is not None}
-    if unknown := checked(SettingFile, given, where).unknown_fields():
-        warnings.warn(
-            f"{where} has fields that this version of peft_fanlora does not know and ignores: {short(unknown)}. It "
-            "was written by a later version; upgrade with `pip install -U peft-fanlora`.",
-            stacklevel=4,
-        )
+    ignore_later_fields(checked(SettingFile, given, where).unknown_fields(), where, stacklevel=5)
     for block, choice, role in _modules(content):
         module = ModuleName.parse(f"{block}.{role}" if block else role)
         if (module.block, module.role) != (block, role):
@@ -125,9 +119,9 @@ def find(location: str, subfolder: str | None, download_kwargs: dict[str, Any]) 
         return path
     try:
         return Path(hf_hub_download(location, SETTING_NAME, subfolder=subfolder, **download_kwargs))
-    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"There is no {SETTING_NAME} in {location!r}: it is neither a folder with a saved setting nor a readable "
             f"Hub repository ({type(error).__name__}). An adapter that was never pruned has no setting; a private "
-            "repository needs a `token`."
+            "repository needs a `token`; if the connection was lost, try again."
         ) from error

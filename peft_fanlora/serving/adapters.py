@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -49,11 +50,16 @@ def require_usable_names(model: nn.Module, new: str, names: Collection[str], own
         own_parts: the names that the method uses in its own layers.
 
     Raises:
-        ValueError: the name is empty, contains a dot or is the name of a part.
+        ValueError: the name is empty, contains a dot, is an absolute path, or is the name of a part.
     """
     if not new or "." in new:
         raise ValueError(
             f"adapter_name={new!r} is empty or contains a dot, which parameter names cannot: leave it out."
+        )
+    if PurePosixPath(new).is_absolute() or PureWindowsPath(new).anchor:
+        raise ValueError(
+            f"adapter_name={new!r} is a path, and the adapter would be saved there instead of in the folder that is "
+            "passed to save_pretrained: choose a name that does not begin with a slash or a drive."
         )
     parts = _PEFT_PARTS.union(_parts_of(model), own_parts) if len(names) > 1 else _PEFT_PARTS
     refused = [name for name in (new, *names) if name in parts]

@@ -7,6 +7,7 @@ import of the package fast.
 import json
 import re
 import reprlib
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,6 +99,22 @@ def checked(shape: type[AnyShape], content: Any, where: str) -> AnyShape:
         return shape.model_validate(content)
     except ValidationError as error:
         raise ValueError(_explain(error, content, where)) from None
+
+
+def ignore_later_fields(names: Sequence[str], where: str, *, stacklevel: int) -> None:
+    """Warns of fields that a later version has added to a file, if there are any.
+
+    Args:
+        names: the names of the unknown fields.
+        where: the name of the content in the warning, such as the file.
+        stacklevel: the caller that the warning names, counted from the caller of this function.
+    """
+    if names:
+        warnings.warn(
+            f"{where} has fields that this version of peft_fanlora does not know and ignores: {short(names)}. It "
+            "was written by a later version; upgrade with `pip install -U peft-fanlora`.",
+            stacklevel=stacklevel,
+        )
 
 
 def short(value: Any) -> str:
