@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from integration_tests.helpers.costs import PER_MODULE, PER_PARAMETER, costs, scores
 from integration_tests.helpers.models import fanlora, tiny
-from peft_fanlora import ImportanceScores, ModuleCosts, module_costs
+from peft_fanlora import ModuleCosts, module_costs
 from peft_fanlora.fanlora import cost_measurement
 from peft_fanlora.fanlora.candidates import candidates
 from peft_fanlora.fanlora.costs import fit
 from peft_fanlora.timing import Contestant, Seconds
-
-
-PER_MODULE, PER_PARAMETER = 4e-3, 2e-5
-
-
-def costs(engine: Any = "transformers", model: str = "llama") -> ModuleCosts:
-    base = tiny(model)
-    parameters = {name: 8 * (layer.in_features + layer.out_features) for name, layer in candidates(base).items()}
-    return ModuleCosts(engine, PER_MODULE, PER_PARAMETER, parameters, error=0.01)
-
-
-def scores(seed: int = 0) -> ImportanceScores:
-    chance = random.Random(seed)
-    values = {name: chance.gauss(0.5, 1.0) for name in costs().parameters}
-    about = {"num_layers": {"model.layers": 3}, "model_type": "llama", "calibration": {}}
-    return ImportanceScores(values, method="path", num_tokens=1, **about)
 
 
 @pytest.mark.parametrize("seed", range(3))

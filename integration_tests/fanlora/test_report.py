@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from integration_tests.fanlora.test_costs import costs, scores
+from integration_tests.helpers.costs import costs, scores
 from peft_fanlora import ImportanceScores
 from peft_fanlora.fanlora.report import page
 from peft_fanlora.fanlora.tradeoff import tradeoff

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from integration_tests.fanlora.test_costs import costs, scores
+from integration_tests.helpers.costs import costs, scores
 from integration_tests.helpers.models import tiny
 from peft_fanlora import FanLoraSetting, ImportanceScores
 from peft_fanlora.fanlora.tradeoff import Choice, cost_label, tradeoff

@@ -16,7 +16,6 @@ from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
-from ..serving.adapters import require_usable_names, taken_back
 from ..serving.tenants import adapted_modules, changing
 from .candidates import adapted_modules_of, exact_names, lora_factors, lora_modules
 from .homes import HomesMixin
@@ -56,6 +55,8 @@ class FanLoraModel(HomesMixin, LoraModel):
             ValueError: the setting does not fit the model or contradicts `target_modules`, or the adapter has the name
                 of a part of the model.
         """
+        from ..serving.adapters import require_usable_names, taken_back
+
         layers = (module for module in adapted_modules(model) if isinstance(module, LoraLayer))
         is_known = any(adapter_name in layer._all_available_adapter_names() for layer in layers)
         with (

@@ -15,7 +15,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..serving.adapters import require_usable_names, taken_back
 from ..serving.tenants import TenantMixin, adapted_modules, changing
 from .blocks import ParaBlocks
 from .layer import MERGE_REFUSAL, ParaLayer, ParaLinear
@@ -72,6 +71,7 @@ class ParaModel(TenantMixin, BaseTuner):
             ValueError: the configuration does not fit the model.
             TypeError: a target module is not linear.
         """
+        from ..serving.adapters import require_usable_names, taken_back
         from ..serving.named_rows import NamedRows
         from .hooks import CallHooks
 

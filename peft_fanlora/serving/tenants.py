@@ -18,7 +18,6 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from .adapters import require_fit
 from .gate import CallGate
 
 
@@ -169,6 +168,8 @@ class TenantMixin:
         remapped = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
             model, config, adapter_name, state_dict
         )
+        from .adapters import require_fit
+
         require_fit(remapped, adapter_name, cls.prefix)
         return remapped
 
