@@ -13,7 +13,6 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from .serving.call import cache_in
 from .serving.tenants import only_visible
 
 
@@ -95,7 +94,7 @@ class Generation:
         output = self.contestant.model(
             input_ids=self.tokens, past_key_values=self.cache, use_cache=True, **self.options, **self.contestant.call
         )
-        self.cache = cache_in(output)
+        self.cache = getattr(output, "past_key_values", None)
         if self.cache is None:
             raise ValueError(f"The {self.contestant.name} has no KV cache; decoding is timed with one.")
         self.tokens = output.logits[:, -1:].argmax(-1)

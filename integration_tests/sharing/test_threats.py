@@ -62,7 +62,7 @@ def test_a_claimed_rank_is_not_allocated_where_the_weights_are_loaded_first(meth
     model = adapted(method)
     model.save_pretrained(tmp_path)
     config = tmp_path / "adapter_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 300_000}))  # hundreds of MB
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 100_000}))  # 170 MB and more
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for load in ways(method, tmp_path, low_cpu_mem_usage=True):
         with pytest.raises(RuntimeError, match="size mismatch"):
