@@ -1,4 +1,4 @@
-"""Both methods on a real chat model and real text, in about three and a half minutes on two CPU cores.
+"""Both methods on a real chat model and real text, in about three minutes on two CPU cores.
 
 (1) LoRA on all linear layers is trained on WordNet definitions, and the best two modules per layer are found: the FanLoRA
 setting; (2) a new adapter on this setting learns the sentiment of movie reviews, next to LoRA on all layers with the same
