@@ -17,7 +17,7 @@ quickstart: $(EXAMPLES)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
 
-# For use while editing: style, types, and the tests of both methods on tiny models, in a minute and a half.
+# For use while editing: style, types, and the tests of both methods on tiny models, in two and a half minutes.
 check: quality
 	$(BIN)/python -m pytest --quiet --numprocesses auto --dist loadgroup -m "not real_model" $(CHECKED)
 
