@@ -1,8 +1,7 @@
 """Threads that share a model: calls see their own rows, and changes wait for calls."""
 
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,12 +14,7 @@ from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
 from peft_fanlora.serving.gate import CallGate
 
 
-@pytest.fixture(autouse=True)
-def often_switched_threads() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
+pytestmark = pytest.mark.usefixtures("often_switched_threads")
 
 
 def classifier(method: str) -> PeftModel:

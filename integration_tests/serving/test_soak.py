@@ -1,19 +1,11 @@
 """A short form of `make soak`."""
 
-import sys
-from collections.abc import Iterator
-
 import pytest
 
 from integration_tests.serving.soak import KINDS, soak
 
 
-@pytest.fixture(autouse=True)
-def often_switched_threads() -> Iterator[None]:
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
+pytestmark = pytest.mark.usefixtures("often_switched_threads")
 
 
 @pytest.mark.filterwarnings("ignore")

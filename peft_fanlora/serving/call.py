@@ -16,6 +16,8 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.generation.utils import ALL_CACHE_NAMES
 
 
+_CACHE_NAMES = tuple(dict.fromkeys((*ALL_CACHE_NAMES, "past_key_values", "cache_params")))
+"""Since transformers 5.24 the argument is called `cache`; the names before it are still accepted."""
 _DECODED = ("decoder_input_ids", "decoder_inputs_embeds")
 _TEXT = ("input_ids", "inputs_embeds")
 _ITEMS = {"pixel_values": "image", "input_features": "audio", "input_values": "audio"}
@@ -188,10 +190,6 @@ def _rows_of_items(ids: torch.Tensor, items: int, placeholders: list[int]) -> li
     else:
         in_row = [1] * items
     return [row for row, number in enumerate(in_row) for _ in range(number)]
-
-
-_CACHE_NAMES = tuple(dict.fromkeys((*ALL_CACHE_NAMES, "past_key_values", "cache_params")))
-"""Since transformers 5.24 the argument is called `cache`; the names before it are still accepted."""
 
 
 def cache_in(values: Any) -> Any:
