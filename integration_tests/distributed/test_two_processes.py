@@ -1,8 +1,7 @@
 """Two processes do what one does with the same data: gradients, scores, choices, whole runs and what they save."""
 
 import json
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 
 from integration_tests.distributed import scenarios
 from integration_tests.helpers.models import TINY
-from integration_tests.helpers.processes import environment
+from integration_tests.helpers.processes import start_python
 from peft_fanlora import FanLoraSetting
 
 
@@ -25,17 +24,19 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all scenarios, run by torchrun in two processes that talk over gloo."""
+    """The folder of all scenarios, run in two processes that talk over gloo, with the variables that torchrun sets."""
     folder = tmp_path_factory.mktemp("two")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    launched = subprocess.run(
-        [*launch, str(HERE / "scenarios.py"), str(folder)],
-        env=environment(OMP_NUM_THREADS="1"),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert launched.returncode == 0, f"{launched.stdout}\n{launched.stderr}"[-6000:]
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        output = tmp_path_factory.mktemp(f"output-{rank}")
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        variables = {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        processes.append((start_python(output, HERE / "scenarios.py", folder, **variables), output))
+    for process, output in processes:
+        process.join(600)
+        assert process.exitcode == 0, (output / "stderr").read_text()[-6000:]
     return folder
 
 

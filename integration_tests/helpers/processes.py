@@ -47,9 +47,13 @@ def run_python(*arguments: object, cwd: Path = ROOT) -> str:
         return Path(folder, "stdout").read_text()
 
 
-def start_python(output: Path, *arguments: object, cwd: Path = ROOT) -> BaseProcess:
-    """Starts what `run_python` runs. It prints to the files `stdout` and `stderr` of the folder `output`."""
-    process = _FORKS.Process(target=_run, args=(list(map(str, arguments)), str(cwd), str(output), dict(os.environ)))
+def start_python(output: Path, *arguments: object, cwd: Path = ROOT, **variables: str) -> BaseProcess:
+    """Starts what `run_python` runs, with more environment variables.
+
+    It prints to the files `stdout` and `stderr` of the folder `output`.
+    """
+    environment = {**os.environ, **variables}
+    process = _FORKS.Process(target=_run, args=(list(map(str, arguments)), str(cwd), str(output), environment))
     process.start()
     return process
 

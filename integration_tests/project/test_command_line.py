@@ -20,7 +20,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from integration_tests.helpers.models import TINY, fanlora, logits, randomize
-from integration_tests.helpers.processes import environment, run_new_python
+from integration_tests.helpers.processes import environment, run_new_python, run_python
 from integration_tests.helpers.text import sentences, tokenizer
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ModuleCosts, ParaConfig
 from peft_fanlora.command_line import main
@@ -470,39 +470,38 @@ def test_find_says_that_it_needs_trl(base_folder: Path, rows: Path, monkeypatch:
 PROGRAM = """
 import json, os, signal, sys
 from peft import PeftConfig
-if "--signal" in sys.argv:
+print(json.dumps([sys.argv[1:], __name__, sys.path[0], PeftConfig.from_pretrained(sys.argv[1]).r]), flush=True)
+if sys.argv[2] == "--killed":
     os.kill(os.getpid(), signal.SIGTERM)
-print(json.dumps([sys.argv[1:], __name__, sys.path[0], PeftConfig.from_pretrained(sys.argv[1]).r]))
 sys.exit(3)
 """
 
 
-def started(*arguments: Any, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from peft_fanlora_cli import main; main()", "run", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True)
-
-
-@pytest.mark.parametrize(("form", "method"), [("script", "para"), ("module", "pruned")])
+@pytest.mark.parametrize(
+    ("form", "method", "option", "status"),
+    [("script", "para", "--model", 3), ("module", "pruned", "--killed", -signal.SIGTERM)],
+)
 def test_run_gives_a_program_both_methods_and_leaves_the_rest_to_it(
-    form: str, method: str, places: dict[str, Path], tmp_path: Path
+    form: str, method: str, option: str, status: int, places: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "inside").mkdir()
     script = tmp_path / "inside" / "evaluate.py"
     script.write_text(PROGRAM)
-    program = (script,) if form == "script" else ("-m", "inside.evaluate")
-    done = started(*program, places[method], "--model", "-h", "--json", cwd=tmp_path)
-    assert done.returncode == 3, done.stderr
+    program = [str(script)] if form == "script" else ["-m", "inside.evaluate"]
+    given = [str(places[method]), option, "-h", "--json"]
+    command = [sys.executable, "-c", "from peft_fanlora_cli import main; main()", "run", *program, *given]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
     arguments, name, path, r = json.loads(done.stdout)
-    assert (arguments, name) == ([str(places[method]), "--model", "-h", "--json"], "__main__")
+    assert (arguments, name) == (given, "__main__")
     assert Path(path) == (script.parent if form == "script" else tmp_path)
     assert r == PeftConfig.from_pretrained(places[method]).r
-    if form == "script":
-        assert started(*program, places[method], "--signal", cwd=tmp_path).returncode == -signal.SIGTERM
 
 
-def test_run_knows_installed_commands(places: dict[str, Path], tmp_path: Path) -> None:
-    shown = started("peft-fanlora", "show", places["para"], "--json", cwd=tmp_path)
-    assert json.loads(shown.stdout)["type"] == "PARA adapter"
-    missing = started("no-such-command", cwd=tmp_path)
-    assert missing.returncode == 2
+def test_run_knows_installed_commands(places: dict[str, Path]) -> None:
+    code = "import sys; from peft_fanlora.command_line.running import run; run(sys.argv[1:])"
+    shown = run_python("-c", code, "peft-fanlora", "show", places["para"], "--json")
+    assert json.loads(shown)["type"] == "PARA adapter"
+    missing = invoke("run", "no-such-command")
+    assert missing.exit_code == 2
     assert "no file and no console script 'no-such-command'" in missing.stderr

@@ -1,7 +1,6 @@
 """lm-evaluation-harness, which loads adapters with PEFT and does not know this package, on a task in local files."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from integration_tests.helpers.models import TINY, adapted
-from integration_tests.helpers.processes import environment
 from integration_tests.helpers.text import sentences, tokenizer
 from peft_fanlora import export_lora
+from peft_fanlora.command_line.running import run
 
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -83,14 +82,15 @@ def test_fanlora_and_its_plain_export_have_the_same_results(folder: Path) -> Non
     assert fanlora != pytest.approx(unadapted, abs=0.1)
 
 
-def test_run_evaluates_para_with_the_prompt_alone(folder: Path) -> None:
+def test_run_evaluates_para_with_the_prompt_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = f"--model hf --model_args pretrained={folder / 'base'},peft={folder / 'para'} --tasks next_word"
     arguments += f" --include_path {folder} --device cpu --batch_size 4 --apply_chat_template"
     arguments += f" --log_samples --output_path {folder / 'output'}"
-    code = "from peft_fanlora.command_line import main; main()"
-    command = [sys.executable, "-c", code, "run", "lm_eval", *arguments.split()]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    with pytest.raises(SystemExit) as ended:
+        run(["lm_eval", *arguments.split()])
+    assert not ended.value.code
     (written,) = (folder / "output").rglob("samples_next_word_*.jsonl")
     samples = [json.loads(line) for line in written.read_text().splitlines()]
     model = PeftModel.from_pretrained(base(folder), folder / "para").eval()
