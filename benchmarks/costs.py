@@ -32,8 +32,6 @@ import assets
 
 SETTING = Path(__file__).parent.parent / "examples" / "smollm2-setting"
 """A setting with the scores of all modules of SmolLM2-135M-Instruct."""
-AT_ONCE = 3
-"""Settings that are timed in turns with the base model; with vLLM, each is an engine with weights of its own."""
 BUDGETS = (1.02, 1.05, 1.1, 1.2, 1.4)
 
 
@@ -72,9 +70,7 @@ def main(
     costs = module_costs(base, engine, **options)
     scores = ImportanceScores.from_setting(FanLoraSetting.from_pretrained(setting))
     settings = choices(scores, costs)
-    names, ratios = [one.names for one in settings.values()], []
-    for first in range(0, len(names), AT_ONCE):
-        ratios += step_times(base, engine, names[first : first + AT_ONCE], **options)[1]
+    _, ratios = step_times(base, engine, [one.names for one in settings.values()], **options)
     results = [
         {
             "choice": name,

@@ -90,7 +90,7 @@ def write(folder: Path) -> None:
     export_lora(pruned, folder / "plain-lora")
     setting.save_pretrained(folder / "setting")
     parameters = {name: 100 + index for index, name in enumerate(scores)}
-    costs = ModuleCosts("vllm", 1e-3, 1e-6, parameters, 0.01, ((9, 1_600, 1.01), (4, 400, 1.004)), {"r": 2})
+    costs = ModuleCosts("vllm", 1e-2, 1e-3, 1e-6, parameters, 0.01, ((9, 1_600, 1.01), (4, 400, 1.004)), {"r": 2})
     costs.save(folder / "costs.json")
     computed = {kind: logits(model) for kind, model in models.items()}
     save_file({**computed, "plain-lora": computed["fanlora-pruned"].clone()}, folder / "logits.safetensors")

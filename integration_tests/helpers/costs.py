@@ -8,13 +8,13 @@ from peft_fanlora import ImportanceScores, ModuleCosts
 from peft_fanlora.fanlora.candidates import candidates
 
 
-PER_MODULE, PER_PARAMETER = 4e-3, 2e-5
+PER_STEP, PER_MODULE, PER_PARAMETER = 5e-3, 4e-3, 2e-5
 
 
 def costs(engine: Any = "transformers", model: str = "llama") -> ModuleCosts:
     base = tiny(model)
     parameters = {name: 8 * (layer.in_features + layer.out_features) for name, layer in candidates(base).items()}
-    return ModuleCosts(engine, PER_MODULE, PER_PARAMETER, parameters, error=0.01)
+    return ModuleCosts(engine, PER_STEP, PER_MODULE, PER_PARAMETER, parameters, error=0.01)
 
 
 def scores(seed: int = 0) -> ImportanceScores:

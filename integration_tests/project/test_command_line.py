@@ -108,12 +108,12 @@ def test_show_writes_a_report(places: dict[str, Path], tmp_path: Path) -> None:
     answer("show", tmp_path / "setting", "--report", file)
     assert choices_of(file).keys() == {"global", "by role", "per layer", "all modules"}
     parameters = {module.name: 100 for module in [*found.kept, *found.dropped]}
-    ModuleCosts("transformers", 0.01, 0.0, parameters, 0.01).save(costs)
+    ModuleCosts("transformers", 0.0, 0.01, 0.0, parameters, 0.01).save(costs)
     answer("show", tmp_path / "setting", "--report", file, "--costs", costs)
     assert choices_of(file)["time budget"][0]["cost"] == pytest.approx(1.01)
     before = file.read_bytes()
     assert invoke("show", tmp_path / "setting", "--costs", costs).exit_code == 2
-    ModuleCosts("transformers", 0.01, 0.0, {"model.a": 1, "model.b": 1}, 0.01).save(costs)
+    ModuleCosts("transformers", 0.0, 0.01, 0.0, {"model.a": 1, "model.b": 1}, 0.01).save(costs)
     of_another_model = refusal("show", tmp_path / "setting", "--report", file, "--costs", costs)
     assert "is not a module of the timed model" in of_another_model
     assert "never pruned" in refusal("show", places["whole"], "--report", file)
@@ -241,9 +241,9 @@ def test_find_otherwise(
 def test_find_within_a_time_budget(base_folder: Path, rows: Path, tmp_path: Path) -> None:
     file = tmp_path / "costs.json"
     content = answer_json("costs", base_folder, "--tenants", 2, "--rounds", 2, "-o", file)
-    assert content["conditions"]["tenants"] == 2 and len(content["measured"]) == 4
+    assert content["conditions"]["tenants"] == 2 and len(content["measured"]) == 6
     modules = len(content["parameters"])
-    file.write_text(json.dumps({**content, "per_unit": 0.01, "per_parameter": 0.0}))
+    file.write_text(json.dumps({**content, "per_step": 0.0, "per_module": 0.01, "per_parameter": 0.0}))
     options = ("--adapter", tmp_path / "lora", "--calibration-rows", 4, "-o", tmp_path / "found")
     lora = get_peft_model(load(base_folder), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     randomize(lora, std=0.2).save_pretrained(tmp_path / "lora")

@@ -19,11 +19,10 @@ def test_costs_of_packed_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         cost_measurement, "_engine", lambda *args, **kwargs: engines.append(start(*args, **kwargs)) or engines[-1]
     )
-    monkeypatch.setattr(cost_measurement, "KV_CACHE_BYTES", 2**24)
     model = AutoModelForCausalLM.from_pretrained(make_base(tmp_path / "base"))
     costs = module_costs(model, "vllm", r=4, tenants=2, rounds=4)
     assert len(costs.parameters) == 21
-    assert [units for units, *_ in costs.measured] == [12, 6, 6, 8]
+    assert [modules for modules, *_ in costs.measured] == [21, 14, 3, 3, 6, 9]
     assert costs.conditions["base_ms"] > 0
 
     def adapted(engine: object) -> list[str]:
@@ -34,4 +33,4 @@ def test_costs_of_packed_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         )
         return names
 
-    assert [len(adapted(engine)) for engine in engines] == [0, 12, 6, 6, 8]
+    assert [len(adapted(engine)) for engine in engines] == [0, 12, 8, 3, 3, 3, 3]

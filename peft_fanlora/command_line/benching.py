@@ -98,9 +98,9 @@ def costs(
     if as_json:
         show_json(asdict(found))
         return
-    unit = "packed layer" if engine == "vllm" else "module"
     facts = {
-        f"per {unit}": f"{found.per_unit:.2%} of the base model's step",
+        "a step with adapters": f"{found.per_step:.2%} of the base model's step",
+        "per module": f"{found.per_module:.2%}",
         "per million parameters": f"{1e6 * found.per_parameter:.2%}",
         "all modules": f"{found.slowdown(found.parameters):.3f} of the base model's step",
         "error of a predicted ratio": f"{found.error:.3f}",

@@ -1,5 +1,6 @@
 """Measures the time that LoRA modules add to a decoding step, in transformers or in vLLM."""
 
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,8 @@ from .setting import FanLoraSetting
 
 
 _PROMPT_LENGTH = 64
-KV_CACHE_BYTES = 2**30
-"""The size of the KV cache of each vLLM engine."""
+_KV_CACHE_BYTES = 2**30
+"""The most that the KV cache of a vLLM engine may take."""
 
 
 def module_costs(
@@ -33,20 +34,22 @@ def module_costs(
 ) -> ModuleCosts:
     """Measures the time of LoRA modules in a decoding step on this machine, for `ImportanceScores.select`.
 
-    The base model and models with LoRA on all modules, on the smaller and the larger half of them, and on the even
-    layers take one step each per round, in random order. The costs are fitted to the medians of the ratios to the base
+    The base model and models with LoRA on all modules, on those of the even layers, and on each quarter of them by size
+    take one step each per round, in random order. The costs are fitted to the medians of the ratios to the base
     model; `ModuleCosts.error` is the largest error of predicting one of these ratios from the others.
 
     Args:
         model: a causal language model, with or without adapters, which are not used.
         engine: "transformers" for FanLoRA adapters in one batch, "vllm" for exported adapters. vLLM loads
-            `model.config.name_or_path` once for each of the five variants, which must fit into memory together.
+            `model.config.name_or_path` once for each of the seven variants, which must fit into memory together; on a
+            CPU they share their weights.
         r: the rank of the adapters.
         tenants: the number of adapters in a batch, one row each.
         rounds: the number of steps of each variant.
 
     Raises:
-        ValueError: the engine is unknown, a number is too small, or the model has fewer than two modules.
+        ValueError: the engine is unknown, a number is too small, or the model has fewer than four modules (or
+            packed layers of vLLM).
         ModuleNotFoundError: SciPy or vLLM is missing.
 
     Examples:
@@ -64,7 +67,7 @@ def module_costs(
         base = base.unload()
     base.eval()
     parameters = {name: r * num_parameters_per_rank(module) for name, module in candidates(base).items()}
-    unmeasured = ModuleCosts(engine, 0.0, 0.0, parameters, 0.0)
+    unmeasured = ModuleCosts(engine, 0.0, 0.0, 0.0, parameters, 0.0)
     samples = _samples(unmeasured)
     with _same_requires_grad(model):
         base_ms, ratios = step_times(base, engine, samples, r=r, tenants=tenants, rounds=rounds)
@@ -113,13 +116,14 @@ def step_times(
 
 
 def _samples(costs: ModuleCosts) -> list[list[str]]:
-    """Returns the modules of each timed variant: sets that differ in the number of units and in their size."""
+    """Returns the modules of each timed variant: sets that differ in the number of modules and in their size."""
     units = sorted(costs.units().values(), key=lambda members: sum(costs.parameters[name] for name in members))
-    if len(units) < 2:
-        raise ValueError(f"The model has {len(units)} module(s) to choose from; costs need at least two.")
-    half = len(units) // 2
+    if len(units) < 4:
+        raise ValueError(f"The model has {len(units)} module(s) to choose from; costs need at least four.")
     even = [members for members in units if ModuleName.parse(members[0]).layer % 2 == 0]
-    return [[name for members in chosen for name in members] for chosen in (units, units[:half], units[half:], even)]
+    bounds = [len(units) * quarter // 4 for quarter in range(5)]
+    quarters = [units[first:last] for first, last in itertools.pairwise(bounds)]
+    return [[name for members in chosen for name in members] for chosen in (units, even, *quarters)]
 
 
 def _in_transformers(
@@ -155,6 +159,7 @@ def _in_vllm(
             export_lora(get_peft_model(twin(base), config), saved)
             lora = {"enable_lora": True, "max_loras": tenants, "max_lora_rank": _max_lora_rank(r)}
             engine = _engine(base, rounds, tenants, lora_target_modules=vllm_layers(modules), **lora)
+            _share_weights(engines[0].model, engine)
             engines.append(Contestant(str(number), engine, {"folder": str(saved), "tenants": tenants}))
         for contestant in engines:
             _add_requests(contestant, tenants, rounds)
@@ -176,18 +181,40 @@ def _engine(base: Any, rounds: int, tenants: int, **lora: Any) -> Any:
             "engine='vllm' times vLLM, which is not installed here: call module_costs in vLLM's environment, save the "
             "result and load it here."
         ) from error
+    length = _PROMPT_LENGTH + rounds + 16
     return LLM(
         base.config.name_or_path,
         dtype=str(base.dtype).removeprefix("torch."),
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         async_scheduling=False,
-        max_model_len=_PROMPT_LENGTH + rounds + 16,
+        max_model_len=length,
         max_num_seqs=tenants,
         enforce_eager=current_platform.is_cpu(),  # where vLLM compiles no model with adapters
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        kv_cache_memory_bytes=_KV_CACHE_BYTES,
+        num_gpu_blocks_override=tenants * (length // 16 + 1),  # a block has at least 16 tokens
         **lora,
     )
+
+
+def _share_weights(engine: Any, other: Any) -> None:
+    """Lets another engine use the base weights of the first one, if both are in eager mode.
+
+    On a CPU, the time of a step depends on where the weights are in memory: the steps of two engines without adapters
+    differ by up to 5%.
+    """
+    if not engine.llm_engine.vllm_config.model_config.enforce_eager:  # CUDA graphs have the addresses of the weights
+        return
+    models: list[nn.Module] = []
+    for each in (engine, other):
+        each.apply_model(models.append)
+    weights, adapted = (dict(model.named_modules()) for model in models)
+    for name, module in adapted.items():
+        source = weights.get(name.replace(".base_layer", ""))
+        if type(source) is type(module):
+            module._parameters = source._parameters
+            if hasattr(source, "cpu_linear"):  # vLLM's product with a packed copy of the weights
+                module.cpu_linear = source.cpu_linear
 
 
 def _max_lora_rank(r: int) -> int:

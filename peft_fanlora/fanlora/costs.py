@@ -22,26 +22,29 @@ Unit = tuple[str, tuple[str, str] | str]
 class ModuleCosts:
     """The measured time of LoRA modules in a decoding step, made by `module_costs` [ours].
 
-    A step with the modules S takes, relative to the step of the base model,
+    A step with LoRA on the modules S takes, relative to the step of the base model,
 
-        t(S) / t({}) = 1 + sum over units u of S of (per_unit + per_parameter * p_u),
+        t(S) / t({}) = 1 + per_step + sum over m in C(S) of (per_module + per_parameter * p_m),
 
-    where a unit is a module in transformers, and a packed layer in vLLM, which computes LoRA for Q, K and V (and for
-    gate and up) together even if an adapter has one of them. p_u is the number of parameters that one adapter has in
-    the unit, r (d_in + d_out) for each module in it.
+    where C(S) are the modules that the engine computes: S itself in transformers; in vLLM each module of every packed
+    layer that has a module in S, because vLLM computes LoRA for Q, K and V (and for gate and up) together even if an
+    adapter has one of them. p_m is the number of parameters that one adapter has in the module, r (d_in + d_out).
 
     Attributes:
         engine: the engine that was timed.
-        per_unit: the fixed part of a unit's time, as a share of the base model's step.
+        per_step: the time of a step with any adapters that does not depend on their modules, as a share of the base
+            model's step.
+        per_module: the fixed part of a module's time, as a share of the base model's step.
         per_parameter: the part per parameter, as a share of the base model's step.
         parameters: the number of parameters of one adapter in each module, by the module's qualified name.
         error: the largest difference between a measured ratio and its prediction from the other measurements.
-        measured: the measured ratios by the number of units and parameters: (units, parameters, ratio).
+        measured: the measured ratios by the number of modules and parameters: (modules, parameters, ratio).
         conditions: rank, tenants, rows, device, threads and the base model's step in milliseconds.
     """
 
     engine: Engine
-    per_unit: float
+    per_step: float
+    per_module: float
     per_parameter: float
     parameters: Mapping[str, int]
     error: float
@@ -49,7 +52,7 @@ class ModuleCosts:
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
     def units(self) -> dict[Unit, list[str]]:
-        """Returns the modules of each unit, in the model's order."""
+        """Returns the modules of each unit, which the engine computes at once, in the model's order."""
         found: dict[Unit, list[str]] = {}
         for name in self.parameters:
             module = ModuleName.parse(name)
@@ -58,7 +61,7 @@ class ModuleCosts:
         return found
 
     def size(self, names: Iterable[str]) -> tuple[int, int]:
-        """Returns the number of units that modules use, and the number of parameters in these units.
+        """Returns how many modules the engine computes for adapters on these modules, and their number of parameters.
 
         Raises:
             ValueError: a module was not in the timed model.
@@ -69,8 +72,8 @@ class ModuleCosts:
                 f"{unknown[0]} is not a module of the timed model, which has {len(self.parameters)} modules such as "
                 f"{next(iter(self.parameters))}: measure the costs on the model that was scored."
             )
-        used = [members for members in self.units().values() if names & set(members)]
-        return len(used), sum(self.parameters[name] for members in used for name in members)
+        computed = [name for members in self.units().values() if names & set(members) for name in members]
+        return len(computed), sum(self.parameters[name] for name in computed)
 
     def slowdown(self, names: Iterable[str]) -> float:
         """Returns the predicted time of a decoding step with LoRA on these modules, relative to the base model's step.
@@ -78,12 +81,14 @@ class ModuleCosts:
         Raises:
             ValueError: a module was not in the timed model.
         """
-        num_units, num_parameters = self.size(names)
-        return 1 + self.per_unit * num_units + self.per_parameter * num_parameters
+        num_modules, num_parameters = self.size(names)
+        if not num_modules:
+            return 1.0
+        return 1 + self.per_step + self.per_module * num_modules + self.per_parameter * num_parameters
 
-    def cost(self, unit: Sequence[str]) -> float:
-        """Returns the time of a unit with these modules, as a share of the base model's step."""
-        return self.per_unit + self.per_parameter * sum(self.parameters[name] for name in unit)
+    def cost(self, unit: Iterable[str]) -> float:
+        """Returns the time of the modules of a unit, as a share of the base model's step."""
+        return sum(self.per_module + self.per_parameter * self.parameters[name] for name in unit)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Saves the costs as JSON, for use in another environment."""
@@ -100,7 +105,7 @@ class ModuleCosts:
         """
         file = checked(CostsFile, read_json(Path(path)), str(path))
         ignore_later_fields(sorted(file.model_extra or ()), str(path), stacklevel=3)
-        measured = tuple((int(units), int(parameters), ratio) for units, parameters, ratio in file.measured)
+        measured = tuple((int(modules), int(parameters), ratio) for modules, parameters, ratio in file.measured)
         return cls(**{**{each.name: getattr(file, each.name) for each in fields(cls)}, "measured": measured})
 
     def best(self, scores: Mapping[str, float], max_slowdown: float) -> list[str]:
@@ -123,7 +128,8 @@ class ModuleCosts:
         costs = [self.cost(members) for members in units]
         values = [sum(positive.get(name, 0.0) for name in members) for members in units]
         unit_cost, unit_value = min(costs) or 1.0, max(values)  # the solver's tolerances are absolute
-        budget = optimize.LinearConstraint([[cost / unit_cost for cost in costs]], ub=(max_slowdown - 1) / unit_cost)
+        left = max_slowdown - 1 - self.per_step
+        budget = optimize.LinearConstraint([[cost / unit_cost for cost in costs]], ub=left / unit_cost)
         found = optimize.milp(
             [-value / unit_value for value in values],
             integrality=[1] * len(units),
@@ -135,7 +141,7 @@ class ModuleCosts:
         if not chosen:
             raise ValueError(
                 f"max_slowdown={max_slowdown!r} leaves no time for a module with a positive score: the fastest one "
-                f"makes a step {1 + min(costs):.3f} times as long as the base model's."
+                f"makes a step {1 + self.per_step + min(costs):.3f} times as long as the base model's."
             )
         return [name for members in chosen for name in members if name in positive]
 
@@ -146,17 +152,17 @@ def fit(
     measured: Sequence[tuple[int, int, float]],
     conditions: Mapping[str, Any],
 ) -> ModuleCosts:
-    """Returns the costs that fit measured ratios with the least squared error, neither of them negative.
+    """Returns the costs that fit measured ratios with the least squared error, none of them negative.
 
     Args:
         engine: the engine that was timed.
         parameters: the number of parameters of one adapter in each module.
-        measured: at least three measurements: the number of units, the number of parameters, the ratio.
+        measured: at least four measurements: the number of computed modules, their number of parameters, the ratio.
         conditions: under which conditions they were measured.
     """
     solve = import_scipy().nnls
     scale = max(number for _, number, _ in measured)
-    rows = [[units, number / scale] for units, number, _ in measured]
+    rows = [(1, modules, number / scale) for modules, number, _ in measured]
     excess = [ratio - 1 for *_, ratio in measured]
 
     def fitted(without: int | None = None) -> Any:
@@ -167,9 +173,16 @@ def fit(
         abs(sum(part * cost for part, cost in zip(row, fitted(index), strict=True)) - excess[index])
         for index, row in enumerate(rows)
     ]
-    per_unit, per_scale = map(float, fitted())
+    per_step, per_module, per_scale = map(float, fitted())
     return ModuleCosts(
-        engine, per_unit, per_scale / scale, dict(parameters), float(max(errors)), tuple(measured), dict(conditions)
+        engine,
+        per_step,
+        per_module,
+        per_scale / scale,
+        dict(parameters),
+        float(max(errors)),
+        tuple(measured),
+        dict(conditions),
     )
 
 

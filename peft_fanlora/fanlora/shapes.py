@@ -68,7 +68,8 @@ class CostsFile(Shape):
     """The content of a file with `ModuleCosts`."""
 
     engine: Engine
-    per_unit: Share
+    per_step: Share
+    per_module: Share
     per_parameter: Share
     parameters: Annotated[dict[ModulePath, PositiveInt], Field(min_length=2)]
     error: Share

@@ -98,9 +98,10 @@ def _within_budgets(scores: Mapping[str, float], costs: ModuleCosts) -> Iterator
     costs.size(scores)
     units = [unit for unit in costs.units().values() if any(scores.get(name, 0.0) > 0 for name in unit)]
     prices = [costs.cost(unit) for unit in units]
+    least, most = costs.per_step + min(prices), costs.per_step + sum(prices)
     step = _step(sum(prices), _NUM_BUDGETS)
     before: set[str] = set()
-    for part in range(max(1, math.ceil(min(prices) / step)), math.ceil(sum(prices) / step) + 1):
+    for part in range(max(1, math.ceil(least / step)), math.ceil(most / step) + 1):
         budget = float(f"{1 + part * step:.12g}")
         names = costs.best(scores, budget)
         if set(names) != before:
