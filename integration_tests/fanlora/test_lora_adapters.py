@@ -25,6 +25,8 @@ from peft_fanlora.fanlora.batches import AdapterStack
 from peft_fanlora.serving.tenants import BASE_ROWS
 
 
+pytestmark = pytest.mark.slow
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "first": {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"},
     "second": {"r": 2, "use_rslora": True, "target_modules": "all-linear"},

@@ -15,7 +15,7 @@ from integration_tests.helpers.models import logits
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
 
 
-pytestmark = [pytest.mark.real_model, pytest.mark.xdist_group("real_model")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real_model")]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,9 @@ from integration_tests.helpers.processes import OtherProcess
 from peft_fanlora import FanLoraConfig, FanLoraSetting
 
 
+pytestmark = pytest.mark.slow
+
+
 def saved_model(name: str, folder: Path, **config: Any) -> PeftModel:
     """A model whose base can be loaded again from a folder."""
     TINY[name].base().save_pretrained(folder / "base")

@@ -22,6 +22,8 @@ from peft_fanlora.fanlora.choices import ScoreName
 from peft_fanlora.fanlora.importance import SCORES
 
 
+pytestmark = pytest.mark.slow
+
 METHODS = list(SCORES)
 
 
