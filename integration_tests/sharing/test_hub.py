@@ -1,5 +1,6 @@
 """Adapters of both methods and settings go to a hub and come back, by the real `huggingface_hub`."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,8 +137,8 @@ def type_command(*arguments: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def run_code(base: Path, code: str) -> None:
-    """Runs the code of a page, which begins where there are a model, its base model and a setting."""
+def run_code(base: Path, code: str, folder: Path) -> None:
+    """Runs the code of a page in a folder, which begins where there are a model, its base model and a setting."""
     import peft
 
     import peft_fanlora
@@ -145,7 +146,8 @@ def run_code(base: Path, code: str) -> None:
     model = trained("FanLoRA", base)
     names = {"model": model, "base": LlamaForCausalLM.from_pretrained(base), "setting": made_setting(base)}
     public = {name: getattr(peft_fanlora, name) for name in peft_fanlora.__all__}
-    exec(code, {**vars(peft), **public, **names})
+    with contextlib.chdir(folder):
+        exec(code, {**vars(peft), **public, **names})
 
 
 def train_and_publish(base: Path, output: Path, repo_id: str) -> None:
@@ -277,7 +279,7 @@ def test_the_recipes_that_upload_run(hub: Hub, run: Run, base: Path, tmp_path: P
     codes = [code for code in found if "\nmodel.push_to_hub(" in code]
     assert len(codes) == 2
     for code in codes:
-        run(run_code, base, f"import os\nos.chdir({str(tmp_path)!r})\n{code}")
+        run(run_code, base, code, tmp_path)
     assert "plain-lora/adapter_model.safetensors" in hub.files("me/my-adapter")
     assert json.loads(hub.files("me/my-adapter")["plain-lora/adapter_config.json"])["peft_type"] == "LORA"
 
