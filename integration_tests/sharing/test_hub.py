@@ -264,12 +264,12 @@ def test_an_adapter_brings_its_setting(hub: Hub, run: Run, base: Path) -> None:
     assert hub.card("me/adapter") == card  # the adapter's card shows the setting already
 
 
-def test_the_code_about_sharing_runs(hub: Hub, run: Run, base: Path) -> None:
+def test_the_code_about_sharing_runs(hub: Hub, run: Run, base: Path, tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "sharing.md").read_text()
     code = "\n".join(part.partition("```")[0] for part in text.split("```python\n")[1:])
     for repo_id in ("me/another-adapter", "me/my-adapter"):
         run(publish, "FanLoRA", base, repo_id)
-    run(run_code, base, code.replace("hf_...", "my-token"))
+    run(run_code, base, code.replace("hf_...", "my-token"), tmp_path)
     assert hub.repositories.keys() == {"me/another-adapter", "me/my-adapter", "me/my-setting"}
 
 
