@@ -174,13 +174,15 @@ def _each(found: Difference) -> str:
     return " and ".join(f"{gap:+.3f}" for gap in found.gaps)
 
 
-def reading(frame: pd.DataFrame) -> str:
-    """Returns what reading the prompt is worth in one setting, in a sentence."""
+def reading(frame: pd.DataFrame, setting: str) -> str:
+    """Returns how PARA compares in a setting, on its task or over its tasks, in a sentence."""
+    own = frame[frame["setting"] == setting]
+    whole = own[own["task"] == own["task"].iloc[0]]
     asked = {"IA3": IA3, "the same generators with a constant input": CONSTANT, "LoRA on all modules": LORA}
     found = [
         f"{so_far(one)} compared with {name}"
         for name, second in asked.items()
-        if (one := difference(frame, PARA, second)) is not None
+        if (one := difference(whole, PARA, second)) is not None
     ]
     return f"PARA {'; '.join(found)}." if found else "no comparison is finished yet."
 
