@@ -47,7 +47,7 @@ def lora_qv(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
 
 
 def lora_o_down(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
-    """LoRA on the two roles that vLLM does not pack with others, so that a decoding step costs least there."""
+    """LoRA on the two roles that vLLM does not pack with others, so that it computes no modules beside them."""
     return _lora(base, run, [name for name in candidates(base) if name.endswith(("o_proj", "down_proj"))])
 
 
