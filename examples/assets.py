@@ -45,6 +45,17 @@ NOUN_CATEGORIES = {
     "20": "plant",
 }
 """WordNet's lexicographer files of eight common categories of nouns."""
+VERB_CATEGORIES = {
+    "30": "change",
+    "31": "cognition",
+    "32": "communication",
+    "35": "contact",
+    "38": "motion",
+    "40": "possession",
+    "41": "social",
+    "42": "state",
+}
+"""The same of verbs."""
 PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adjective", "s": "adjective", "r": "adverb"}
 
 
@@ -191,21 +202,30 @@ def sentiment() -> list[Row]:
     )
 
 
-def categories(per_category: int = 2000) -> list[Row]:
-    """Returns nouns of WordNet with their definition and their category, equally many per category, in a fixed order."""
+def categories() -> list[Row]:
+    """Returns nouns of WordNet with their definition and their category, 2,000 per category, in a fixed order."""
+    return _categories("noun", NOUN_CATEGORIES, 2000)
+
+
+def verb_categories() -> list[Row]:
+    """Returns verbs of WordNet with their definition and their category, 600 per category, in a fixed order."""
+    return _categories("verb", VERB_CATEGORIES, 600)
+
+
+def _categories(part: str, names: dict[str, str], per_category: int) -> list[Row]:
     with tarfile.open(fetch("wordnet.tgz")) as archive:
-        file = archive.extractfile("package/dict/data.noun")
+        file = archive.extractfile(f"package/dict/data.{part}")
         lines = io.TextIOWrapper(file, encoding="utf-8").readlines() if file else []
-    found: dict[str, dict[str, str]] = {name: {} for name in NOUN_CATEGORIES.values()}
+    found: dict[str, dict[str, str]] = {name: {} for name in names.values()}
     for line in random.Random(0).sample(lines, len(lines)):
         fields, _, gloss = line.partition("|")
-        category = NOUN_CATEGORIES.get(fields.split(" ")[1])
+        category = names.get(fields.split(" ")[1])
         if line.startswith(" ") or category is None or len(found[category]) == per_category:  # " " is the licence
             continue
         word, definition = fields.split(" ")[4].replace("_", " "), re.split(r';\s*"', gloss.strip())[0].strip()
         found[category][f"{word}: {definition}"] = category
     return _shuffled(
-        conversation("You sort nouns into kinds.", entry, category)
+        conversation(f"You sort {part}s into kinds.", entry, category)
         for entries in found.values()
         for entry, category in entries.items()
     )

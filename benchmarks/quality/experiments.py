@@ -18,16 +18,16 @@ import yaml
 LORA_RANK_2 = 610_560
 """Parameters of LoRA with r = 2 on all 210 linear layers of SmolLM2-135M, the smaller of the two budgets."""
 
-READS = ("prompt", "constant", "embeddings", "centred")
+READS = ("prompt", "constant", "task", "embeddings", "centred")
 """What PARA's generators may see, see `generators.py`."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One adapter, trained on one task and evaluated.
+    """One adapter, trained on a task or a mixture of tasks and evaluated.
 
     Attributes:
-        task: a name of `tasks.TASKS`.
+        task: a name of `tasks.TASKS` or `tasks.MIXTURES`.
         method: a name of `methods.METHODS`.
         seed: of the adapter, of the choice and order of the training rows, and of a random setting.
         learning_rate: its peak; None for the best of those tried on the noun task, see `Store.best_learning_rate`.
@@ -40,8 +40,9 @@ class Run:
         keep: FanLoRA: how many modules of each layer, roles, or modules stay.
         pooling: PARA.
         activation: PARA.
-        reads: PARA: one of `READS`: "constant" for the same generators fed with ones, "embeddings" for the first
-            block's input in all of them, "centred" for the prompt less the mean of others.
+        reads: PARA: one of `READS`: "constant" for the same generators fed with ones, "task" for the system message, which
+            all rows of a task share, "embeddings" for the first block's input in all of them, "centred" for the prompt less
+            the mean of others.
         rank: PARA: its rank, in place of the one that the budget gives.
         start: PARA: the standard deviation of D before training.
         scale: PARA: what l - 1 is multiplied by, so that with a learning rate as many times smaller U learns as fast, and D
@@ -269,7 +270,7 @@ class Store:
     def best_learning_rate(self, method: str, score: str | None = None) -> float:
         """Returns the learning rate that a method has where none is named: the best of those tried on the noun task.
 
-        A method's runs with its smallest budget there choose it, for all budgets.
+        A method's runs with its smallest budget and the fewest steps there choose it, for all budgets and lengths.
 
         Args:
             method: its name.
@@ -287,8 +288,8 @@ class Store:
         if not tried:
             what = f"{method!r} with random modules" if score == "random" else repr(method)
             raise LookupError(f"no learning rate of {what} has been tried: run some on the noun task first")
-        smallest = min(content["run"]["parameters"] for content in tried)
-        return best_learning_rate(content for content in tried if content["run"]["parameters"] == smallest)
+        sizes = [(content["run"]["parameters"], content["run"]["steps"]) for content in tried]
+        return best_learning_rate(content for content, size in zip(tried, sizes, strict=True) if size == min(sizes))
 
 
 def _results(path: Path) -> Iterator[tuple[Run | Search, dict[str, Any]]]:

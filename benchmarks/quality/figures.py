@@ -1,13 +1,15 @@
 """The finished runs as a table, and the statistics over seeds."""
 
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 from scipy import stats
 
-from .experiments import LORA_RANK_2, Store, best_learning_rate
+from .experiments import LORA_RANK_2, Run, Store, best_learning_rate
 from .methods import importance
+from .tasks import TASKS
 
 
 PATH = "FanLoRA, path"
@@ -15,17 +17,21 @@ RANDOM = "FanLoRA, random"
 OWN = f"{PATH}, own setting"
 LORA = "LoRA, all modules"
 LORA_QV = "LoRA, Q and V"
+LORA_O_DOWN = "LoRA, O and down"
 ADALORA = "AdaLoRA"
 PARA = "PARA"
 CONSTANT = "PARA, constant input"
+TASK_ONLY = "PARA, task only"
 IA3 = "IA3"
 METHODS = [PATH, RANDOM, LORA, LORA_QV, ADALORA, PARA, IA3]
 """Each method with its defaults."""
+MEAN = "mean"
+"""In place of a task, the mean over a mixture's tasks."""
 
 
 def variant(run: dict[str, Any]) -> str:
     """Returns what a run is, in words, without its task, budget and seed."""
-    plain = {"lora": LORA, "lora-qv": LORA_QV, "adalora": ADALORA, "ia3": IA3}
+    plain = {"lora": LORA, "lora-qv": LORA_QV, "lora-o-down": LORA_O_DOWN, "adalora": ADALORA, "ia3": IA3}
     if run["method"] in plain:
         return plain[run["method"]]
     if run["method"] == "para":
@@ -43,7 +49,12 @@ def variant(run: dict[str, Any]) -> str:
 def _para_options(run: dict[str, Any]) -> list[str]:
     options = []
     if run["reads"] != "prompt":
-        reads = {"constant": "constant input", "centred": "centered prompt", "embeddings": "embeddings only"}
+        reads = {
+            "constant": "constant input",
+            "task": "task only",
+            "centred": "centered prompt",
+            "embeddings": "embeddings only",
+        }
         options.append(reads[run["reads"]])
     if run["pooling"] != "attention":
         options.append(f"{run['pooling']} pooling")
@@ -58,38 +69,59 @@ def _para_options(run: dict[str, Any]) -> list[str]:
     return options
 
 
+def setting(run: dict[str, Any]) -> str:
+    """Returns the task or mixture of a run, and its steps if they are not as usual."""
+    return run["task"] if run["steps"] == Run.steps else f"{run['task']}, {run['steps']} steps"
+
+
 def groups(store: Store) -> dict[tuple[str, int, str], list[dict[str, Any]]]:
-    """Returns the finished runs by task, budget and variant: each group's differ in seed and learning rate."""
+    """Returns the finished runs by setting, budget and variant: each group's differ in seed and learning rate."""
     found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for content in store.load("run"):
         run = content["run"]
-        found.setdefault((run["task"], run["parameters"], variant(run)), []).append(content)
+        found.setdefault((setting(run), run["parameters"], variant(run)), []).append(content)
     return found
 
 
 def table(store: Store) -> pd.DataFrame:
-    """Returns a row a finished run; of several learning rates of a group, those with the best on the dev rows."""
+    """Returns a row a finished run on a task of the usual length.
+
+    Of several learning rates of a group, it has those with the best on the dev rows.
+    """
+    frame = _table(store)
+    return frame[frame["setting"].isin(TASKS)].drop(columns="setting").reset_index(drop=True)
+
+
+def further(store: Store) -> pd.DataFrame:
+    """Returns the other runs likewise, those on mixtures and of other lengths: a row a task, and one for their mean."""
+    frame = _table(store)
+    return frame[~frame["setting"].isin(TASKS)].reset_index(drop=True)
+
+
+def _table(store: Store) -> pd.DataFrame:
     rows = []
-    for (task, budget, name), contents in groups(store).items():
+    for (where, budget, name), contents in groups(store).items():
         best = best_learning_rate(contents)
         for content in contents:
             if content["run"]["learning_rate"] == best:
                 training = content["training"]
-                rows.append(
-                    {
-                        "task": task,
-                        "budget": budget,
-                        "variant": name,
-                        "seed": content["run"]["seed"],
-                        "learning_rate": best,
-                        "parameters": content["parameters"],
-                        **content["test"],
-                        "cpu_seconds": training["cpu_seconds"],
-                        "memory": training["peak_memory"],
-                    }
-                )
-    columns = ["task", "budget", "variant", "seed", "learning_rate", "parameters", "loss", "accuracy", "rouge_l"]
-    return pd.DataFrame(rows, columns=[*columns, "cpu_seconds", "memory"])
+                row = {
+                    "setting": where,
+                    "budget": budget,
+                    "variant": name,
+                    "seed": content["run"]["seed"],
+                    "learning_rate": best,
+                    "parameters": content["parameters"],
+                    "cpu_seconds": training["cpu_seconds"],
+                    "memory": training["peak_memory"],
+                    "training_loss": fmean(training["curve"][-(len(training["curve"]) // 3 or 1) :]),
+                }
+                by_task = content["test"].get("tasks")
+                own = by_task or {content["run"]["task"]: content["test"]}
+                whole = {MEAN: {"loss": content["test"]["loss"]}} if by_task else {}
+                rows += [{**row, "task": task, **one} for task, one in (whole | own).items()]
+    columns = ["setting", "task", "budget", "variant", "seed", "learning_rate", "parameters", "loss", "accuracy"]
+    return pd.DataFrame(rows, columns=[*columns, "rouge_l", "cpu_seconds", "memory", "training_loss"])
 
 
 def mean_and_half_width(values: pd.Series) -> tuple[float, float | None]:
@@ -108,12 +140,14 @@ class Difference:
         half_width: of the 95% t interval; None with one pair.
         p: of the paired t-test; None with one pair.
         pairs: how many.
+        gaps: the difference of each pair, in the order of the seeds.
     """
 
     mean: float
     half_width: float | None
     p: float | None
     pairs: int
+    gaps: tuple[float, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -144,7 +178,7 @@ def _paired(gap: pd.Series) -> Difference | None:
         return None
     mean, half_width = mean_and_half_width(gap)
     p = None if half_width is None else float(stats.ttest_1samp(gap, 0).pvalue)
-    return Difference(mean, half_width, p, len(gap))
+    return Difference(mean, half_width, p, len(gap), tuple(gap))
 
 
 def smaller_budget(frame: pd.DataFrame) -> pd.DataFrame:

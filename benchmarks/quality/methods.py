@@ -46,6 +46,11 @@ def lora_qv(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
     return _lora(base, run, [name for name in candidates(base) if name.endswith(("q_proj", "v_proj"))])
 
 
+def lora_o_down(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
+    """LoRA on the two roles that vLLM does not pack with others, so that it computes no modules beside them."""
+    return _lora(base, run, [name for name in candidates(base) if name.endswith(("o_proj", "down_proj"))])
+
+
 def _lora(base: PreTrainedModel, run: Run, names: list[str]) -> LoraConfig:
     rank = FanLoraSetting.from_modules(base, names).rank_for_budget(base, run.parameters)
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
@@ -110,9 +115,17 @@ def random_setting(base: PreTrainedModel, seed: int, strategy: str, keep: int) -
 
 
 def para(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
-    """PARA with the default targets."""
-    rank = run.rank or para_rank(base, run)
-    return ParaConfig(r=rank, pooling=run.pooling, activation=run.activation, task_type="CAUSAL_LM")
+    """PARA with the default targets.
+
+    Where it reads the task alone, its prompt ends with the first turn, which is the system message of the task.
+    """
+    return ParaConfig(
+        r=run.rank or para_rank(base, run),
+        pooling=run.pooling,
+        activation=run.activation,
+        prompt_end_token_ids=[base.config.eos_token_id] if run.reads == "task" else None,
+        task_type="CAUSAL_LM",
+    )
 
 
 def para_rank(base: PreTrainedModel, run: Run) -> int:
@@ -127,6 +140,7 @@ def para_rank(base: PreTrainedModel, run: Run) -> int:
 METHODS: dict[str, Callable[[PreTrainedModel, Run, Store], PeftConfig]] = {
     "lora": lora,
     "lora-qv": lora_qv,
+    "lora-o-down": lora_o_down,
     "adalora": adalora,
     "ia3": ia3,
     "fanlora": fanlora,

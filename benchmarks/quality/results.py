@@ -15,8 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from quality import figures, plots, tables
-from quality.experiments import LORA_RANK_2, Store
-from quality.tasks import TASKS, Split
+from quality.experiments import LORA_RANK_2, Run, Store
+from quality.tasks import MIXTURES, TASKS, Split
 
 
 HERE = Path(__file__).parent
@@ -42,7 +42,10 @@ def page(store: Store, files: list[Path]) -> str:
         "larger": frame[frame["budget"] != LORA_RANK_2],
         "models": ", ".join(sorted({content["base_model"] for content in runs + searches})),
         "machines": "; ".join(sorted({_machine(content["machine"]) for content in runs + searches})),
-        "steps": " or ".join(sorted({str(content["run"]["steps"]) for content in runs})),
+        "further": figures.smaller_budget(figures.further(store)),
+        "usual_steps": Run.steps,
+        "most_steps": max(run.steps for run in store.finished()),
+        "mixtures": MIXTURES,
         "split": Split("", next(iter(TASKS.values()))),
         "budget": LORA_RANK_2,
         "lost": lost,

@@ -13,10 +13,13 @@ from .figures import (
     CONSTANT,
     IA3,
     LORA,
+    LORA_O_DOWN,
+    MEAN,
     METHODS,
     PARA,
     PATH,
     RANDOM,
+    TASK_ONLY,
     Difference,
     difference,
     difference_without_retraining,
@@ -26,6 +29,9 @@ from .figures import (
 )
 from .tasks import TASKS, Split
 
+
+FEWEST_SEEDS = 3
+"""Below it the runs of mixtures and of other lengths have no verdict."""
 
 CLAIMS = {
     "FanLoRA with `path` beats FanLoRA with random modules": (PATH, RANDOM),
@@ -142,6 +148,83 @@ def _methods_of_a_task(frame: pd.DataFrame) -> str:
     return markdown([columns[index] for index in kept], [[row[index] for index in kept] for row in rows])
 
 
+FURTHER = [
+    (PARA, IA3),
+    (PARA, CONSTANT),
+    (PARA, TASK_ONLY),
+    (PARA, LORA),
+    (CONSTANT, IA3),
+    (PATH, RANDOM),
+    (PATH, LORA),
+    (RANDOM, LORA),
+    (LORA_O_DOWN, LORA),
+]
+"""What is compared on mixtures and after other numbers of steps."""
+
+
+def so_far(found: Difference | None) -> str:
+    """Returns a predicate as `says` does, without a verdict where there are fewer than three seeds."""
+    if found is None or found.pairs >= FEWEST_SEEDS:
+        return says(found)
+    seeds = "one seed" if found.pairs == 1 else f"{found.pairs} seeds"
+    return f"differs by {_each(found)} ({seeds}, too few for an interval)"
+
+
+def _each(found: Difference) -> str:
+    return " and ".join(f"{gap:+.3f}" for gap in found.gaps)
+
+
+def reading(frame: pd.DataFrame, setting: str) -> str:
+    """Returns how PARA compares in a setting, on its task or over its tasks, in a sentence."""
+    own = frame[frame["setting"] == setting]
+    whole = own[own["task"] == own["task"].iloc[0]]
+    asked = {"IA3": IA3, "the same generators with a constant input": CONSTANT, "LoRA on all modules": LORA}
+    found = [
+        f"{so_far(one)} compared with {name}"
+        for name, second in asked.items()
+        if (one := difference(whole, PARA, second)) is not None
+    ]
+    return f"PARA {'; '.join(found)}." if found else "no comparison is finished yet."
+
+
+def further_methods(frame: pd.DataFrame) -> str:
+    """Returns what the methods reached in one setting, with the accuracies of classifications in parentheses."""
+    tasks = [task for task in (MEAN, *TASKS) if task in set(frame["task"])]
+    rows = []
+    for name in sorted(frame["variant"].unique(), key=_rank):
+        own = frame[frame["variant"] == name]
+        one = own[own["task"] == tasks[0]]
+        (rate,) = one["learning_rate"].unique()
+        cells = []
+        for task in tasks:
+            held_out = own[own["task"] == task]
+            accuracy = held_out["accuracy"].mean()
+            cells.append(spread(held_out["loss"]) + ("" if pd.isna(accuracy) else f" ({accuracy:.3f})"))
+        parameters = f"{round(one['parameters'].mean()):,}"
+        rows.append([name, parameters, f"{rate:g}", str(len(one)), *cells, f"{one['training_loss'].mean():.3f}"])
+    return markdown(["", "parameters", "lr", "seeds", *tasks, "training, last third"], rows)
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Returns a key that sorts variants as `METHODS`, those of a method after it."""
+    first = [index for index, method in enumerate(METHODS) if name.startswith(method.partition(",")[0])]
+    return (METHODS.index(name) if name in METHODS else max(first)), name
+
+
+def further_comparison(frame: pd.DataFrame) -> str:
+    """Returns how methods differ in one setting: with at least three seeds an interval, else the difference of each seed."""
+    tasks = [task for task in (MEAN, *TASKS) if task in set(frame["task"])]
+    rows = []
+    for first, second in FURTHER:
+        found = [difference(frame[frame["task"] == task], first, second) for task in tasks]
+        if found[0] is not None:
+            few = found[0].pairs < FEWEST_SEEDS
+            cells = [_each(one) if few else _columns(one)[0] for one in found if one]
+            verdict = "too few seeds" if few else found[0].verdict
+            rows.append([f"{first} vs. {second}", str(found[0].pairs), cells[0], verdict, *cells[1:]])
+    return markdown(["comparison", "seeds", tasks[0], "verdict", *tasks[1:]], rows)
+
+
 def off_budget(frame: pd.DataFrame) -> str:
     """Returns which variants of LoRA and PARA miss their budget by more than 5%, which whole ranks may not allow to meet."""
     found = []
@@ -155,7 +238,7 @@ def off_budget(frame: pd.DataFrame) -> str:
 def learning_rates(store: Store) -> str:
     """Returns the dev losses that learning rates were chosen by."""
     rows = []
-    for (task, budget, name), contents in groups(store).items():
+    for (where, budget, name), contents in groups(store).items():
         losses = dev_losses(contents)
         if len(losses) > 1:
             best = best_learning_rate(contents)
@@ -164,7 +247,7 @@ def learning_rates(store: Store) -> str:
                 mark = "**" if rate == best else ""
                 cells.append(f"{rate:g}: {mark}{spread(pd.Series(list(values.values())))}{mark} ({len(values)})")
             edge = "lower" if best == min(losses) else "upper" if best == max(losses) else "none"
-            rows.append([f"{name}, {task}, {budget:,}", "; ".join(cells), edge])
+            rows.append([f"{name}, {where}, {budget:,}", "; ".join(cells), edge])
     return markdown(["", "rate: dev loss (seeds)", "best rate at the edge"], rows)
 
 

@@ -3,9 +3,10 @@
 import random
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import assets
@@ -42,7 +43,14 @@ TASKS = {
     "sentiment": Task(assets.sentiment, ("negative", "positive")),
     "category": Task(assets.categories, tuple(assets.NOUN_CATEGORIES.values())),
     "boolq": Task(assets.boolq, ("no", "yes")),
+    "verb": Task(assets.verb_categories, tuple(assets.VERB_CATEGORIES.values())),
 }
+
+MIXTURES = {
+    "three": ("gloss", "sentiment", "category"),
+    "five": ("gloss", "sentiment", "category", "boolq", "verb"),
+}
+"""Tasks that one adapter is trained on at once."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,17 @@ class Split:
             batches = [group[first : first + BATCH_SIZE] for first in range(0, len(group), BATCH_SIZE)]
             grouped += draw.sample(batches, len(batches))
         return [row for batch in grouped for row in batch]
+
+
+def mixed(splits: Sequence[Split], steps: int, seed: int) -> Rows:
+    """Returns the training rows of `steps` batches, each of one split.
+
+    The splits have equally many batches, give or take one, in random order.
+    """
+    order = [step % len(splits) for step in range(steps)]
+    random.Random(seed).shuffle(order)
+    rows = [iter(split.training(order.count(index) * BATCH_SIZE, seed)) for index, split in enumerate(splits)]
+    return [row for index in order for row in islice(rows[index], BATCH_SIZE)]
 
 
 def _words(row: assets.Row, task: Task) -> frozenset[str]:

@@ -21,7 +21,7 @@ from transformers import (
 from .experiments import Run, Store
 from .generators import centre
 from .methods import adapted
-from .tasks import BATCH_SIZE, TASKS, Rows, Split, Tokens, evaluate, on, rouge_l
+from .tasks import MIXTURES, TASKS, Rows, Split, Tokens, evaluate, mixed, on, rouge_l
 
 
 NUM_GENERATED = 24
@@ -90,17 +90,32 @@ class Bench:
 
 
 def run_once(bench: Bench, run: Run) -> dict[str, Any]:
-    """Trains and evaluates."""
-    split = bench.split(run.task)
+    """Trains and evaluates.
+
+    Of a mixture, each task's results are in `tasks` beside the mean of their losses. They are from half of the dev and
+    test rows, without ROUGE-L, since there are several tasks to evaluate.
+    """
+    splits = [bench.split(task) for task in MIXTURES.get(run.task, (run.task,))]
     model = adapted(bench.base(run.seed), run, bench.store)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    rows = split.training(run.steps * BATCH_SIZE, run.seed)
+    rows = mixed(splits, run.steps, run.seed)
     if run.reads == "centred":
         centre(model.eval(), bench.tokens.loader(rows[:CENTRE_ROWS]))
     training = bench.train(model, rows, run.learning_rate or 0.0, run.steps)
-    dev = evaluate(model, bench.tokens, split.dev, split.task, "dev rows")
-    test = evaluate(model, bench.tokens, split.test, split.task, "test rows")
-    if not split.task.labels:
-        every = max(1, len(split.test) // NUM_GENERATED)
-        test["rouge_l"] = rouge_l(model, bench.tokens, split.test[::every][:NUM_GENERATED])
+    dev, test = (_evaluate(bench, model, splits, part) for part in ("dev", "test"))
+    if run.task in TASKS and not TASKS[run.task].labels:
+        held_out = splits[0].test
+        every = max(1, len(held_out) // NUM_GENERATED)
+        test["rouge_l"] = rouge_l(model, bench.tokens, held_out[::every][:NUM_GENERATED])
     return {**bench.facts(), "parameters": parameters, "training": training, "dev": dev, "test": test}
+
+
+def _evaluate(bench: Bench, model: PeftModel, splits: list[Split], part: str) -> dict[str, Any]:
+    every = min(2, len(splits))
+    found = {
+        split.name: evaluate(model, bench.tokens, getattr(split, part)[::every], split.task, f"{split.name}, {part}")
+        for split in splits
+    }
+    if len(splits) == 1:
+        return found[splits[0].name]
+    return {"loss": sum(one["loss"] for one in found.values()) / len(found), "tasks": found}

@@ -196,6 +196,37 @@ def test_the_page_says_what_is_missing(store: Store, tmp_path: Path) -> None:
     assert "| 3-some.yaml | 1 of 1 or more |" in results.page(store, [file])
 
 
+def save_mixture(store: Store, run: Run, gloss: float, category: float) -> None:
+    training = {"curve": [9.0, 9.0, 1.0], "cpu_seconds": 10.0, "wall_seconds": 10.0, "peak_memory": 2**30}
+    by_task = {"gloss": {"loss": gloss}, "category": {"loss": category, "accuracy": 0.75}}
+    held_out = {"loss": (gloss + category) / 2, "tasks": by_task}
+    content = {"base_model": "tiny", "machine": FACTS, "parameters": 600_000, "training": training}
+    store.save("mixtures", run, {**content, "dev": held_out, "test": held_out})
+
+
+def test_mixtures_and_longer_runs_have_tables_of_their_own(store: Store) -> None:
+    """And take no part in the comparisons of single tasks."""
+    before = table(store)
+    assert "One adapter for several tasks" not in results.page(store, [])
+    for seed, (para, ia3) in enumerate([(3.0, 3.1), (3.1, 3.3)]):
+        save_mixture(store, Run("three", "para", seed, 1e-2, steps=120), para, 0.2)
+        save_mixture(store, Run("three", "ia3", seed, 2e-2, steps=120), ia3, 0.2)
+        save(store, Run("category", "lora", seed, 1e-2, steps=160), 0.1)
+    pd.testing.assert_frame_equal(table(store), before)
+    section = results.page(store, []).partition("## One adapter")[2].partition("## 1.")[0]
+    assert "| PARA | 600,000 | 0.01 | 2 | 1.625 ± 0.318 | 3.050 ± 0.635 | 0.200 ± 0.000 (0.750) | 1.000 |" in section
+    assert "PARA differs by -0.050 and -0.100 (2 seeds, too few for an interval) compared with IA3" in section
+    assert (
+        "| PARA vs. IA3 | 2 | -0.050 and -0.100 | too few seeds | -0.100 and -0.200 | +0.000 and +0.000 |" in section
+    )
+    assert "**category, 160 steps**: no comparison is finished yet." in section
+    save_mixture(store, Run("three", "para", 2, 1e-2, steps=120), 3.0, 0.2)
+    save_mixture(store, Run("three", "ia3", 2, 2e-2, steps=120), 3.16, 0.2)
+    section = results.page(store, []).partition("## One adapter")[2].partition("## 1.")[0]
+    assert "PARA is better by 0.077 ± 0.063 (3 seeds) compared with IA3." in section
+    assert "| PARA vs. IA3 | 3 | -0.077 ± 0.063 | better | -0.153 ± 0.125 | +0.000 ± 0.000 |" in section
+
+
 def test_variants_have_different_names() -> None:
     runs = [
         Run("category", "fanlora"),
@@ -207,6 +238,8 @@ def test_variants_have_different_names() -> None:
         Run("category", "lora-qv"),
         Run("category", "para"),
         Run("category", "para", reads="constant"),
+        Run("category", "lora-o-down"),
+        Run("category", "para", reads="task"),
         Run("category", "para", reads="centred"),
         Run("category", "para", reads="embeddings"),
         Run("category", "para", pooling="mean"),

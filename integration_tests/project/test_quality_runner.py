@@ -170,6 +170,28 @@ def test_a_constant_makes_the_same_vectors_for_every_prompt(tiny: dict[str, Any]
     assert not any((vector == vector[:1]).all() for vector in made["prompt"])
 
 
+def test_the_task_alone_makes_the_same_vectors_for_all_of_its_rows(tiny: dict[str, Any]) -> None:
+    from quality.generators import generators
+    from quality.methods import adapted
+
+    bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
+    model = adapted(bench.base(0), Run("category", "para", reads="task", rank=2), bench.store)
+    made: list[list[torch.Tensor]] = []
+    for generator in generators(model):
+        for name in generator.targets:
+            getattr(generator, f"up_{name}").data.normal_()
+        generator.register_forward_hook(lambda module, inputs, output: made[-1].extend(output.values()))
+    for system in ("w50 w51", "w52"):
+        made.append([])
+        told = [
+            {**row, "prompt": [{"role": "system", "content": system}, *row["prompt"]]}
+            for row in bench.split("category").test[:8]
+        ]
+        model.train()(**bench.tokens.batch(told))
+    assert all(torch.allclose(vector, vector[:1], atol=1e-5) for vector in made[0] + made[1])
+    assert not any(torch.allclose(vector[0], other[0], atol=1e-3) for vector, other in zip(*made, strict=True))
+
+
 def test_embeddings_are_what_every_generator_sees(tiny: dict[str, Any]) -> None:
     from quality.generators import generators
     from quality.methods import adapted
@@ -267,6 +289,30 @@ def test_splits_have_no_row_in_common(tiny: dict[str, Any]) -> None:
         split.training(800, 0)
 
 
+def test_the_batches_of_a_mixture_have_one_task_each(tiny: dict[str, Any]) -> None:
+    splits = [tasks.Split(name, tasks.TASKS[name]) for name in ("gloss", "category")]
+    rows = tasks.mixed(splits, 15, seed=0)
+    named = {id(row): split.name for split in splits for row in split.training(64, 0)}
+    batches = [rows[start : start + tasks.BATCH_SIZE] for start in range(0, len(rows), tasks.BATCH_SIZE)]
+    kinds = [{"w42" in row["completion"][0]["content"] for row in batch} for batch in batches]
+    assert len(named) == 128 and all(len(kind) == 1 for kind in kinds)
+    assert sum(kind == {True} for kind in kinds) == 8 and kinds != sorted(kinds, key=lambda kind: min(kind))
+    assert tasks.mixed(splits, 15, seed=1) != rows
+    assert tasks.mixed(splits[:1], 8, seed=0) == splits[0].training(64, 0)
+
+
+def test_a_mixture_is_evaluated_on_each_of_its_tasks(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tasks.MIXTURES, "both", ("gloss", "category"))
+    bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
+    result = training.run_once(bench, Run("both", "lora", learning_rate=1e-2, parameters=3000, steps=4))
+    assert len(result["training"]["curve"]) == 4
+    for part in ("dev", "test"):
+        by_task = result[part]["tasks"]
+        assert list(by_task) == ["gloss", "category"] and set(by_task["category"]) == {"loss", "accuracy"}
+        assert result[part]["loss"] == pytest.approx((by_task["gloss"]["loss"] + by_task["category"]["loss"]) / 2)
+    assert result["dev"]["loss"] != result["test"]["loss"]
+
+
 def test_logits_are_computed_only_where_a_label_is_predicted(tiny: dict[str, Any]) -> None:
     """And the loss is the one that all logits would give."""
     bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
@@ -281,7 +327,7 @@ def test_logits_are_computed_only_where_a_label_is_predicted(tiny: dict[str, Any
 def test_unknown_fields_and_missing_searches_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text("runs: [{task: gloss, method: lora, learning_rat: 1.e-3}]")
-    with pytest.raises(ValueError, match="reads='embedding' is none of prompt, constant, embeddings, centred"):
+    with pytest.raises(ValueError, match="reads='embedding' is none of prompt, constant, task, embeddings, centred"):
         Run("category", "para", reads="embedding")
     with pytest.raises(ValueError, match="a Run has no 'learning_rat'"):
         list(read(path, Store(tmp_path)))
@@ -300,6 +346,11 @@ def test_the_smallest_budget_chooses_the_learning_rate(tmp_path: Path) -> None:
         for rate, loss in losses.items():
             run = Run("category", "para", learning_rate=rate, parameters=parameters)
             store.save("some", run, {"machine": FACTS, "dev": {"loss": loss}})
+    store.save(
+        "some",
+        Run("category", "para", learning_rate=1e-4, parameters=3000, steps=80),
+        {"machine": FACTS, "dev": {"loss": 0.0}},
+    )  # nor a longer run
     assert store.best_learning_rate("para") == 1e-2
 
 
