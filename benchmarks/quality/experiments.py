@@ -171,8 +171,8 @@ def _product(entry: dict[str, Any], kind: type, path: Path) -> Iterator[dict[str
 
 def changed(run: Run | Search) -> dict[str, Any]:
     """Returns the fields of a run that do not have their default."""
-    values = asdict(run)
-    return {field.name: values[field.name] for field in fields(run) if getattr(run, field.name) != field.default}
+    values = ((field, getattr(run, field.name)) for field in fields(run))
+    return {field.name: value for field, value in values if value != field.default}
 
 
 class Store:

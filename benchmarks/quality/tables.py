@@ -27,7 +27,7 @@ from .figures import (
     mean_and_half_width,
     of_the_setting,
 )
-from .tasks import TASKS, Split
+from .tasks import TASKS, split_of
 
 
 FEWEST_SEEDS = 3
@@ -129,7 +129,7 @@ def methods(frame: pd.DataFrame) -> str:
             if not own.empty:
                 what = f"**{task}**, {budget:,} parameters"
                 if TASKS[task].labels:
-                    what += f"; accuracy of the most frequent answer: {Split(task, TASKS[task]).commonest:.3f}"
+                    what += f"; accuracy of the most frequent answer: {split_of(task).commonest:.3f}"
                 parts.append(f"{what}\n\n{_methods_of_a_task(own)}")
     return "\n".join(parts)
 

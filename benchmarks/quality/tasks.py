@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from typing import Any
 
@@ -112,6 +112,12 @@ class Split:
             batches = [group[first : first + BATCH_SIZE] for first in range(0, len(group), BATCH_SIZE)]
             grouped += draw.sample(batches, len(batches))
         return [row for batch in grouped for row in batch]
+
+
+@cache
+def split_of(task: str) -> Split:
+    """Returns the rows of a task, which are read once."""
+    return Split(task, TASKS[task])
 
 
 def mixed(splits: Sequence[Split], steps: int, seed: int) -> Rows:

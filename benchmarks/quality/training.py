@@ -21,7 +21,7 @@ from transformers import (
 from .experiments import Run, Store
 from .generators import centre
 from .methods import adapted
-from .tasks import MIXTURES, TASKS, Rows, Split, Tokens, evaluate, mixed, on, rouge_l
+from .tasks import MIXTURES, TASKS, Rows, Split, Tokens, evaluate, mixed, on, rouge_l, split_of
 
 
 NUM_GENERATED = 24
@@ -49,7 +49,7 @@ class Bench:
 
     def split(self, task: str) -> Split:
         """Returns a task's rows."""
-        return Split(task, TASKS[task])
+        return split_of(task)
 
     def train(self, model: PeftModel, rows: Rows, learning_rate: float, steps: int) -> dict[str, Any]:
         """Trains the adapter on each row once, with AdamW, a linear warm-up and a linear decay.

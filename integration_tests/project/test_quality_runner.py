@@ -57,6 +57,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     labels = ("w45", "w46", "w47")
     category = tasks.Task(lambda: rows(lambda number, words: labels[number % 3]), labels)
     monkeypatch.setitem(tasks.TASKS, "category", category)
+    monkeypatch.setattr(training, "split_of", lambda task: tasks.Split(task, tasks.TASKS[task], 64, 32, 64))
     config = {**LLAMA, "num_hidden_layers": 2}
     tf.LlamaForCausalLM(tf.LlamaConfig(**config)).save_pretrained(tmp_path / "tiny")
     tokenizer().save_pretrained(tmp_path / "tiny")
@@ -501,7 +502,14 @@ def test_a_run_that_another_process_has_just_finished_is_not_repeated(
 def test_choices_by_time_and_per_layer_are_compared(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    costs = {"engine": "transformers", "per_unit": 1e-3, "per_parameter": 1e-6, "error": 0.01, "conditions": {"r": 8}}
+    costs = {
+        "engine": "transformers",
+        "per_step": 0.0,
+        "per_module": 1e-3,
+        "per_parameter": 1e-6,
+        "error": 0.01,
+        "conditions": {"r": 8},
+    }
     (tmp_path / "costs.json").write_text(json.dumps({"costs": costs}))
     monkeypatch.setattr(time_budget, "LORA_RANK_2", 3000)
     monkeypatch.setattr(time_budget, "STEPS", {"gloss": 3, "category": 2})
