@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from .gate import CallGate
+from .sharding import require_whole
 
 
 if TYPE_CHECKING:
@@ -154,6 +155,12 @@ class TenantMixin:
             download_kwargs: how to read its configuration.
         """
         return None
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(*args, **kwargs)  # type: ignore[misc]
+        require_whole(found, kwargs["adapter_name"])
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
