@@ -1,7 +1,7 @@
-"""What the tests of DeepSpeed ZeRO do, in two processes that `torchrun … zero.py FOLDER` starts, and again in one without it.
+"""What the tests of DeepSpeed ZeRO do: `torchrun … zero.py FOLDER` in two processes, the tests again in one without it.
 
-Of DeepSpeed's own operators none is compiled. accelerate chooses no backend for DeepSpeed on CPUs, so that this script
-chooses gloo.
+accelerate chooses no backend for DeepSpeed on CPUs, so that this script chooses gloo. It keeps DeepSpeed from compiling
+its own communication through shared memory.
 """
 
 import sys
@@ -82,9 +82,11 @@ def error_of(act: Callable[[], Any]) -> str:
     return ""
 
 
-def refusals(name: str, folder: Path, stage: int, bases: Path) -> dict[str, str]:
-    """What a model says that DeepSpeed has taken over."""
-    made = trainer(name, folder, stage, bases)
+def refusals(name: str, folder: Path, bases: Path) -> dict[str, str]:
+    """What a model says whose weights stage 3 has divided. Saves it as the refusal says as well."""
+    import deepspeed
+
+    made = trainer(name, folder, 3, bases)
     made.train()
     model: Any = made.model
     kept = setting()
@@ -96,6 +98,8 @@ def refusals(name: str, folder: Path, stage: int, bases: Path) -> dict[str, str]
             "prune": error_of(lambda: model.prune_modules(kept)),
             "export": error_of(lambda: export_lora(model, folder / "exported")),
         }
+    with deepspeed.zero.GatheredParameters([each for each in model.parameters() if each.requires_grad]):
+        model.save_pretrained(folder / "gathered", is_main_process=scenarios.rank() == 0)
     return found
 
 
@@ -116,46 +120,43 @@ def several(method: str, base: nn.Module) -> PeftModel:
 
 
 @torch.no_grad()
-def served(method: str, stage: int | None, bases: Path) -> dict[str, torch.Tensor]:
-    """Calls of one adapter and of several, and a generation."""
-    args = SFTConfig(
-        **scenarios.arguments(bases, **({} if stage is None else {"deepspeed": zero(stage), "use_cpu": False}))
-    )
+def served(method: str, stage: int | None, bases: Path) -> dict[str, Any]:
+    """A call and a generation of one adapter of two, and what a mixed batch says."""
+    arguments = {} if stage is None else {"deepspeed": zero(stage), "use_cpu": False}
+    args = SFTConfig(**scenarios.arguments(bases, **arguments))  # lives as long as the model is used
     model = several(method, AutoModelForCausalLM.from_pretrained(bases / "llama" / "base"))
     if stage is not None:
         import deepspeed
 
-        config = zero(stage) | {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1}
-        config |= {"gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
-        deepspeed.initialize(model=model, config=config)
-    del args
+        sizes = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+        _engine, *_ = deepspeed.initialize(model=model, config=zero(stage) | sizes | {"gradient_clipping": 1.0})
     ids = torch.arange(3, 17).reshape(2, 7)
-    mixed = {"adapter_names": ["second", "first"]}
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     length = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    return {
-        "one": model(**prompt).logits,
-        "mixed": model(**prompt, **mixed).logits,
-        "generated": model.generate(**prompt, **length),
-        "mixed, generated": model.generate(**prompt, **length, **mixed),
+    found = {
+        "logits": model(**prompt).logits,
+        "sequences": model.generate(**prompt, **length),
+        "refusal": error_of(lambda: model(**prompt, adapter_names=["second", "first"])),
     }
+    del args
+    return found
 
 
 def prepare(folder: Path) -> None:
     """Saves what all processes load."""
-    for architecture in ("llama", "gpt2"):
-        saved_base(folder / architecture, architecture)
+    saved_base(folder / "llama")
+    saved_base(folder / "gpt2", "gpt2", **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0))
     setting().save_pretrained(folder / "setting")
 
 
 def main(folder: Path) -> None:
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     bases = folder / "bases"
-    gloo = mock.patch.object(PartialState, "_prepare_backend", lambda *_, **__: ("gloo", DistributedType.MULTI_CPU))
     results: dict[Any, Any] = {}
-    with gloo:
+    gloo = "gloo", DistributedType.MULTI_CPU
+    with mock.patch.object(PartialState, "_prepare_backend", lambda *_, **__: gloo):
         for stage in STAGES:
             for name in [*RUNS, *(OF_CONV1D if stage == 3 else [])]:
                 place = folder / f"{stage}" / name
@@ -165,7 +166,7 @@ def main(folder: Path) -> None:
                     results[stage, name, "resumed"] = resumed
             results[stage, "callback"] = callback_refusal(folder / "callback", stage, bases)
         for method in scenarios.METHODS:
-            results[method, "refusals"] = refusals(method, folder / "refused" / method, 3, bases)
+            results[method, "refusals"] = refusals(method, folder / "refused" / method, bases)
             results[method, "served"] = served(method, 3, bases)
     torch.save(results, folder / f"rank-{scenarios.rank()}.pt")
 
