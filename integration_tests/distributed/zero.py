@@ -32,11 +32,7 @@ OF_CONV1D = {"FanLoRA, GPT-2": ("FanLoRA", "gpt2"), "PARA, GPT-2": ("PARA", "gpt
 
 def zero(stage: int) -> dict[str, Any]:
     """A configuration that divides even the smallest parameters."""
-    optimization = {
-        "stage": stage,
-        "stage3_param_persistence_threshold": 0,
-        "stage3_gather_16bit_weights_on_model_save": True,
-    }
+    optimization = {"stage": stage, "stage3_param_persistence_threshold": 0}
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     optimizer = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return {"zero_optimization": optimization, **dict.fromkeys(sizes, "auto"), **optimizer}

@@ -112,8 +112,7 @@ def about_lora() -> dict[str, Any]:
 def about_several_processes() -> dict[str, Any]:
     config = FanLoraConfig(r=2, task_type="CAUSAL_LM")
     save_adapter("trained-adapter", config)
-    used = AutoModelForCausalLM, FanLoraCallback, PeftModel, SFTTrainer
-    known = {each.__name__: each for each in used}
+    known = {known.__name__: known for known in (AutoModelForCausalLM, FanLoraCallback, PeftModel, SFTTrainer)}
     data = {
         "args": arguments(),
         "instructions": prompts_and_completions(),
