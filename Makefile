@@ -6,9 +6,10 @@ EXAMPLES := $(VENV)/examples
 READY := $(VENV)/ready
 VLLM := .venv-vllm
 OLDEST := .venv-oldest
+DEEPSPEED := .venv-deepspeed
 CHECKED := $(addprefix integration_tests/,fanlora para project/test_layers.py project/test_tests.py)
 
-.PHONY: quickstart test check fuzz soak test-oldest test-peft test-vllm test-vllm-short support results docs build quality style
+.PHONY: quickstart test check fuzz soak test-oldest test-deepspeed test-peft test-vllm test-vllm-short support results docs build quality style
 
 quickstart: $(EXAMPLES)
 	$(BIN)/python examples/quickstart.py
@@ -45,6 +46,10 @@ test-vllm-short: $(VLLM)/ready
 # The same tests with the oldest versions of everything, in an environment of their own.
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadgroup
+
+# ZeRO in two processes on CPUs, over gloo: DeepSpeed has an environment of its own, and none of its operators is compiled.
+test-deepspeed: $(DEEPSPEED)/ready
+	$(DEEPSPEED)/bin/python -m pytest integration_tests/distributed/test_deepspeed.py
 
 # Runs the tests that show what is supported, and makes docs/support.md of it.
 support: $(READY)
@@ -94,6 +99,14 @@ $(EXAMPLES) $(OLDEST)/ready:
 
 $(READY):
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
+	touch $@
+
+$(DEEPSPEED)/ready: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-dev.txt --upgrade pip setuptools wheel
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-dev.txt torch
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-dev.txt --editable ".[trl]" pytest
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(@D)/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.8
 	touch $@
 
 $(VLLM)/ready: pyproject.toml requirements-vllm.txt

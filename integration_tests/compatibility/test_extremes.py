@@ -90,7 +90,7 @@ def test_a_prompt_of_one_token(method: str, dtype: torch.dtype) -> None:
 
 
 @both
-def test_a_prompt_of_16384_tokens(method: str) -> None:
+def test_a_prompt_of_32768_tokens(method: str) -> None:
     small = {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-    base = tiny("llama", **small, max_position_embeddings=20_000)
-    check_steps(adapted(method, base=base), tokens(1, 16_384), 2, 1e-4)
+    base = tiny("llama", **small, max_position_embeddings=40_000)
+    check_steps(adapted(method, base=base), tokens(1, 32_768), 2, 1e-4)

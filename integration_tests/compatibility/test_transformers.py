@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -18,6 +19,7 @@ from torch import nn
 
 from integration_tests.helpers.models import (
     METHODS,
+    TINY,
     VOCAB,
     adapted,
     config_of,
@@ -199,6 +201,46 @@ def test_device_map(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert any(parameter.is_meta for parameter in loaded.parameters())
     close(logits(loaded), expected)
     assert generated(loaded) == answer
+
+
+@pytest.mark.support("`device_map`, with layers on disk: scores, pruning, saving")
+@pytest.mark.parametrize("method", ["FanLoRA"])
+@pytest.mark.parametrize(
+    "away", [["model.layers.1"], ["model.embed_tokens", "lm_head"]], ids=["a block", "embeddings"]
+)
+def test_scores_and_pruning_with_layers_on_disk(
+    method: str, away: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against weights, batches and gates that are read from, or moved to, the meta device."""
+    monkeypatch.chdir(tmp_path)
+    folder = saved_base(tmp_path)
+    adapted(method).save_pretrained(tmp_path / "adapter")
+    names = [*(f"model.layers.{block}" for block in range(3)), "model.embed_tokens", "model.norm", "lm_head"]
+    split = {"model.rotary_emb": "cpu", **{name: "disk" if name in away else "cpu" for name in names}}
+    whole = PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
+    partly = PeftModel.from_pretrained(
+        tf.AutoModelForCausalLM.from_pretrained(folder, device_map=split, offload_folder=tmp_path / "offload"),
+        tmp_path / "adapter",
+        device_map={f"base_model.model.{name}": device for name, device in split.items()},
+        offload_folder=str(tmp_path / "more"),
+    )
+    assert any(parameter.is_meta for parameter in partly.parameters())
+    batches = [TINY["llama"].batch()]
+    for score in ("output_norm", "weight_norm", "path"):
+        expected, found = (
+            model.score_modules(batches, score, num_points=2, progress=False) for model in (whole, partly)
+        )
+        assert dict(found) == dict(expected)
+    for model in (whole, partly):
+        model.prune_modules(expected.select(keep=2))
+    close(logits(partly.eval()), logits(whole.eval()))
+    if any("lora_" in name and parameter.is_meta for name, parameter in partly.named_parameters()):
+        with pytest.raises(ValueError, match="are offloaded"):
+            partly.save_pretrained(tmp_path / "pruned")
+        assert not (tmp_path / "pruned").exists()
+    partly.save_pretrained(tmp_path / "pruned", state_dict=get_state_dict_offloaded_model(partly))
+    loaded = PeftModel.from_pretrained(tf.AutoModelForCausalLM.from_pretrained(folder), tmp_path / "pruned")
+    close(logits(loaded.eval()), logits(whole))
 
 
 @pytest.mark.support("`dtype`, with and without `autocast_adapter_dtype`")

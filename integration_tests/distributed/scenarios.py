@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
-from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import distributed as dist
 from torch import nn
@@ -33,12 +31,12 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from integration_tests.helpers.models import TINY
+from integration_tests.helpers.processes import CAN_RESUME_IN_TWO
 from integration_tests.helpers.text import sentences, tokenizer
 from peft_fanlora import FanLoraCallback, FanLoraConfig, ParaConfig
 
 
 METHODS = ("FanLoRA", "PARA")
-CAN_RESUME = Version(transformers.__version__) >= Version("5.18")
 GLOBAL_BATCH = 4
 WORDS = sentences(32)
 TEXT = Dataset.from_dict({"text": WORDS})
@@ -385,14 +383,14 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     for scenario in (
         fanlora_pruned,
         fanlora_pruned_with_best,
-        *([fanlora_resumed] if CAN_RESUME else []),
+        *([fanlora_resumed] if CAN_RESUME_IN_TWO else []),
         scores,
         gradients,
         fsdp_gradients,
         fsdp_saved,
         fsdp_refusals,
         sft,
-        *([sft_resumed] if CAN_RESUME else []),
+        *([sft_resumed] if CAN_RESUME_IN_TWO else []),
         plain_trainer,
         dpo,
         dpo_pruned,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from integration_tests.distributed import scenarios
 from integration_tests.helpers.models import TINY
-from integration_tests.helpers.processes import start_python
+from integration_tests.helpers.processes import CAN_RESUME_IN_TWO, start_python
 from peft_fanlora import FanLoraSetting
 
 
@@ -55,7 +55,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 can_resume = pytest.mark.skipif(
-    not scenarios.CAN_RESUME, reason="transformers before 5.18 fails on the optimizer's state of several CPU processes"
+    not CAN_RESUME_IN_TWO, reason="transformers before 5.18 fails on the optimizer's state of several CPU processes"
 )
 
 

@@ -11,14 +11,18 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 
 ROOT = Path(__file__).parents[2]
+CAN_RESUME_IN_TWO = Version(version("transformers")) >= Version("5.18")
+"""Whether trainers load the optimizer's state of several CPU processes."""
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["peft"])

@@ -20,6 +20,7 @@ import torch
 
 from integration_tests.helpers.kills import alone, in_child, in_halves, killing, state
 from integration_tests.helpers.models import TINY, fanlora
+from integration_tests.helpers.processes import CAN_RESUME_IN_TWO
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, export_lora
 
 
@@ -225,6 +226,7 @@ def main(what: str, folder: Path) -> dict[str, Any]:
 
     return {
         "runs": killed_runs.report(folder / "runs"),
+        "lost": killed_runs.lost(folder / "lost") if CAN_RESUME_IN_TWO else None,
         "kills": {case: kills(case, folder / str(number)) for number, case in enumerate(cases())},
         "refusals": refusals(folder / "refusals", [name for name in OBSTACLES if name != "a full disk"]),
     }

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import warnings
 from collections import Counter
@@ -193,6 +194,56 @@ def kills(name: str, folder: Path) -> dict[str, Any]:
         "restarts": list(restarts.values()),
         "incomplete": result(as_left),
     }
+
+
+def in_two(folder: Path, resume: bool = False, kill_at: int = 0) -> list[Any]:
+    """Trains in two processes with DistributedDataParallel.
+
+    Args:
+        folder: the folder of the run.
+        resume: whether to go on from the last checkpoint.
+        kill_at: at which optimizer step the second process kills itself with SIGKILL; 0 for none.
+
+    Returns:
+        The error of the first process, "" for none, and the wait status of the second.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def both() -> tuple[str, int]:
+        other = os.fork()
+        rank = "1" if other == 0 else "0"
+        os.environ.update(address, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        if other == 0:
+            kill = killing(kill_at)
+            register_optimizer_step_pre_hook(lambda *_: kill())
+            trained(folder, resume)
+            os._exit(0)
+        error = ""
+        try:
+            trained(folder, resume)
+        except RuntimeError as lost:  # of gloo
+            error = str(lost)
+        return error, os.waitpid(other, 0)[1]
+
+    status, found = in_child(both)
+    if status:
+        raise SystemExit(f"the first of two processes ended with status {status}")
+    return json.loads(found)
+
+
+def lost(folder: Path) -> dict[str, Any]:
+    """Loses one of two processes in the middle of a run, after its second checkpoint, and goes on from that."""
+    warnings.simplefilter("ignore")
+    place = folder / "run"
+    ends = {"whole": in_two(place)}
+    expected = state(place)
+    shutil.rmtree(place)
+    ends["lost"] = in_two(place, kill_at=5)
+    left = state(place)
+    ends["resumed"] = in_two(place, resume=True)
+    return {"ends": ends, "expected": expected, "left": left, "resumed": state(place)}
 
 
 def import_what_runs_import(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from integration_tests.helpers.models import TINY, fanlora
-from integration_tests.helpers.processes import environment, run_python
+from integration_tests.helpers.processes import CAN_RESUME_IN_TWO, environment, run_python
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
 from peft_fanlora.sharing.writing import STAGE_PREFIX, staged
 
@@ -73,6 +74,18 @@ def test_a_checkpoint_that_is_not_complete_is_refused(runs: dict[str, dict[str, 
     refusals = runs["a run of the trainer"]["incomplete"]
     assert len(refusals) > 5
     assert {refusal.get("error") for refusal in refusals} <= {"FileNotFoundError", "JSONDecodeError", "ValueError"}
+
+
+@pytest.mark.skipif(not CAN_RESUME_IN_TWO, reason="transformers before 5.18 does not resume in several CPU processes")
+def test_a_process_that_is_lost_leaves_the_last_checkpoint_whole(found: dict[str, Any]) -> None:
+    """The other process ends with an error, and both go on from that checkpoint to the same files, bit for bit."""
+    lost = found["lost"]
+    assert lost["ends"]["whole"] == lost["ends"]["resumed"] == ["", 0]
+    error, status = lost["ends"]["lost"]
+    assert error and status == signal.SIGKILL
+    assert {Path(file).parts[0] for file in lost["left"]} == {"checkpoint-2", "checkpoint-4"}
+    assert lost["left"].items() < lost["expected"].items()
+    assert lost["resumed"] == lost["expected"]
 
 
 def test_each_save_has_many_steps_and_kills_leave_what_they_show(kills: dict[str, dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..serving.sharding import is_sharded
 from .calibration import calibration_batches, check_calibration_data
 from .choices import Strategy
 from .importance import Method, find_score
@@ -112,8 +113,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         """Checks that the run can be pruned, and restores the setting of a resumed run."""
         tuner, adapter_name = _fanlora_adapter(kwargs["model"])
         trainer = self._running_trainer(state)
-        is_sharded = any(hasattr(parameter, "device_mesh") for parameter in kwargs["model"].parameters())
-        if is_sharded or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if is_sharded(kwargs["model"].parameters()) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise ValueError(
                 "FanLoraCallback cannot prune under FSDP, tensor parallelism or DeepSpeed, which do not allow "
                 "parameters to be removed. Train in two runs: save the adapter of the first, load it in a single "

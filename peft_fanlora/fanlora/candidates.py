@@ -129,7 +129,7 @@ def num_parameters_per_rank(module: Any) -> int:
     """Returns the number of parameters per rank of LoRA on a linear layer: in_features + out_features."""
     if hasattr(module, "in_features"):
         return module.in_features + module.out_features
-    return sum(module.weight.shape)  # Conv1D
+    return module.nx + module.nf  # Conv1D
 
 
 def model_type(model: nn.Module) -> str | None:

@@ -65,7 +65,7 @@ class Gates:
                 self._variants[index].gate = value
             else:
                 device = lora_factors(layer, self.adapter_name)[1].device
-                layer.scaling[self.adapter_name] = scaling * value.to(device)
+                layer.scaling[self.adapter_name] = scaling * (value if device.type == "meta" else value.to(device))
 
     @contextmanager
     def observed(self, observe: DeltaObserver) -> Iterator[None]:

@@ -89,7 +89,7 @@ class HomesMixin(TenantMixin):
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         """Returns an adapter's tensors without the memory of others, which `torch.save` would write as well."""
-        found = super()._get_adapter_state_dict(*args, **kwargs)  # type: ignore[misc]
+        found = super()._get_adapter_state_dict(*args, **kwargs)
         return {name: tensor.clone() if _is_part(tensor) else tensor for name, tensor in found.items()}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from .candidates import lora_factors
@@ -175,7 +176,9 @@ def weight_norm(gates: Gates, num_points: int) -> torch.Tensor:
     """Returns S_m = ‖ΔW_m‖ in the Frobenius norm, from the factors alone: ‖BA‖² = Σ (BᵀB ∘ AAᵀ), r × r each."""
     norms = []
     for name, layer in gates.layers.items():
-        A, B = (factor.detach().double().cpu() for factor in lora_factors(layer, gates.adapter_name))
+        linears = layer.lora_A[gates.adapter_name], layer.lora_B[gates.adapter_name]
+        with align_module_device(linears[0]), align_module_device(linears[1]):  # loads offloaded weights
+            A, B = (factor.detach().double().cpu() for factor in lora_factors(layer, gates.adapter_name))
         if name in gates.initial:
             A0, B0 = (factor.double().cpu() for factor in gates.initial[name])
             A, B = torch.cat([A, A0]), torch.cat([B, -B0], dim=1)

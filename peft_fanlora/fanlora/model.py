@@ -197,8 +197,8 @@ class FanLoraModel(HomesMixin, LoraModel):
         Raises:
             RuntimeError: the model is in the middle of a call.
             ValueError: an argument is out of range; the adapter does not exist, is merged or disabled, or several are
-                active and none is named; its weights are sharded by FSDP; the data has no labels; the loss is not
-                finite.
+                active and none is named; its weights are sharded by FSDP or DeepSpeed; the data has no labels;
+                the loss is not finite.
 
         Examples:
             >>> scores = model.score_modules(dataloader, num_batches=4)
@@ -237,7 +237,7 @@ class FanLoraModel(HomesMixin, LoraModel):
         Raises:
             ValueError: the adapter does not exist, is merged, or several are active and none is named; the setting
                 keeps a module that the adapter does not have, or does not fit the model; the adapter's weights are
-                sharded by FSDP.
+                sharded by FSDP or DeepSpeed.
             RuntimeError: the model is in the middle of a call.
         """
         if not isinstance(setting, FanLoraSetting):

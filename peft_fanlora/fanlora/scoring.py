@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..serving.sharding import is_sharded
 from .candidates import lora_factors, lora_modules, model_type, num_layers
 from .gated_loss import Batch
 from .gates import InitialFactors, module_gates
@@ -144,7 +145,7 @@ def scorable_modules(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer
     """Returns the modules of an adapter that are scored and pruned, by name and in the model's order.
 
     Raises:
-        ValueError: there are none, or their weights are sharded by FSDP.
+        ValueError: there are none, or their weights are sharded by FSDP or DeepSpeed.
     """
     layers = lora_modules(model, adapter_name)
     if not layers:
@@ -153,11 +154,11 @@ def scorable_modules(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer
             "vision towers are not scored. Use target_modules='all-linear'."
         )
     factors = (factor for layer in layers.values() for factor in lora_factors(layer, adapter_name))
-    if any(hasattr(factor, "device_mesh") for factor in factors):
+    if is_sharded(factors):
         raise ValueError(
-            f"The weights of adapter {adapter_name!r} are sharded over processes, as by FSDP, so that its modules "
-            "cannot run alone or be removed. Save the adapter, load it in a single process, score and prune it there, "
-            "and start the next run from the saved result."
+            f"The weights of adapter {adapter_name!r} are sharded over processes, as by FSDP or DeepSpeed ZeRO-3, so "
+            "that its modules cannot run alone or be removed. Save the adapter, load it in a single process, score and "
+            "prune it there, and start the next run from the saved result."
         )
     return layers
 
@@ -204,7 +205,7 @@ def prepared(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
             "data collator of your trainer. Pass a single batch as a list: score_modules([batch])."
         )
     _check_tensors(batch)
-    device = next(model.parameters()).device
+    device = next((each.device for each in model.parameters() if not each.is_meta), torch.device("cpu"))
     moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     if getattr(getattr(model, "config", None), "use_cache", False):
         moved.setdefault("use_cache", False)

@@ -140,7 +140,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
         TypeError: the module is not linear.
     """
     if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.weight.shape[1]
+        return module.nx, module.nf
     shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
     adapted = hasattr(module, "base_layer")  # as all layers of PEFT's tuners have
     if adapted or not all(isinstance(size, int) for size in shape):

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .call import Arguments
+from .sharding import is_sharded
 
 
 logger = logging.get_logger(__name__)
@@ -66,8 +67,8 @@ class RowPlaces:
         with self._lock:
             new = [layer for layer in layers if layer not in self._tried]
             self._tried.update(new)
-            if not new or any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-                return  # FSDP does not support a call within a call
+            if not new or is_sharded(model.parameters()):
+                return  # neither FSDP nor DeepSpeed supports a call within a call
             try:
                 self._measured.update(_measured(model, new, inputs))
                 self._some_have_none = None in self._measured.values()

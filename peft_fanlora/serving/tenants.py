@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from .gate import CallGate
+from .sharding import require_whole
 
 
 if TYPE_CHECKING:
@@ -109,12 +110,19 @@ class TenantMixin:
         """Returns the adapter of each row as given by the caller, after checking that all exist.
 
         Raises:
-            ValueError: the model is in training mode, an adapter does not exist, or an entry is not a name.
+            ValueError: the model is in training mode or sharded by DeepSpeed, an adapter does not exist, or an entry
+                is not a name.
         """
         if self.training:
             raise ValueError(
                 "Cannot pass `adapter_names` when the model is in training mode: mixed batches are for inference "
                 "only. Call model.eval() first."
+            )
+        if hasattr(next(self.model.parameters()), "ds_id"):
+            raise ValueError(
+                "Cannot pass `adapter_names` to a model sharded by DeepSpeed ZeRO-3, whose processes gather the weights "
+                "of all layers in the same order: they would mix up the weights of different adapters. Load the model "
+                "without DeepSpeed, or use one adapter at a time (`set_adapter`) in all processes."
             )
         if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
             raise ValueError(f"adapter_names is {adapter_names!r}: pass a list with one adapter name per row.")
@@ -154,6 +162,12 @@ class TenantMixin:
             download_kwargs: how to read its configuration.
         """
         return None
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(*args, **kwargs)  # type: ignore[misc]
+        require_whole(found, kwargs["adapter_name"])
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
