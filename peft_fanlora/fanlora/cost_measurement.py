@@ -205,12 +205,12 @@ def _share_weights(engine: Any, other: Any) -> None:
     """
     if not engine.llm_engine.vllm_config.model_config.enforce_eager:  # CUDA graphs have the addresses of the weights
         return
-    models: list[nn.Module] = []
+    models: list[Any] = []
     for each in (engine, other):
         each.apply_model(models.append)
     weights, adapted = (dict(model.named_modules()) for model in models)
     for name, module in adapted.items():
-        source = weights.get(name.replace(".base_layer", ""))
+        source: Any = weights.get(name.replace(".base_layer", ""))
         if type(source) is type(module):
             module._parameters = source._parameters
             if hasattr(source, "cpu_linear"):  # vLLM's product with a packed copy of the weights
