@@ -1,5 +1,6 @@
 """The configuration: its fields, its errors and the modules that it selects."""
 
+import inspect
 import json
 
 import pytest
@@ -51,7 +52,7 @@ def test_every_field_is_explained():
     assert {"r", "target_modules", "pooling", "activation", "prompt_end_token_ids", "para_dropout"} <= own
     for name in own:
         assert ParaConfig.__dataclass_fields__[name].metadata["help"], name
-        assert f"        {name}: " in ParaConfig.__doc__, name
+        assert f"\n    {name}: " in inspect.getdoc(ParaConfig), name
 
 
 def test_the_config_survives_json(tmp_path):

@@ -87,7 +87,7 @@ def test_run_evaluates_para_with_the_prompt_alone(folder: Path, monkeypatch: pyt
     arguments += f" --include_path {folder} --device cpu --batch_size 4 --apply_chat_template"
     arguments += f" --log_samples --output_path {folder / 'output'}"
     monkeypatch.setattr(sys, "argv", [])
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.syspath_prepend(folder)  # and is restored, since `run` replaces the first entry
     with pytest.raises(SystemExit) as ended:
         run(["lm_eval", *arguments.split()])
     assert not ended.value.code
