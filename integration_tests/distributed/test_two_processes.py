@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from integration_tests.distributed import scenarios
 from integration_tests.helpers.models import TINY
 from integration_tests.helpers.processes import CAN_RESUME_IN_TWO, start_python
+from integration_tests.helpers.training import close
 from peft_fanlora import FanLoraSetting
 
 
@@ -61,16 +62,6 @@ can_resume = pytest.mark.skipif(
 
 def of_both(two: Path, name: str) -> list[Any]:
     return [torch.load(two / name / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
-    """Compares tensors by name, each to a fraction of its largest value."""
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        atol = tolerance * float(tensor.abs().max())
-        torch.testing.assert_close(
-            actual[name], tensor, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )
 
 
 def moved(method: str, weights: dict[str, torch.Tensor]) -> float:
