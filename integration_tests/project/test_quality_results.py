@@ -15,6 +15,7 @@ from quality.figures import (
     RANDOM,
     Difference,
     difference,
+    further,
     mean_and_half_width,
     overlap,
     pruned,
@@ -189,6 +190,7 @@ def test_the_page_says_what_is_missing(store: Store, tmp_path: Path) -> None:
     page = results.page(store, [file])
     assert "| 3-some.yaml | 3 of 4 | category-fanlora-0.003-seed3 |" in page
     assert "| FanLoRA, path vs. FanLoRA, random | mean over these tasks | -0.100 ± 0.025 |" in page
+    assert "One adapter for several tasks" not in page  # no section without runs
     save(store, Run("category", "fanlora", 0, 1e-2), 0.5)
     rates = "| FanLoRA, path, category, 610,560 | 0.003: **0.310 ± 0.025** (3); 0.01: 0.500 (1) | lower |"
     assert rates in results.page(store, [file])
@@ -207,7 +209,6 @@ def save_mixture(store: Store, run: Run, gloss: float, category: float) -> None:
 def test_mixtures_and_longer_runs_have_tables_of_their_own(store: Store) -> None:
     """And take no part in the comparisons of single tasks."""
     before = table(store)
-    assert "One adapter for several tasks" not in results.page(store, [])
     for seed, (para, ia3) in enumerate([(3.0, 3.1), (3.1, 3.3)]):
         save_mixture(store, Run("three", "para", seed, 1e-2, steps=120), para, 0.2)
         save_mixture(store, Run("three", "ia3", seed, 2e-2, steps=120), ia3, 0.2)
@@ -222,9 +223,10 @@ def test_mixtures_and_longer_runs_have_tables_of_their_own(store: Store) -> None
     assert "**category, 160 steps**: no comparison is finished yet." in section
     save_mixture(store, Run("three", "para", 2, 1e-2, steps=120), 3.0, 0.2)
     save_mixture(store, Run("three", "ia3", 2, 2e-2, steps=120), 3.16, 0.2)
-    section = results.page(store, []).partition("## One adapter")[2].partition("## 1.")[0]
-    assert "PARA is better by 0.077 ± 0.063 (3 seeds) compared with IA3." in section
-    assert "| PARA vs. IA3 | 3 | -0.077 ± 0.063 | better | -0.153 ± 0.125 | +0.000 ± 0.000 |" in section
+    frame = further(store)
+    assert "PARA is better by 0.077 ± 0.063 (3 seeds) compared with IA3." in tables.reading(frame, "three, 120 steps")
+    table_of_three = tables.further_comparison(frame[frame["setting"] == "three, 120 steps"])
+    assert "| PARA vs. IA3 | 3 | -0.077 ± 0.063 | better | -0.153 ± 0.125 | +0.000 ± 0.000 |" in table_of_three
 
 
 def test_variants_have_different_names() -> None:
