@@ -85,14 +85,14 @@ def refusals(name: str, folder: Path, bases: Path) -> dict[str, str]:
     made = trainer(name, folder, 3, bases)
     made.train()
     model: Any = made.model
-    kept = setting()
-    found = {"save": error_of(lambda: model.save_pretrained(folder / "saved"))}
+    own, kept = folder / f"rank-{scenarios.rank()}", setting()
+    found = {"save": error_of(lambda: model.save_pretrained(own / "saved"))}
     if name == "FanLoRA":
         found |= {
             "score": error_of(lambda: model.score_modules([next(scenarios.batches())], progress=False)),
             "score weights": error_of(lambda: model.score_modules(None, "weight_norm", progress=False)),
             "prune": error_of(lambda: model.prune_modules(kept)),
-            "export": error_of(lambda: export_lora(model, folder / "exported")),
+            "export": error_of(lambda: export_lora(model, own / "exported")),
         }
     with deepspeed.zero.GatheredParameters([each for each in model.parameters() if each.requires_grad]):
         model.save_pretrained(folder / "gathered", is_main_process=scenarios.rank() == 0)
