@@ -11,8 +11,10 @@ from integration_tests.helpers.models import (
     CAUSAL,
     ENCODER_DECODER,
     ENCODERS,
+    GPT2,
     SEQ2SEQ,
     SIZES,
+    adapted,
     generate,
     para,
     randomize,
@@ -105,6 +107,33 @@ def test_a_fused_projection_leaves_the_keys_alone(name, suffix):
     (q, k, v), (q2, k2, v2) = cut(outputs["base"]), cut(outputs["scaled"])
     assert torch.equal(k, k2)
     assert not torch.isclose(q, q2).any() and not torch.isclose(v, v2).any()
+
+
+@pytest.mark.parametrize(
+    ("config", "cut"),
+    [
+        (
+            tf.CodeGenConfig(**GPT2, rotary_dim=4),
+            lambda y: (lambda q, v, k: (q, k, v))(*y.view(*y.shape[:-1], 4, 12).split(4, -1)),
+        ),
+        (
+            tf.PersimmonConfig(**BERT, bos_token_id=1, eos_token_id=2),
+            lambda y: y.view(*y.shape[:-1], 4, 3, 4).unbind(-2),
+        ),
+    ],
+    ids=["codegen", "persimmon"],
+)
+@torch.no_grad()
+def test_other_fused_projections_leave_the_keys_alone(config, cut):
+    model = adapted("PARA", base=tf.AutoModelForCausalLM.from_config(config), task_type=None)
+    layer = next(layer for layer in para_layers(model) if "qkv" in layer.name or "query_key_value" in layer.name)
+    outputs = {}
+    layer.base_layer.register_forward_hook(lambda module, args, out: outputs.update(base=out.clone()))
+    layer.register_forward_hook(lambda module, args, out: outputs.update(scaled=out.clone()))
+    model(tokens())
+    (q, k, v), (q2, k2, v2) = cut(outputs["base"]), cut(outputs["scaled"])
+    assert torch.equal(k, k2)
+    assert not torch.isclose(q, q2, atol=0).any() and not torch.isclose(v, v2, atol=0).any()
 
 
 @torch.no_grad()
