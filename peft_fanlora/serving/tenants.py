@@ -19,7 +19,6 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from .gate import CallGate
-from .sharding import require_whole
 
 
 if TYPE_CHECKING:
@@ -165,6 +164,8 @@ class TenantMixin:
 
     @classmethod
     def _get_adapter_state_dict(cls, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        from .sharding import require_whole
+
         found = super()._get_adapter_state_dict(*args, **kwargs)  # type: ignore[misc]
         require_whole(found, kwargs["adapter_name"])
         return found
