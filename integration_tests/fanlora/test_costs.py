@@ -19,6 +19,9 @@ from peft_fanlora.fanlora.costs import fit
 from peft_fanlora.timing import Contestant, Seconds
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_the_choice_is_the_best_within_the_budget(engine: Any, seed: int) -> None:

@@ -16,7 +16,7 @@ from peft_fanlora import FanLoraConfig, export_lora
 from peft_fanlora.fanlora.reading import _hollow
 
 
-pytestmark = pytest.mark.xdist_group("export")  # one worker makes what its tests share
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("export")]  # one worker makes what its tests share
 
 
 @pytest.fixture(scope="module")
