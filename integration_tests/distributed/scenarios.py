@@ -398,6 +398,16 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
+def close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
+    """Compares tensors by name, each to a fraction of its largest value."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        atol = tolerance * float(tensor.abs().max())
+        torch.testing.assert_close(
+            actual[name], tensor, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for name, scenario in SCENARIOS.items():

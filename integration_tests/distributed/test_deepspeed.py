@@ -14,9 +14,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from integration_tests.distributed import scenarios, zero
+from integration_tests.distributed.scenarios import close
 from integration_tests.helpers.models import TINY
 from integration_tests.helpers.processes import environment
-from integration_tests.helpers.training import close
 
 
 pytest.importorskip("deepspeed")

@@ -1,7 +1,6 @@
 """Two processes do what one does with the same data: gradients, scores, choices, whole runs and what they save."""
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from integration_tests.distributed import scenarios
+from integration_tests.distributed.scenarios import close
 from integration_tests.helpers.models import TINY
-from integration_tests.helpers.processes import CAN_RESUME_IN_TWO, start_python
-from integration_tests.helpers.training import close
+from integration_tests.helpers.processes import CAN_RESUME_IN_TWO, start_python, variables_of_two
 from peft_fanlora import FanLoraSetting
 
 
@@ -27,13 +26,9 @@ HERE = Path(__file__).parent
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all scenarios, run in two processes that talk over gloo, with the variables that torchrun sets."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
     processes = []
-    for rank in range(2):
+    for rank, variables in enumerate(variables_of_two()):
         output = tmp_path_factory.mktemp(f"output-{rank}")
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        variables = {**ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
         processes.append((start_python(output, HERE / "scenarios.py", folder, **variables), output))
     for process, output in processes:
         process.join(600)

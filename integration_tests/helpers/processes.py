@@ -7,6 +7,7 @@ nothing of this project, except where the imports themselves are tested.
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,14 @@ def environment(**variables: str) -> dict[str, str]:
     """Returns the environment of a process that imports from the repository, its examples and its benchmarks."""
     paths = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}
+
+
+def variables_of_two() -> list[dict[str, str]]:
+    """Returns the environment variables with which torchrun starts each of two processes on one machine."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
 def run_new_python(*arguments: object, cwd: Path = ROOT) -> str:

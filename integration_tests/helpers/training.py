@@ -164,13 +164,3 @@ def dpo(method: str, folder: Path, make: Any = pairs, model: Any = None, **optio
         processing_class=tokenizer(),
         peft_config=config(method, task_type="CAUSAL_LM") if model is None else None,
     )
-
-
-def close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-5) -> None:
-    """Compares tensors by name, each to a fraction of its largest value."""
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        atol = tolerance * float(tensor.abs().max())
-        torch.testing.assert_close(
-            actual[name], tensor, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
-        )

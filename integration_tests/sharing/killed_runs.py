@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import warnings
 from collections import Counter
@@ -29,6 +28,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerState, TrainingArgume
 
 from integration_tests.helpers.kills import alone, in_child, in_halves, killing, state
 from integration_tests.helpers.models import TINY, fanlora
+from integration_tests.helpers.processes import variables_of_two
 from integration_tests.sharing import faults
 from peft_fanlora import FanLoraCallback, FanLoraConfig, export_lora
 
@@ -207,14 +207,11 @@ def in_two(folder: Path, resume: bool = False, kill_at: int = 0) -> list[Any]:
     Returns:
         The error of the first process, "" for none, and the wait status of the second.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    first, second = variables_of_two()
 
     def both() -> tuple[str, int]:
         other = os.fork()
-        rank = "1" if other == 0 else "0"
-        os.environ.update(address, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ.update(first if other else second)
         if other == 0:
             kill = killing(kill_at)
             register_optimizer_step_pre_hook(lambda *_: kill())
