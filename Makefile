@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 DEEPSPEED := .venv-deepspeed
 CHECKED := $(addprefix integration_tests/,fanlora para project/test_layers.py project/test_tests.py)
 
-.PHONY: quickstart test check coverage fuzz soak test-oldest test-deepspeed test-peft test-vllm test-vllm-short support results docs build quality style
+.PHONY: quickstart test check coverage mutants fuzz soak test-oldest test-deepspeed test-peft test-vllm test-vllm-short support results docs build quality style
 
 quickstart: $(EXAMPLES)
 	$(BIN)/python examples/quickstart.py
@@ -27,6 +27,11 @@ coverage: $(READY)
 	$(BIN)/python -m coverage run -m pytest --numprocesses auto --dist loadgroup
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
+
+# Changes the code of the modules that results depend on, one expression at a time: which changes does no test notice?
+mutants: $(BIN)/mutmut
+	$(BIN)/mutmut run --max-children 2
+	$(BIN)/mutmut export-cicd-stats
 
 # 10,000 damaged settings, configurations and cards: each is read or refused with a ValueError.
 fuzz: $(READY)
@@ -106,6 +111,9 @@ $(EXAMPLES) $(OLDEST)/ready:
 $(READY):
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[$(EXTRAS)]"
 	touch $@
+
+$(BIN)/mutmut: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints-dev.txt --editable ".[mutants]"
 
 $(DEEPSPEED)/ready: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv $(@D)

@@ -19,7 +19,7 @@ from integration_tests.helpers.models import TINY, fanlora, logits, randomize
 from peft_fanlora import ImportanceScores
 from peft_fanlora.fanlora.candidates import lora_modules
 from peft_fanlora.fanlora.choices import ScoreName
-from peft_fanlora.fanlora.importance import SCORES
+from peft_fanlora.fanlora.importance import SCORES, Score, find_score, importance_score
 
 
 pytestmark = pytest.mark.slow
@@ -359,3 +359,26 @@ def test_a_function_is_scored_with_and_bad_shapes_are_refused(tmp_path: Path) ->
     assert dict(scores) == dict(model.score_modules(batches, "sensitivity", progress=False))
     with pytest.raises(ValueError, match="'<lambda>' returned the shape"):
         model.score_modules(batches, lambda loss, num_points: torch.zeros(()), progress=False)
+
+
+def test_a_registered_score_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_fanlora.fanlora.importance.SCORES", dict(SCORES))
+
+    def doubled(loss: Any, num_points: int) -> torch.Tensor:
+        return -2 * loss.gradient(1.0)
+
+    assert importance_score("-2 ∂L/∂g_m at g = 1")(doubled) is doubled
+    assert find_score("doubled") == find_score(doubled) == Score(doubled, "-2 ∂L/∂g_m at g = 1")
+    importance_score("again, as when its cell of a notebook runs again")(doubled)
+    assert find_score("doubled").equation.startswith("again")
+    batches = [TINY["llama"].batch()]
+    simple = fanlora().score_modules(batches, "sensitivity", progress=False)
+    assert dict(fanlora().score_modules(batches, "doubled", progress=False)) == pytest.approx(
+        {name: 2 * score for name, score in simple.items()}, rel=1e-6
+    )
+
+    def path(loss: Any, num_points: int) -> torch.Tensor:
+        raise NotImplementedError
+
+    with pytest.raises(ValueError, match=r"^There is already a score .path., in \S+\.importance: choose"):
+        importance_score("")(path)

@@ -1,6 +1,7 @@
 """FanLoraSetting: saving, sharing, transfer to another model, and the arithmetic of ranks."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,26 @@ def test_prints_as_a_small_table() -> None:
     ]
     assert str(scored()).startswith("FanLoRA setting: 6 of 21 modules, by path")
     assert len(repr(scored())) < 80
+
+
+def test_the_heat_map_is_of_all_scores_by_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[list[Any], dict[str, Any]]] = []
+    monkeypatch.setattr(
+        "peft_fanlora.fanlora.plots.plot_modules", lambda scores, **options: drawn.append(([*scores.items()], options))
+    )
+    setting, path = scored(), tmp_path / "plot.svg"
+    setting.plot(path)
+    replace(setting, calibration={}).plot(path)
+    (scores, options), (_, without_method) = drawn
+    assert dict(scores) == {**setting.kept, **setting.dropped}
+    assert [module.role for module, _ in scores] == sorted(module.role for module, _ in scores)
+    dots = "dots: the modules that are kept"
+    assert options == {"path": path, "title": f"Importance by path; {dots}", "kept": setting.kept}
+    assert without_method["title"] == f"Importance; {dots}"
+    with pytest.raises(
+        ValueError, match=r"^This FanLoRA setting has no scores: use the result of `scores.select`, as"
+    ):
+        FanLoraSetting.from_modules(TINY["llama"].base(), UP_AND_V).plot(path)
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:
@@ -163,6 +184,15 @@ def test_rank_for_budget_comes_closest(name: str) -> None:
     assert abs(found - budget) <= found / rank / 2
     with pytest.raises(ValueError, match="rank 1 on its"):
         half.rank_for_budget(base, 10)
+
+
+def test_the_smallest_budget_is_half_a_rank() -> None:
+    base = TINY["llama"].base()
+    setting = FanLoraSetting.from_modules(base, UP_AND_V)
+    per_rank = sum(sum(base.get_submodule(name).weight.shape) for name in UP_AND_V)
+    assert [setting.rank_for_budget(base, int(per_rank * ranks)) for ranks in (0.6, 1, 2)] == [1, 1, 2]
+    with pytest.raises(ValueError, match=f"rank 1 on its 6 modules already has {per_rank:,}"):
+        setting.rank_for_budget(base, int(per_rank * 0.4))
 
 
 def test_the_budget_of_llama_2_7b() -> None:
