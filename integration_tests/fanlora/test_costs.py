@@ -56,6 +56,7 @@ def test_in_vllm_one_projection_costs_the_packed_layer() -> None:
     assert of_transformers.slowdown(packed[2:]) < of_transformers.slowdown(packed)
     assert of_vllm.size(packed[:1]) == of_vllm.size(packed) == of_transformers.size(packed)
     assert of_vllm.slowdown([]) == 1
+    assert of_vllm.slowdown(packed[0]) == of_vllm.slowdown(packed[:1])
 
 
 def test_modules_with_negative_scores_are_left_out_of_a_large_budget() -> None:

@@ -26,6 +26,7 @@ from peft_fanlora import FanLoraConfig, FanLoraSetting, ModuleCosts, ParaConfig
 from peft_fanlora.command_line import main
 from peft_fanlora.command_line.app import app
 from peft_fanlora.command_line.output import quiet_stdout
+from peft_fanlora.fanlora.candidates import candidates
 from peft_fanlora_cli import quiet_libraries
 
 
@@ -256,6 +257,19 @@ def test_find_within_a_time_budget(base_folder: Path, rows: Path, tmp_path: Path
     )
     assert ModuleCosts.load(tmp_path / "found" / "module-costs.json") == ModuleCosts.load(file)
     assert invoke("find", rows, *options, "--costs", file).exit_code == 2
+
+
+def test_a_budget_without_time_for_any_module_is_refused_before_training(
+    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = dict.fromkeys(candidates(load(base_folder)), 1)
+    ModuleCosts("vllm", 0.05, 0.01, 0.0, parameters, 0.0).save(tmp_path / "costs.json")
+    monkeypatch.setattr("trl.SFTTrainer.train", lambda *_: pytest.fail("it trains"))
+    options = ("--calibration-rows", 4, "-o", tmp_path / "found", "--costs", tmp_path / "costs.json")
+    assert "max_slowdown=1.04 leaves no time for any of the 21 modules: the fastest one makes a step 1.060" in refusal(
+        "find", base_folder, rows, *options, "--max-slowdown", 1.04
+    )
+    assert not (tmp_path / "found").exists()
 
 
 def test_costs_prints_a_report(base_folder: Path, tmp_path: Path) -> None:

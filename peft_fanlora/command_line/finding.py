@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 from ..fanlora import report as reports
+from ..fanlora.candidates import lora_modules
 from ..fanlora.choices import Engine, ScoreName, Strategy
 from ..fanlora.config import FanLoraConfig
 from ..fanlora.costs import ModuleCosts
@@ -65,6 +66,8 @@ def run(
         model: Any = get_peft_model(base, config)
     else:
         model = PeftModel.from_pretrained(base, plan.adapter, config=sources.adapter_config(plan.adapter))
+    if budget:
+        budget["costs"].require_time(lora_modules(model.get_base_model(), "default"), budget["max_slowdown"])
     with tempfile.TemporaryDirectory() as scratch:
         arguments = SFTConfig(
             scratch,

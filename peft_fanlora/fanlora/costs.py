@@ -66,7 +66,7 @@ class ModuleCosts:
         Raises:
             ValueError: a module was not in the timed model.
         """
-        names = set(names)
+        names = {names} if isinstance(names, str) else set(names)
         if unknown := sorted(names - self.parameters.keys()):
             raise ValueError(
                 f"{unknown[0]} is not a module of the timed model, which has {len(self.parameters)} modules such as "
@@ -108,6 +108,18 @@ class ModuleCosts:
         measured = tuple((int(modules), int(parameters), ratio) for modules, parameters, ratio in file.measured)
         return cls(**{**{each.name: getattr(file, each.name) for each in fields(cls)}, "measured": measured})
 
+    def require_time(self, names: Iterable[str], max_slowdown: float) -> None:
+        """Raises a ValueError if `max_slowdown` leaves no time for any of these modules, or one was not timed."""
+        names = set(names)
+        self.size(names)
+        units = [members for members in self.units().values() if names & set(members)]
+        fastest = 1 + self.per_step + min(map(self.cost, units))
+        if fastest > max_slowdown:
+            raise ValueError(
+                f"max_slowdown={max_slowdown!r} leaves no time for any of the {len(names)} modules: the fastest one makes "
+                f"a step {fastest:.3f} times as long as the base model's."
+            )
+
     def best(self, scores: Mapping[str, float], max_slowdown: float) -> list[str]:
         """Returns the modules with the highest sum of scores whose predicted slowdown is at most `max_slowdown`.
 
@@ -124,6 +136,7 @@ class ModuleCosts:
         positive = {name: score for name, score in scores.items() if score > 0}
         if not positive:
             raise ValueError("No module has a positive score, so there is none that is worth its time.")
+        self.require_time(positive, max_slowdown)
         units = [members for members in self.units().values() if positive.keys() & set(members)]
         costs = [self.cost(members) for members in units]
         values = [sum(positive.get(name, 0.0) for name in members) for members in units]
@@ -137,12 +150,7 @@ class ModuleCosts:
             constraints=budget,
             options={"mip_rel_gap": 0.0},
         )
-        chosen = [] if found.x is None else [members for members, x in zip(units, found.x, strict=True) if x > 0.5]
-        if not chosen:
-            raise ValueError(
-                f"max_slowdown={max_slowdown!r} leaves no time for a module with a positive score: the fastest one "
-                f"makes a step {1 + self.per_step + min(costs):.3f} times as long as the base model's."
-            )
+        chosen = [members for members, x in zip(units, found.x, strict=True) if x > 0.5]
         return [name for members in chosen for name in members if name in positive]
 
 
