@@ -17,8 +17,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 pytest_plugins = ["integration_tests.helpers.support_table"]
 
 
-def pytest_collection_finish() -> None:
-    """Exempts what the imports made from garbage collection, which would take half a second each time.
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
+    """Exempts what is imported by now from garbage collection, which would take up to half a second each time.
 
     Transformers, Accelerate and TRL collect garbage in many of their calls.
     """
