@@ -7,22 +7,27 @@ READY := $(VENV)/ready
 VLLM := .venv-vllm
 OLDEST := .venv-oldest
 DEEPSPEED := .venv-deepspeed
+ABOUT_THE_PROJECT := $(addprefix integration_tests/,project peft_suite)
 CHECKED := $(addprefix integration_tests/,fanlora para project/test_layers.py project/test_tests.py)
 
-.PHONY: quickstart test check coverage mutants fuzz soak test-oldest test-deepspeed test-peft test-vllm test-vllm-short support results docs build quality style
+.PHONY: quickstart test test-project check coverage mutants fuzz soak test-oldest test-deepspeed test-peft test-vllm test-vllm-short support results docs build quality style
 
 quickstart: $(EXAMPLES)
 	$(BIN)/python examples/quickstart.py
 
 # In parallel, one thread per process; tests with an expensive fixture share a process (`xdist_group`).
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(addprefix --ignore=,$(ABOUT_THE_PROJECT))
+
+# The tests of what surrounds the package: examples, documentation, benchmarks, releases, and a part of PEFT's own tests.
+test-project: $(READY)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadgroup $(ABOUT_THE_PROJECT)
 
 # For use while editing: style, types, and the quick tests of both methods, in a minute and a half.
 check: quality
 	$(BIN)/python -m pytest --quiet --numprocesses auto --dist loadgroup -m "not slow" $(CHECKED)
 
-# Branch coverage of the same tests, in about half as much time again.
+# Branch coverage of both, in about half as much time again.
 coverage: $(READY)
 	$(BIN)/python -m coverage run -m pytest --numprocesses auto --dist loadgroup
 	$(BIN)/python -m coverage combine --quiet
@@ -54,7 +59,7 @@ test-vllm: $(VLLM)/ready $(VLLM)/triton
 test-vllm-short: $(VLLM)/ready
 	$(VLLM)/bin/python -m pytest -m vllm integration_tests/vllm_engine/test_para_in_vllm.py -k eight_tenants
 
-# The same tests with the oldest versions of everything, in an environment of their own.
+# All tests with the oldest versions of everything, in an environment of their own.
 test-oldest: $(OLDEST)/ready
 	$(OLDEST)/bin/python -m pytest --numprocesses auto --dist loadgroup
 
