@@ -164,6 +164,7 @@ def difference(frame: pd.DataFrame, first: str, second: str) -> Difference | Non
 
     With several tasks the pairs are means over the tasks, one pair a seed that all tasks have.
     """
+    frame = frame[frame["variant"].isin([first, second])]
     losses = frame.pivot_table(index=["seed"], columns=["task", "budget", "variant"], values="loss")
     gaps = [
         losses[(task, budget, first)] - losses[(task, budget, second)]

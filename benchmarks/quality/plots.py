@@ -1,4 +1,4 @@
-"""The pictures of docs/results.md, one for each question that has runs."""
+"""The pictures of docs/results.md and its tables, one for each question that has runs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Makes docs/results.md and its pictures from the finished runs; run it again as more arrive.
+"""Makes docs/results.md, its tables and its pictures from the finished runs; run it again as more arrive.
 
 python benchmarks/quality/results.py
 """
@@ -23,8 +23,11 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-def page(store: Store, files: list[Path]) -> str:
-    """Returns docs/results.md: `results.md.jinja`, which has all of its text, with the figures filled in."""
+PAGES = ("results.md", "results-tables.md")
+
+
+def pages(store: Store, files: list[Path]) -> dict[str, str]:
+    """Returns the pages by name: their templates, which have all of their text, with the figures filled in."""
     frame = figures.table(store)
     small = figures.smaller_budget(frame)
     runs, searches = store.load("run"), store.load("search")
@@ -68,7 +71,7 @@ def page(store: Store, files: list[Path]) -> str:
         autoescape=False,
     )
     environment.globals |= vars(figures) | vars(tables)
-    return environment.get_template("results.md.jinja").render(values)
+    return {name: environment.get_template(f"{name}.jinja").render(values) for name in PAGES}
 
 
 def _machine(facts: dict[str, str | int]) -> str:
@@ -81,16 +84,17 @@ def _machine(facts: dict[str, str | int]) -> str:
 
 def main(
     results: Annotated[Path, typer.Option(help="Folder of the finished runs")] = ROOT / "benchmarks/results/quality",
-    docs: Annotated[Path, typer.Option(help="Folder of the page")] = ROOT / "docs",
+    docs: Annotated[Path, typer.Option(help="Folder of the pages")] = ROOT / "docs",
 ) -> None:
-    """Writes the page and the pictures."""
+    """Writes the pages and the pictures."""
     store = Store(results)
     try:
         store.scores("gloss", "path")
     except LookupError as error:
         raise typer.BadParameter(f"{results}: {error}") from error
     plots.draw(store, docs / "images")
-    (docs / "results.md").write_text(page(store, sorted((HERE / "experiments").glob("*.yaml"))), encoding="utf-8")
+    for name, text in pages(store, sorted((HERE / "experiments").glob("*.yaml"))).items():
+        (docs / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

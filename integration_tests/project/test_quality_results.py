@@ -1,4 +1,4 @@
-"""The page of results is what the script makes of the committed runs, and its verdicts are those of the statistics."""
+"""The pages of results are what the script makes of the committed runs, and its verdicts are those of the statistics."""
 
 import json
 from dataclasses import fields
@@ -74,11 +74,12 @@ def store(tmp_path: Path) -> Store:
     return store
 
 
-def test_the_page_is_made_of_the_committed_runs() -> None:
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert page == results.page(COMMITTED, EXPERIMENTS), "run `make results` and commit what it changes"
-    for picture in page.split("](images/")[1:]:
-        assert (ROOT / "docs" / "images" / picture.partition(")")[0]).exists()
+def test_the_pages_are_made_of_the_committed_runs() -> None:
+    for name, text in results.pages(COMMITTED, EXPERIMENTS).items():
+        page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert page == text, "run `make results` and commit what it changes"
+        for picture in page.split("](images/")[1:]:
+            assert (ROOT / "docs" / "images" / picture.partition(")")[0]).exists()
 
 
 def test_the_readme_has_the_claims_of_the_committed_runs() -> None:
@@ -179,23 +180,24 @@ def test_the_dev_rows_choose_the_learning_rate(store: Store) -> None:
         store.best_learning_rate("lora")
 
 
-def test_a_page_without_a_search_says_which_to_run(tmp_path: Path) -> None:
+def test_pages_without_a_search_says_which_to_run(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match=r"no finished search on 'gloss'.*1-search.yaml"):
         results.main(results=tmp_path / "none", docs=tmp_path)
 
 
-def test_the_page_says_what_is_missing(store: Store, tmp_path: Path) -> None:
+def test_the_pages_say_what_is_missing(store: Store, tmp_path: Path) -> None:
     file = tmp_path / "3-some.yaml"
     file.write_text("runs: [{seed: [0, 1, 2, 3], task: category, method: fanlora}]")
-    page = results.page(store, [file])
-    assert "| 3-some.yaml | 3 of 4 | category-fanlora-0.003-seed3 |" in page
-    assert "| FanLoRA, path vs. FanLoRA, random | mean over these tasks | -0.100 ± 0.025 |" in page
+    page, page_of_tables = results.pages(store, [file]).values()
+    assert "| 3-some.yaml | 3 of 4 | category-fanlora-0.003-seed3 |" in page_of_tables
+    assert "| FanLoRA, path vs. FanLoRA, random | mean over these tasks | -0.100 ± 0.025 |" in page_of_tables
     assert "One adapter for several tasks" not in page  # no section without runs
+    assert "Several tasks" not in page_of_tables
     save(store, Run("category", "fanlora", 0, 1e-2), 0.5)
     rates = "| FanLoRA, path, category, 610,560 | 0.003: **0.310 ± 0.025** (3); 0.01: 0.500 (1) | lower |"
-    assert rates in results.page(store, [file])
+    assert rates in results.pages(store, [file])["results-tables.md"]
     file.write_text("runs: [{task: category, method: [fanlora, lora]}]")
-    assert "| 3-some.yaml | 1 of 1 or more |" in results.page(store, [file])
+    assert "| 3-some.yaml | 1 of 1 or more |" in results.pages(store, [file])["results-tables.md"]
 
 
 def save_mixture(store: Store, run: Run, gloss: float, category: float) -> None:
@@ -214,8 +216,10 @@ def test_mixtures_and_longer_runs_have_tables_of_their_own(store: Store) -> None
         save_mixture(store, Run("three", "ia3", seed, 2e-2, steps=120), ia3, 0.2)
         save(store, Run("category", "lora", seed, 1e-2, steps=160), 0.1)
     pd.testing.assert_frame_equal(table(store), before)
-    section = results.page(store, []).partition("## One adapter")[2].partition("## 1.")[0]
-    assert "| PARA | 600,000 | 0.01 | 2 | 1.625 ± 0.318 | 3.050 ± 0.635 | 0.200 ± 0.000 (0.750) | 1.000 |" in section
+    page, page_of_tables = results.pages(store, []).values()
+    section = page.partition("## One adapter")[2].partition("## 1.")[0]
+    losses = "| PARA | 600,000 | 0.01 | 2 | 1.625 ± 0.318 | 3.050 ± 0.635 | 0.200 ± 0.000 (0.750) | 1.000 |"
+    assert losses in page_of_tables.partition("## Several tasks")[2].partition("## Scores")[0]
     assert "PARA differs by -0.050 and -0.100 (2 seeds, too few for an interval) compared with IA3" in section
     assert (
         "| PARA vs. IA3 | 2 | -0.050 and -0.100 | too few seeds | -0.100 and -0.200 | +0.000 and +0.000 |" in section
