@@ -150,6 +150,17 @@ def test_transfer_goes_by_relative_depth(depth: int, layers: list[int]) -> None:
     assert transferred.num_layers == {"model.layers": depth}
 
 
+def test_transfer_takes_the_scores_of_all_modules() -> None:
+    setting = scored()
+    transferred = setting.resolve(TINY["llama"].base(num_hidden_layers=5))
+    by_name = {module.name: score for module, score in [*transferred.kept.items(), *transferred.dropped.items()]}
+    assert len(by_name) == len(transferred.kept) + len(transferred.dropped) == 35
+    for module, score in [*setting.kept.items(), *setting.dropped.items()]:
+        for layer, source in enumerate([0, 0, 1, 2, 2]):
+            if source == module.layer:
+                assert by_name[f"model.layers.{layer}.{module.role}"] == score
+
+
 def test_transfer_to_a_model_with_another_head() -> None:
     from transformers import LlamaModel
 

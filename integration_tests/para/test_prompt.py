@@ -102,6 +102,19 @@ def test_packed_padding_needs_no_prompt():
     assert mask_of(locate(input_ids=IDS, position_ids=positions, prompt_end=(6,)))[0][0] == [1, 1, 0, 0, 0, 0]
 
 
+def test_two_tokens_without_a_prompt_raise():
+    with pytest.raises(ValueError, match="in 1 of 1 training sequences"):
+        locate(labels=torch.tensor([[6, 7]]), tokens_each=2)
+
+
+def test_the_end_may_be_all_there_is():
+    assert mask_of(locate(input_ids=torch.tensor([[6, 7]]), prompt_end=(6, 7), tokens_each=2)) == [[[1, 1]]]
+
+
+def test_without_ids_the_labels_decide():
+    assert mask_of(locate(labels=LABELS, prompt_end=(6,))) == [[[1, 1, 1, 0, 0, 0]]]
+
+
 def test_an_end_does_not_reach_over_the_border_of_a_sequence():
     positions = torch.tensor([[0, 1, 0, 1, 2, 3]])
     ids = torch.tensor([[5, 6, 7, 8, 6, 7]])
@@ -119,6 +132,8 @@ def test_positions_of_left_padding_are_no_packing():
 def test_sequences_without_a_loss_need_no_prompt():
     labels = torch.tensor([[-100] * 6, [-100, -100, 7, 7, 7, 7]])
     assert mask_of(locate(labels=labels, rows=2))[1] == [[1, 1, 0, 0, 0, 0]]
+    with pytest.raises(ValueError, match="in 1 of 1 training sequences"):
+        locate(labels=torch.tensor([[-100] * 6, [7] * 6]), rows=2)
 
 
 def test_generation_knows_its_prompt():

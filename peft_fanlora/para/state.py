@@ -100,11 +100,8 @@ class Text:
 
     def begins(self, input_ids: torch.Tensor) -> bool:
         """Returns whether each row begins with the prompt, whose rows may have been repeated."""
-        own, batch = self.prompt, input_ids.shape[0]
-        if input_ids.shape[1] < own.shape[1] or batch % own.shape[0]:
-            return False
-        own = own.to(input_ids.device).repeat_interleave(batch // own.shape[0], 0)
-        return torch.equal(input_ids[:, : own.shape[1]], own)
+        own = self.prompt.to(input_ids.device).repeat_interleave(len(input_ids) // len(self.prompt), 0)
+        return torch.equal(input_ids[:, : own.shape[1]], own)  # also of different shapes
 
 
 @dataclass
