@@ -20,7 +20,8 @@ from integration_tests.helpers.counting import Products
 from integration_tests.helpers.models import TINY, fanlora, logits, randomize
 from integration_tests.helpers.tenants import NAMES, check_rows, tenants
 from peft_fanlora import FanLoraConfig
-from peft_fanlora.fanlora.stacks import Slots
+from peft_fanlora.fanlora.candidates import lora_factors
+from peft_fanlora.fanlora.stacks import SharedAdapter, Slots
 from peft_fanlora.serving.tenants import BASE_ROWS
 
 
@@ -81,6 +82,19 @@ def test_one_adapter_for_all_rows_costs_two_products_on_its_own_weights(
         "bmm": 0,
         "copy_": 0,
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_adapter_for_all_rows_with_gradients(dtype: torch.dtype) -> None:
+    layer = fanlora().base_model.model.model.layers[0].mlp.up_proj
+    A, B = lora_factors(layer, "default")
+    x, result = torch.randn(2, 3, A.shape[1], dtype=dtype), torch.randn(2, 3, B.shape[0], dtype=dtype)
+    before = result.clone()
+    found = SharedAdapter(layer, "default").add_to(result, x, None)
+    torch.testing.assert_close(found, result + (layer.scaling["default"] * x.float() @ A.T @ B.T).to(dtype))
+    assert torch.equal(result, before)
+    found.sum().backward()
+    assert A.grad is not None and A.grad.abs().sum() > 0
 
 
 def change_in_place(model: PeftModel, folder: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import (
 from integration_tests.helpers.models import CAUSAL, LLAMA, SIZES, VOCAB, para, randomize, tokens
 from peft_fanlora import ParaConfig
 from peft_fanlora.para.packing import numbered_sequences
-from peft_fanlora.para.prompt import Inputs, attended_tokens, causal_prompt, whole_input
+from peft_fanlora.para.prompt import Inputs, Prompt, attended_tokens, causal_prompt, whole_input
 
 
 def locate(training=True, prompt_end=None, tokens_each=6, rows=1, attended=None, **inputs):
@@ -59,6 +59,18 @@ def test_each_row_by_the_first_rule_that_finds_it():
     assert mask_of(prompt) == [[[1, 1, 0, 0, 0, 0]], [[1, 1, 1, 0, 0, 0]]]
 
 
+def test_each_row_has_an_end_of_its_own():
+    ids = torch.tensor([[5, 6, 7, 8, 9, 9], [5, 5, 5, 6, 7, 8]])
+    assert mask_of(locate(input_ids=ids, prompt_end=(6, 7), rows=2)) == [[[1, 1, 1, 0, 0, 0]], [[1, 1, 1, 1, 1, 0]]]
+
+
+def test_a_prompt_reaches_to_its_last_token():
+    mask = torch.tensor([[[0, 1, 1, 0]], [[1, 0, 0, 0]]]).bool()
+    assert [Prompt(mask).length(4), Prompt(mask & False).length(4), Prompt(None).length(4)] == [3, 0, 4]
+    whole = Prompt(None).mask_for(2, 3, torch.device("cpu"))
+    assert whole.dtype == torch.bool and whole.tolist() == [[[True] * 3]] * 2
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_no_prompt(side):
     """Guards against labels of -100 on padding being taken for a prompt."""
@@ -85,6 +97,13 @@ def test_packed_sequences_have_a_prompt_each():
     labels = torch.tensor([[-100, -100, 7, -100, -100, 7]])
     prompt = locate(labels=labels, position_ids=positions)
     assert mask_of(prompt) == [[[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0]]]
+    assert prompt.segments.tolist() == [[0, 0, 0, 1, 1, 1]]
+
+
+def test_a_prompt_mask_of_packed_sequences_is_for_each_of_them():
+    positions, prompt_mask = torch.tensor([[0, 1, 2, 0, 1, 2]]), torch.tensor([[1, 0, 0, 1, 1, 0]]).bool()
+    prompt = locate(prompt_mask=prompt_mask, position_ids=positions)
+    assert mask_of(prompt) == [[[1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0]]]
     assert prompt.segments.tolist() == [[0, 0, 0, 1, 1, 1]]
 
 
