@@ -361,6 +361,17 @@ def test_a_function_is_scored_with_and_bad_shapes_are_refused(tmp_path: Path) ->
         model.score_modules(batches, lambda loss, num_points: torch.zeros(()), progress=False)
 
 
+def test_a_distributed_run_of_one_process_scores_the_same() -> None:
+    batches = [TINY["llama"].batch()]
+    alone = fanlora().score_modules(batches, "sensitivity", progress=False)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        together = fanlora().score_modules(batches, "sensitivity", progress=False)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert dict(together) == dict(alone) and together.num_tokens == alone.num_tokens
+
+
 def test_a_registered_score_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft_fanlora.fanlora.importance.SCORES", dict(SCORES))
 

@@ -84,17 +84,42 @@ def test_one_adapter_for_all_rows_costs_two_products_on_its_own_weights(
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_adapter_for_all_rows_with_gradients(dtype: torch.dtype) -> None:
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize(("dtype", "dtype_of_result"), [(FLOAT, FLOAT), (HALF, HALF), (FLOAT, HALF)])
+def test_one_adapter_for_all_rows_in_any_precision(
+    dtype: torch.dtype, dtype_of_result: torch.dtype, mode: Callable[[], Any]
+) -> None:
+    """Adapters are float32 where the base model is bfloat16."""
     layer = fanlora().base_model.model.model.layers[0].mlp.up_proj
     A, B = lora_factors(layer, "default")
-    x, result = torch.randn(2, 3, A.shape[1], dtype=dtype), torch.randn(2, 3, B.shape[0], dtype=dtype)
+    x, result = torch.randn(2, 3, A.shape[1], dtype=dtype), torch.randn(2, 3, B.shape[0], dtype=dtype_of_result)
     before = result.clone()
-    found = SharedAdapter(layer, "default").add_to(result, x, None)
-    torch.testing.assert_close(found, result + (layer.scaling["default"] * x.float() @ A.T @ B.T).to(dtype))
-    assert torch.equal(result, before)
-    found.sum().backward()
-    assert A.grad is not None and A.grad.abs().sum() > 0
+    with mode():
+        found = SharedAdapter(layer, "default").add_to(result, x, None)
+        expected = before + (layer.scaling["default"] * x.float() @ A.T @ B.T).to(dtype_of_result)
+    torch.testing.assert_close(found, expected)
+    if found.requires_grad:
+        found.sum().backward()
+        assert torch.equal(result, before)
+        assert A.grad is not None and A.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_rows_in_lower_precision_than_their_adapters(mode: Callable[[], Any]) -> None:
+    model = tenants()
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(HALF)
+    batch = {"input_ids": TINY["llama"].batch(rows=3)["input_ids"]}
+    with mode():
+        mixed = model(**batch, adapter_names=["two", "default", "two"]).logits
+        for row, name in enumerate(["two", "default", "two"]):
+            alone = model(input_ids=batch["input_ids"][row : row + 1], adapter_names=[name]).logits
+            torch.testing.assert_close(mixed[row], alone[0], rtol=2e-2, atol=2e-2)
+    assert mixed.dtype == HALF
 
 
 def change_in_place(model: PeftModel, folder: Path) -> None:
