@@ -59,6 +59,16 @@ def test_in_vllm_one_projection_costs_the_packed_layer() -> None:
     assert of_vllm.slowdown(packed[0]) == of_vllm.slowdown(packed[:1])
 
 
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_a_budget_may_be_the_time_of_one_module(engine: Any) -> None:
+    found, own = costs(engine), dict.fromkeys(costs().parameters, 1.0)
+    fastest = min(found.slowdown([name]) for name in own)
+    for budget in (fastest, fastest - 1e-13):
+        assert found.slowdown(found.best(own, budget)) == pytest.approx(fastest)
+    with pytest.raises(ValueError, match="no time for any of the 21 modules"):
+        found.best(own, fastest - 1e-6)
+
+
 def test_modules_with_negative_scores_are_left_out_of_a_large_budget() -> None:
     own = scores()
     setting = own.select(max_slowdown=100, costs=costs())

@@ -1,6 +1,7 @@
 """The time that LoRA modules add to a decoding step, and the modules with the highest scores within a time budget."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -114,7 +115,7 @@ class ModuleCosts:
         self.size(names)
         units = [members for members in self.units().values() if names & set(members)]
         fastest = 1 + self.per_step + min(map(self.cost, units))
-        if fastest > max_slowdown:
+        if fastest > max_slowdown and not math.isclose(fastest, max_slowdown):
             raise ValueError(
                 f"max_slowdown={max_slowdown!r} leaves no time for any of the {len(names)} modules: the fastest one makes "
                 f"a step {fastest:.3f} times as long as the base model's."
