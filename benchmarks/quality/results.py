@@ -32,6 +32,7 @@ def pages(store: Store, files: list[Path]) -> dict[str, str]:
     small = figures.smaller_budget(frame)
     runs, searches = store.load("run"), store.load("search")
     lost = figures.pruned(store)
+    further = figures.smaller_budget(figures.further(store))
 
     def picture(name: str, alt: str) -> str:
         return f"![{alt}](images/results-{name}.png)\n" if plots.panels(small, plots.compared(small)[name]) else ""
@@ -45,7 +46,8 @@ def pages(store: Store, files: list[Path]) -> dict[str, str]:
         "larger": frame[frame["budget"] != LORA_RANK_2],
         "models": ", ".join(sorted({content["base_model"] for content in runs + searches})),
         "machines": "; ".join(sorted({_machine(content["machine"]) for content in runs + searches})),
-        "further": figures.smaller_budget(figures.further(store)),
+        "further": further,
+        "of_three": further[(further["setting"] == "three, 120 steps") & (further["task"] == figures.MEAN)],
         "usual_steps": Run.steps,
         "most_steps": max(run.steps for run in store.finished()),
         "mixtures": MIXTURES,

@@ -187,6 +187,14 @@ def reading(frame: pd.DataFrame, setting: str) -> str:
     return f"PARA {'; '.join(found)}." if found else "no comparison is finished yet."
 
 
+def reading_by_task(frame: pd.DataFrame, setting: str) -> str:
+    """Returns in a sentence how PARA compares with its generators with a constant input on each task of a setting."""
+    own = frame[frame["setting"] == setting]
+    found = {task: difference(own[own["task"] == task], PARA, CONSTANT) for task in TASKS}
+    parts = [f"on *{task}* PARA {so_far(one)}" for task, one in found.items() if one is not None]
+    return f"compared with a constant input, {'; '.join(parts)}." if parts else "no comparison is finished yet."
+
+
 def further_methods(frame: pd.DataFrame) -> str:
     """Returns what the methods reached in one setting, with the accuracies of classifications in parentheses."""
     tasks = [task for task in (MEAN, *TASKS) if task in set(frame["task"])]

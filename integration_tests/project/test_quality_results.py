@@ -10,6 +10,10 @@ import typer
 from quality import results, tables
 from quality.experiments import Run, Scoring, Search, Store
 from quality.figures import (
+    CONSTANT,
+    IA3,
+    LORA,
+    MEAN,
     PARA,
     PATH,
     RANDOM,
@@ -92,6 +96,15 @@ def test_the_readme_has_the_claims_of_the_committed_runs() -> None:
     assert verdicts == ["holds", "not shown", "not shown", "not shown", "the opposite", "not shown"], (
         "reword the README"
     )
+
+
+def test_the_readme_has_the_claims_about_one_adapter_for_three_tasks() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    runs = smaller_budget(further(COMMITTED)).query("setting == 'three, 120 steps'")
+    for other, verdict in ((LORA, "worse"), (IA3, "no difference shown"), (CONSTANT, "no difference shown")):
+        found = difference(runs[runs["task"] == MEAN], PARA, other)
+        assert found is not None and found.verdict == verdict, "reword the README"
+        assert f"({tables.interval(found)})" in readme, "take the figures of docs/results.md"
 
 
 def test_the_readme_and_the_page_about_serving_have_the_speed_that_was_measured() -> None:
