@@ -139,4 +139,4 @@ def test_the_workflows_call_what_there_is() -> None:
                 assert program in ("make", "python")
                 assert argument in targets if program == "make" else (ROOT / argument).is_file()
                 called.add(argument)
-    assert called == {"quality", "test", "test-oldest", "docs", "build", ".github/release.py"}
+    assert called == {"quality", "test", "test-project", "test-oldest", "docs", "build", ".github/release.py"}
