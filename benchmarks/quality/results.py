@@ -53,6 +53,7 @@ def pages(store: Store, files: list[Path]) -> dict[str, str]:
         "mixtures": MIXTURES,
         "split": Split("", next(iter(TASKS.values()))),
         "budget": LORA_RANK_2,
+        "agreement": figures.stability(store),
         "lost": lost,
         "limits": figures.of_the_setting(lost).groupby("choice")["loss"].mean(),
         "parts_of_para": [(figures.PARA, name) for name in plots.compared(small)["para"][1:]],

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 from integration_tests.helpers.models import TINY, fanlora, logits, randomize
 from integration_tests.helpers.processes import environment, run_new_python, run_python
-from integration_tests.helpers.text import sentences, tokenizer
+from integration_tests.helpers.text import save_base, sentences
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ModuleCosts, ParaConfig
 from peft_fanlora.command_line import main
 from peft_fanlora.command_line.app import app
@@ -36,8 +36,7 @@ pytestmark = pytest.mark.xdist_group("command_line")  # one worker makes what it
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    TINY["llama"].base().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    save_base(folder)
     return folder
 
 

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from integration_tests.helpers.models import TINY, adapted
-from integration_tests.helpers.text import sentences, tokenizer
+from integration_tests.helpers.models import adapted
+from integration_tests.helpers.text import save_base, sentences
 from peft_fanlora import export_lora
 from peft_fanlora.command_line.running import run
 
@@ -37,8 +37,7 @@ END_OF_PROMPT = [1, 5]  # "<s> assistant", with which the answer begins in the c
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model, an adapter of each method, the plain export of FanLoRA's, and a task."""
     folder = tmp_path_factory.mktemp("lm_eval")
-    TINY["llama"].base().save_pretrained(folder / "base")
-    tokenizer().save_pretrained(folder / "base")
+    save_base(folder / "base")
     fanlora = adapted("FanLoRA", base=base(folder))
     fanlora.save_pretrained(folder / "fanlora")
     export_lora(fanlora, folder / "plain")

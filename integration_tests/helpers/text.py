@@ -1,10 +1,12 @@
 """A tokenizer of a few words, and text made of its words."""
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from integration_tests.helpers.models import VOCAB
+from integration_tests.helpers.models import TINY, VOCAB
 
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", "answer", *(f"w{i}" for i in range(VOCAB - 7))]
@@ -24,6 +26,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     raw.add_special_tokens(["<s>", "</s>"])
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=TEMPLATE, **special)
+
+
+def save_base(folder: Path, architecture: str = "llama") -> PreTrainedModel:
+    """Writes a tiny model and the tokenizer to a folder, and returns the model."""
+    model = TINY[architecture].base()
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return model
 
 
 def sentences(rows: int, seed: int = 0) -> list[str]:

@@ -193,7 +193,7 @@ def test_the_dev_rows_choose_the_learning_rate(store: Store) -> None:
         store.best_learning_rate("lora")
 
 
-def test_pages_without_a_search_says_which_to_run(tmp_path: Path) -> None:
+def test_pages_without_a_search_say_which_to_run(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match=r"no finished search on 'gloss'.*1-search.yaml"):
         results.main(results=tmp_path / "none", docs=tmp_path)
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from integration_tests.helpers.models import TINY, fanlora
 from integration_tests.helpers.processes import run_python
-from integration_tests.helpers.text import sentences, tokenizer
+from integration_tests.helpers.text import save_base, sentences
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig
 from peft_fanlora.fanlora import card as fanlora_card
 
@@ -23,10 +23,7 @@ PICTURE = "fanlora_importance.png"
 
 def saved_base(folder: Path, architecture: str = "llama") -> PreTrainedModel:
     """A model in a folder, with a tokenizer, so that a card can name it."""
-    model = TINY[architecture].base()
-    model.save_pretrained(folder / "base")
-    tokenizer().save_pretrained(folder / "base")
-    return type(model).from_pretrained(folder / "base")
+    return type(save_base(folder / "base", architecture)).from_pretrained(folder / "base")
 
 
 def made(method: str, base: nn.Module, architecture: str = "llama", **options: Any) -> PeftModel:

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from integration_tests.helpers.models import TINY, fanlora, logits, randomize
-from integration_tests.helpers.text import sentences, tokenizer
+from integration_tests.helpers.text import save_base, sentences
 from integration_tests.sharing.clients import client
 from integration_tests.sharing.loopback import Hub, serve
 from peft_fanlora import FanLoraConfig, FanLoraSetting, ParaConfig, load_tenant
@@ -60,8 +60,7 @@ def run(session_hub: Hub, home: Path) -> Iterator[Run]:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny chat model in a folder."""
     folder = tmp_path_factory.mktemp("base")
-    TINY["llama"].base().save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    save_base(folder)
     return folder
 
 

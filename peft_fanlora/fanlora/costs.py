@@ -67,14 +67,18 @@ class ModuleCosts:
         Raises:
             ValueError: a module was not in the timed model.
         """
+        computed = [name for members in self._units_with(names) for name in members]
+        return len(computed), sum(self.parameters[name] for name in computed)
+
+    def _units_with(self, names: Iterable[str]) -> list[list[str]]:
+        """Returns the modules of each unit that has one of these modules, which must be of the timed model."""
         names = {names} if isinstance(names, str) else set(names)
         if unknown := sorted(names - self.parameters.keys()):
             raise ValueError(
                 f"{unknown[0]} is not a module of the timed model, which has {len(self.parameters)} modules such as "
                 f"{next(iter(self.parameters))}: measure the costs on the model that was scored."
             )
-        computed = [name for members in self.units().values() if names & set(members) for name in members]
-        return len(computed), sum(self.parameters[name] for name in computed)
+        return [members for members in self.units().values() if names & set(members)]
 
     def slowdown(self, names: Iterable[str]) -> float:
         """Returns the predicted time of a decoding step with LoRA on these modules, relative to the base model's step.
@@ -111,10 +115,8 @@ class ModuleCosts:
 
     def require_time(self, names: Iterable[str], max_slowdown: float) -> None:
         """Raises a ValueError if `max_slowdown` leaves no time for any of these modules, or one was not timed."""
-        names = set(names)
-        self.size(names)
-        units = [members for members in self.units().values() if names & set(members)]
-        fastest = 1 + self.per_step + min(map(self.cost, units))
+        names = list(names)
+        fastest = 1 + self.per_step + min(map(self.cost, self._units_with(names)))
         if fastest > max_slowdown and not math.isclose(fastest, max_slowdown):
             raise ValueError(
                 f"max_slowdown={max_slowdown!r} leaves no time for any of the {len(names)} modules: the fastest one makes "
@@ -138,7 +140,7 @@ class ModuleCosts:
         if not positive:
             raise ValueError("No module has a positive score, so there is none that is worth its time.")
         self.require_time(positive, max_slowdown)
-        units = [members for members in self.units().values() if positive.keys() & set(members)]
+        units = self._units_with(positive)
         costs = [self.cost(members) for members in units]
         values = [sum(positive.get(name, 0.0) for name in members) for members in units]
         unit_cost, unit_value = min(costs) or 1.0, max(values)  # the solver's tolerances are absolute
