@@ -258,16 +258,30 @@ def test_find_within_a_time_budget(base_folder: Path, rows: Path, tmp_path: Path
     assert invoke("find", rows, *options, "--costs", file).exit_code == 2
 
 
-def test_a_budget_without_time_for_any_module_is_refused_before_training(
-    base_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--max-slowdown", 1.04), "leaves no time for any of the 21 modules: the fastest one makes a step 1.060"),
+        (("--max-slowdown", "nan"), "max_slowdown=nan is not above 1 and finite"),
+        (("--max-slowdown", 1.1, "--keep", 3), "Pass either `max_slowdown` and `costs`, or `keep`"),
+        (("--keep", 7), "there are 7 to choose from, so it must be at least 1 and less than 7"),
+    ],
+)
+def test_a_choice_that_no_scores_allow_is_refused_before_training(
+    options: tuple[Any, ...],
+    reason: str,
+    base_folder: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parameters = dict.fromkeys(candidates(load(base_folder)), 1)
     ModuleCosts("vllm", 0.05, 0.01, 0.0, parameters, 0.0).save(tmp_path / "costs.json")
     monkeypatch.setattr("trl.SFTTrainer.train", lambda *_: pytest.fail("it trains"))
-    options = ("--calibration-rows", 4, "-o", tmp_path / "found", "--costs", tmp_path / "costs.json")
-    assert "max_slowdown=1.04 leaves no time for any of the 21 modules: the fastest one makes a step 1.060" in refusal(
-        "find", base_folder, rows, *options, "--max-slowdown", 1.04
-    )
+    if "--max-slowdown" in options:
+        options = (*options, "--costs", tmp_path / "costs.json")
+    where = ("--calibration-rows", 4, "-o", tmp_path / "found")
+    assert reason in refusal("find", base_folder, rows, *where, *options)
     assert not (tmp_path / "found").exists()
 
 

@@ -363,6 +363,21 @@ def test_prune_at_has_to_be_a_point_of_the_run(prune_at: Any) -> None:
         FanLoraCallback(CALIBRATION, prune_at=prune_at)
 
 
+def test_what_cannot_be_scored_or_selected_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`num_points` is 0; it must be a whole number of at least 1"):
+        FanLoraCallback(CALIBRATION, num_points=0)
+    for selection, reason in [
+        ({"keep": 7}, "at least 1 and less than 7"),
+        ({"keep": "2"}, "not a whole number"),
+        ({"strategy": "layers"}, "strategy='layers' is unknown"),
+        ({"keep": 4, "packed": True}, "at least 1 and less than 4"),
+    ]:
+        trainer = sft(tmp_path, FanLoraCallback(CALIBRATION, **selection))
+        with pytest.raises(ValueError, match=reason):
+            trainer.train()
+        assert trainer.state.global_step == 0
+
+
 def test_other_models_are_refused_when_training_begins(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="method='magic' is unknown"):
         FanLoraCallback(CALIBRATION, method="magic")

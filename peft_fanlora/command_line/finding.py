@@ -11,11 +11,11 @@ from peft import PeftModel, get_peft_model
 from transformers import set_seed
 
 from ..fanlora import report as reports
-from ..fanlora.candidates import lora_modules
 from ..fanlora.choices import Engine, ScoreName, Strategy
 from ..fanlora.config import FanLoraConfig
 from ..fanlora.costs import ModuleCosts
 from ..fanlora.scores import ImportanceScores
+from ..fanlora.scoring import check_selection
 from ..fanlora.setting import FanLoraSetting
 from ..sharing.writing import staged
 from . import sources
@@ -66,8 +66,8 @@ def run(
         model: Any = get_peft_model(base, config)
     else:
         model = PeftModel.from_pretrained(base, plan.adapter, config=sources.adapter_config(plan.adapter))
-    if budget:
-        budget["costs"].require_time(lora_modules(model.get_base_model(), "default"), budget["max_slowdown"])
+    selection = {"keep": plan.keep, "strategy": plan.strategy, "packed": plan.packed, **budget}
+    check_selection(model.base_model, **selection)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = SFTConfig(
             scratch,
@@ -97,8 +97,7 @@ def run(
             trainer.train()
         trained = trainer.evaluate()["eval_loss"]
         scores = model.score_modules(trainer.get_eval_dataloader(), method=plan.method)
-        selected = scores.select(plan.keep, strategy=plan.strategy, packed=plan.packed, **budget)
-        setting = model.prune_modules(selected)
+        setting = model.prune_modules(scores.select(**selection))
         pruned = trainer.evaluate()["eval_loss"]
     is_trained = plan.adapter is None
     report = {

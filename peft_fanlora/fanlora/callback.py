@@ -17,6 +17,7 @@ from .importance import Method, find_score
 from .model import FanLoraModel
 from .modules import ModuleName
 from .scores import ImportanceScores
+from .scoring import check_count, check_selection
 from .setting import FanLoraSetting
 
 
@@ -54,9 +55,9 @@ class FanLoraCallback(TrainerCallback, ExportableState):
         setting: the modules that were kept; None before pruning.
 
     Raises:
-        ValueError: `prune_at` or `method` is not valid; or, when training begins: the model is not a FanLoRA model or
-            has several active adapters, the calibration data is missing or has no labels, or the run uses FSDP, tensor
-            parallelism or DeepSpeed.
+        ValueError: `prune_at`, `method` or `num_points` is not valid; or, when training begins: the model is not a
+            FanLoRA model or has several active adapters, `keep` modules cannot be selected from its modules, the
+            calibration data is missing or has no labels, or the run uses FSDP, tensor parallelism or DeepSpeed.
 
     Examples:
         >>> callback = FanLoraCallback(calibration_dataset, prune_at=0.5, keep=2)
@@ -83,6 +84,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
                 f"prune_at={prune_at!r} is not a step of the run: pass a fraction of the steps above 0 and up to 1.0 "
                 "(float), or a step from 1 (int)."
             )
+        check_count("num_points", num_points)
         self.score = find_score(method)
         self.calibration_dataset = calibration_dataset
         self.prune_at = prune_at
@@ -125,6 +127,7 @@ class FanLoraCallback(TrainerCallback, ExportableState):
             self.scores = None  # they belong to another run
         self.setting, saved = None, self._saved_states(trainer, state)
         if config.setting is None:
+            check_selection(tuner, adapter_name, **self.selection)
             if self.score.needs_data:
                 check_calibration_data(self.calibration_dataset, trainer)
         elif not saved:

@@ -113,16 +113,6 @@ class ModuleCosts:
         measured = tuple((int(modules), int(parameters), ratio) for modules, parameters, ratio in file.measured)
         return cls(**{**{each.name: getattr(file, each.name) for each in fields(cls)}, "measured": measured})
 
-    def require_time(self, names: Iterable[str], max_slowdown: float) -> None:
-        """Raises a ValueError if `max_slowdown` leaves no time for any of these modules, or one was not timed."""
-        names = list(names)
-        fastest = 1 + self.per_step + min(map(self.cost, self._units_with(names)))
-        if fastest > max_slowdown and not math.isclose(fastest, max_slowdown):
-            raise ValueError(
-                f"max_slowdown={max_slowdown!r} leaves no time for any of the {len(names)} modules: the fastest one makes "
-                f"a step {fastest:.3f} times as long as the base model's."
-            )
-
     def best(self, scores: Mapping[str, float], max_slowdown: float) -> list[str]:
         """Returns the modules with the highest sum of scores whose predicted slowdown is at most `max_slowdown`.
 
@@ -139,9 +129,14 @@ class ModuleCosts:
         positive = {name: score for name, score in scores.items() if score > 0}
         if not positive:
             raise ValueError("No module has a positive score, so there is none that is worth its time.")
-        self.require_time(positive, max_slowdown)
         units = self._units_with(positive)
         costs = [self.cost(members) for members in units]
+        fastest = 1 + self.per_step + min(costs)
+        if fastest > max_slowdown and not math.isclose(fastest, max_slowdown):
+            raise ValueError(
+                f"max_slowdown={max_slowdown!r} leaves no time for any of the {len(positive)} modules: the fastest one "
+                f"makes a step {fastest:.3f} times as long as the base model's."
+            )
         values = [sum(positive.get(name, 0.0) for name in members) for members in units]
         unit_cost, unit_value = min(costs) or 1.0, max(values)  # the solver's tolerances are absolute
         left = max_slowdown - 1 - self.per_step

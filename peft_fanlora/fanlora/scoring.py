@@ -71,14 +71,30 @@ def score_adapter(
         "peft_version": peft.__version__,
         "transformers_version": transformers.__version__,
     }
-    return ImportanceScores(
-        dict(zip(layers, values.tolist(), strict=True)),
-        method=score.name,
-        num_tokens=num_tokens,
-        num_layers=num_layers(model, map(ModuleName.parse, layers)),
-        model_type=model_type(model),
-        calibration={key: value for key, value in facts.items() if value is not None},
-    )
+    values_by_name = dict(zip(layers, values.tolist(), strict=True))
+    calibration = {key: value for key, value in facts.items() if value is not None}
+    return _scores_of(model, values_by_name, method=score.name, num_tokens=num_tokens, calibration=calibration)
+
+
+def check_selection(tuner: LoraModel, adapter_name: str | None = None, **selection: Any) -> None:
+    """Checks before training that its scores can be selected from, whatever they will be.
+
+    Args:
+        tuner: the model with its LoRA layers.
+        adapter_name: the adapter; None for the active one.
+        selection: the arguments of `ImportanceScores.select`.
+
+    Raises:
+        ValueError: the adapter has no modules to score, or `select` refuses the arguments.
+    """
+    layers = scorable_modules(tuner.model, usable_adapter(tuner, adapter_name))
+    equal = _scores_of(tuner.model, dict.fromkeys(layers, 1.0), method="none", num_tokens=0, calibration={})
+    equal.select(**selection)
+
+
+def _scores_of(model: nn.Module, values: Mapping[str, float], **facts: Any) -> ImportanceScores:
+    depths = num_layers(model, map(ModuleName.parse, values))
+    return ImportanceScores(values, num_layers=depths, model_type=model_type(model), **facts)
 
 
 def _check_arguments(
@@ -89,15 +105,21 @@ def _check_arguments(
     Raises:
         ValueError: one is out of range, or there is no calibration data.
     """
-    for argument, value in (("num_batches", num_batches), ("num_points", num_points)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{argument}` is {value}; it must be at least 1.")
+    if num_batches is not None:
+        check_count("num_batches", num_batches)
+    check_count("num_points", num_points)
     if dataloader is None and score.needs_data:
         raise ValueError(f"method={score.name!r} needs calibration data; pass a dataloader.")
     if isinstance(dataloader, str) or not (
         dataloader is None or hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")
     ):
         raise ValueError(f"`dataloader` is {dataloader!r}; pass an iterable of batches, such as a DataLoader.")
+
+
+def check_count(argument: str, value: int) -> None:
+    """Raises a ValueError that names the argument if the value is not a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{argument}` is {value!r}; it must be a whole number of at least 1.")
 
 
 @contextmanager
