@@ -47,7 +47,7 @@ def choices(scores: ImportanceScores, costs: Any) -> dict[str, FanLoraSetting]:
     }
     for budget in BUDGETS:
         try:
-            found[f"budget {budget}"] = scores.select(max_slowdown=budget, costs=costs)
+            found[f"budget {budget}"] = scores.select(max_slowdown=budget, costs=costs, strategy="global")
         except ValueError:  # not even one module
             continue
     return found

@@ -250,7 +250,7 @@ def test_find_within_a_time_budget(base_folder: Path, rows: Path, tmp_path: Path
     report = answer_json("find", rows, *options, "--max-slowdown", 1.06, "--costs", file, "--method", "weight_norm")
     assert (report["modules_scored"], report["modules_kept"]) == (modules, 6)
     setting = FanLoraSetting.from_pretrained(tmp_path / "found")
-    assert (setting.calibration["strategy"], setting.calibration["predicted_slowdown"]) == ("budget", 1.06)
+    assert (setting.calibration["strategy"], setting.calibration["predicted_slowdown"]) == ("layer", 1.06)
     assert [one["cost"] for one in choices_of(tmp_path / "found" / "report.html")["time budget"]] == pytest.approx(
         [1 + 0.01 * kept for kept in range(1, modules + 1)]
     )
@@ -261,9 +261,9 @@ def test_find_within_a_time_budget(base_folder: Path, rows: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--max-slowdown", 1.04), "leaves no time for any of the 21 modules: the fastest one makes a step 1.060"),
+        (("--max-slowdown", 1.04), "leaves no time for any of the 21 modules: the fastest choice makes a step 1.060"),
         (("--max-slowdown", "nan"), "max_slowdown=nan is not above 1 and finite"),
-        (("--max-slowdown", 1.1, "--keep", 3), "Pass either `max_slowdown` and `costs`, or `keep`"),
+        (("--max-slowdown", 1.1, "--keep", 3), "Pass either `max_slowdown` and `costs`, or `keep` and `packed`"),
         (("--keep", 7), "there are 7 to choose from, so it must be at least 1 and less than 7"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from integration_tests.helpers.costs import PER_MODULE, PER_PARAMETER, PER_STEP, costs, scores
 from integration_tests.helpers.models import fanlora, tiny
-from peft_fanlora import ModuleCosts, module_costs
+from peft_fanlora import ImportanceScores, ModuleCosts, module_costs
 from peft_fanlora.fanlora import cost_measurement
 from peft_fanlora.fanlora.candidates import candidates
 from peft_fanlora.fanlora.costs import fit
@@ -21,24 +22,65 @@ from peft_fanlora.timing import Contestant, Seconds
 
 pytestmark = pytest.mark.slow
 
+ABOUT: dict[str, Any] = {
+    "method": "path",
+    "num_tokens": 1,
+    "num_layers": {"model.layers": 3},
+    "model_type": "llama",
+    "calibration": {},
+}
 
+
+@pytest.mark.parametrize("strategy", ["layer", "role", "global"])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_the_choice_is_the_best_within_the_budget(engine: Any, seed: int) -> None:
+def test_the_choice_is_the_best_within_the_budget(engine: Any, seed: int, strategy: Any) -> None:
     """Against all sets of units of a model with few."""
     found, own = costs(engine), dict(scores(seed))
     first_layers = [name for name in found.parameters if ".layers.2." not in name]
     found = replace(found, parameters={name: found.parameters[name] for name in first_layers})
     own = {name: own[name] for name in first_layers}
-    units = list(found.units().values())
-    assert len(units) == (14 if engine == "transformers" else 8)
+    units: dict[Any, list[str]] = {}
+    for (block, part), members in found.units().items():
+        units.setdefault(part if strategy == "role" else (block, part), []).extend(members)
+    worth = {name: own[name] for name in own}
+    if strategy == "role":  # is kept in each layer, also where its score is negative
+        worth = {name: sum(own[f"model.layers.{layer}.{name[15:]}"] for layer in (0, 1)) / 2 for name in own}
+    kept = {unit: [name for name in members if worth[name] > 0] for unit, members in units.items()}
     budget = 1 + 0.4 * (found.slowdown(first_layers) - 1)
-    chosen = found.best(own, budget)
+
+    def is_allowed(chosen: Any) -> bool:
+        if strategy != "layer":
+            return True
+        counts = Counter(block for block, _ in chosen)
+        sizes = Counter(block for (block, _), members in kept.items() if members)
+        return any(all(min(k, n) <= counts[block] <= k + 1 for block, n in sizes.items()) for k in range(8))
+
+    useful = [unit for unit, members in kept.items() if members]
+    sets = itertools.chain.from_iterable(itertools.combinations(useful, size) for size in range(1, len(useful) + 1))
+    names = ([name for unit in each for name in kept[unit]] for each in sets if is_allowed(each))
+    best = max((each for each in names if found.slowdown(each) <= budget), key=lambda each: sum(own[n] for n in each))
+    chosen = found.best(own, budget, strategy)
     assert 1 < found.slowdown(chosen) <= budget
-    sets = itertools.chain.from_iterable(itertools.combinations(units, size) for size in range(1, len(units)))
-    names = [[name for unit in each for name in unit] for each in sets]
-    best = max(sum(max(own[name], 0) for name in each) for each in names if found.slowdown(each) <= budget)
-    assert sum(own[name] for name in chosen) == pytest.approx(best)
+    assert set(chosen) == set(best)
+
+
+@pytest.mark.parametrize(("strategy", "keep"), [("layer", 1), ("layer", 3), ("role", 2), ("global", 5)])
+def test_at_the_time_of_so_many_modules_the_strategy_chooses_these(strategy: Any, keep: int) -> None:
+    """Where all modules cost the same, a budget is a number of modules."""
+    equal = replace(costs(), per_parameter=0.0)
+    own = ImportanceScores({name: abs(score) for name, score in scores().items()}, **ABOUT)
+    setting = own.select(keep, strategy=strategy)
+    within = own.select(max_slowdown=equal.slowdown(setting.names), costs=equal, strategy=strategy)
+    assert within.kept == setting.kept
+
+
+def test_a_block_with_fewer_modules_does_not_limit_the_others() -> None:
+    own = {name: score if ".layers.1." in name else abs(score) for name, score in scores().items()}
+    own.update({name: -1.0 for name in own if ".layers.1." in name and not name.endswith("q_proj")})
+    chosen = costs().best({**own, "model.layers.1.self_attn.q_proj": 0.1}, 1.08)
+    counts = Counter(name.split(".")[2] for name in chosen)
+    assert counts["1"] == 1 and min(counts["0"], counts["2"]) > 2
 
 
 def test_small_scores_are_compared_as_exactly_as_large_ones() -> None:
@@ -85,7 +127,7 @@ def test_the_setting_says_how_it_was_chosen(tmp_path: Path) -> None:
     setting = scores().select(max_slowdown=1.05, costs=costs("vllm"))
     setting.save_pretrained(tmp_path)
     how = json.loads((tmp_path / "fanlora_setting.json").read_text())["calibration"]
-    assert (how["strategy"], how["max_slowdown"], how["engine"], how["error"]) == ("budget", 1.05, "vllm", 0.01)
+    assert (how["strategy"], how["max_slowdown"], how["engine"], how["error"]) == ("layer", 1.05, "vllm", 0.01)
     assert 1 < how["predicted_slowdown"] <= 1.05
     assert "| time budget, relative to the base model's step | 1.05 |" in (tmp_path / "README.md").read_text()
 
@@ -96,12 +138,13 @@ def test_the_setting_says_how_it_was_chosen(tmp_path: Path) -> None:
         ({"max_slowdown": 1.05}, "needs both"),
         ({"costs": 0}, "needs both"),
         ({"max_slowdown": 1.05, "costs": 0, "keep": 3}, "not both"),
-        ({"max_slowdown": 1.05, "costs": 0, "strategy": "role"}, "not both"),
+        ({"max_slowdown": 1.05, "costs": 0, "packed": True}, "not both"),
+        ({"max_slowdown": 1.05, "costs": 0, "strategy": "budget"}, "strategy='budget' is unknown"),
         ({"max_slowdown": 1.0, "costs": 0}, "max_slowdown=1.0 is not above 1"),
         ({"max_slowdown": float("nan"), "costs": 0}, "max_slowdown=nan is not above 1"),
         ({"max_slowdown": "1.05", "costs": 0}, "max_slowdown='1.05' is not above 1"),
         ({"max_slowdown": float("inf"), "costs": 0}, "max_slowdown=inf is not above 1 and finite"),
-        ({"max_slowdown": 1.001, "costs": 0}, "the fastest one makes a step 1.0"),
+        ({"max_slowdown": 1.001, "costs": 0}, "the fastest choice makes a step 1.0"),
     ],
 )
 def test_budgets_that_cannot_be_kept(arguments: dict[str, Any], words: str) -> None:

@@ -29,16 +29,17 @@ def test_each_choice_is_what_select_returns() -> None:
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
-def test_no_choice_keeps_more_in_the_time_of_a_budget(engine: str) -> None:
+def test_no_choice_per_layer_keeps_more_in_the_time_of_a_budget(engine: str) -> None:
     own, measured = scores(), costs(engine)
-    budgets, *others = curves(engine).values()
+    found = curves(engine)
+    budgets = found["time budget"]
     assert 5 < len(budgets) <= 26
     for choice in budgets:
         assert choice.how["max_slowdown"] == round(choice.how["max_slowdown"], 3)
         setting = own.select(**choice.how, costs=measured)
         assert set(setting.names) == set(choice.names)
         assert choice.cost == pytest.approx(setting.calibration["predicted_slowdown"], abs=1e-4)
-        for other in (other for found in others for other in found):
+        for other in found["per layer"]:
             assert other.cost > choice.how["max_slowdown"] or other.share <= choice.share + 1e-9
     assert set(budgets[-1].names) >= {name for name, score in own.items() if score > 0}
 

@@ -272,6 +272,21 @@ def test_centred_prompts_have_the_mean_zero(tiny: dict[str, Any]) -> None:
         assert prompts.std() > 0.01 and prompts.mean(0).abs().max() < 1e-5
 
 
+def test_what_prompts_share_is_beside_what_each_has_of_its_own(tiny: dict[str, Any]) -> None:
+    from quality.generators import pooled_states, standardise
+    from quality.methods import adapted
+
+    bench = training.Bench(tiny["model"], "cpu", Store(tiny["results"]))
+    run = Run("category", "para", rank=2, contrast=0.3, targets="all-linear")
+    model = adapted(bench.base(0), run, bench.store)
+    assert len(model.targeted_module_names) == 14
+    batches = list(bench.tokens.loader(bench.split("category").test[:24]))
+    standardise(model, batches, run.contrast)
+    for prompts in pooled_states(model, batches).values():
+        assert prompts.mean(0).square().mean().sqrt() == pytest.approx(1, abs=1e-4)
+        torch.testing.assert_close(prompts.std(0), torch.full_like(prompts[0], run.contrast), atol=1e-3, rtol=0)
+
+
 def test_splits_have_no_row_in_common(tiny: dict[str, Any]) -> None:
     """The same words in another order are the same row."""
     doubled = [
@@ -514,12 +529,19 @@ def test_choices_by_time_and_per_layer_are_compared(
     monkeypatch.setattr(time_budget, "LORA_RANK_2", 3000)
     monkeypatch.setattr(time_budget, "STEPS", {"gloss": 3, "category": 2})
     output = tmp_path / "budget.json"
-    time_budget.main(tiny["model"], seeds=1, costs=tmp_path / "costs.json", output=output)
+    monkeypatch.setattr(time_budget, "BUDGETS", ("two per layer", 1.01))
+    run = {"costs": tmp_path / "costs.json", "output": output}
+    time_budget.main(tiny["model"], seeds=1, **run)
     content = json.loads(output.read_text())
-    every, per_layer, by_time = content["pruned"]
+    every, per_layer, by_score, *fewer = content["pruned"]
     assert (every["modules"], per_layer["modules"]) == (14, 4)
-    assert by_time["slowdown"] <= per_layer["slowdown"] and by_time["score"] >= per_layer["score"]
-    (pruned,) = content["differences"]["pruned"]
-    assert pruned["by_seed"] == [pytest.approx(by_time["loss"] - per_layer["loss"], abs=1e-4)]
-    assert [one["minus"] for one in content["differences"]["retrained"]] == ["two per layer", "all modules"]
+    assert by_score["slowdown"] <= per_layer["slowdown"] and by_score["score"] >= per_layer["score"]
+    assert all(1 < one["slowdown"] <= 1.01 for one in fewer)
+    pruned, _ = content["differences"]["pruned"]
+    assert (pruned["choice"], pruned["minus"], pruned["budget"]) == ("global", "per layer", "two per layer")
+    assert pruned["by_seed"] == [pytest.approx(by_score["loss"] - per_layer["loss"], abs=1e-4)]
+    assert [one["minus"] for one in content["differences"]["retrained"]] == ["per layer", "all modules"]
+    monkeypatch.setattr(time_budget, "after_pruning", lambda *_: pytest.fail("it runs a seed again"))
+    time_budget.main(tiny["model"], seeds=1, **run)
+    assert json.loads(output.read_text()) == content
     assert all(one["parameters"] == pytest.approx(3000, rel=0.4) for one in content["retrained"])

@@ -80,7 +80,7 @@ def find(
     max_slowdown: Annotated[
         float | None,
         typer.Option(
-            help="Select by time instead of number: the most important modules with which a decoding step takes at most "
+            help="Select by time instead of --keep: the most important modules with which a decoding step takes at most "
             "this multiple of the base model's, such as 1.05.",
             show_default=False,
         ),

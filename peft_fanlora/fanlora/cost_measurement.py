@@ -18,8 +18,9 @@ from ..timing import BASE, Contestant, Stopwatch, decode_steps, in_turns, summar
 from .candidates import candidates, num_parameters_per_rank
 from .choices import Engine
 from .config import FanLoraConfig
-from .costs import ModuleCosts, fit, import_scipy
+from .costs import ModuleCosts, fit
 from .export import export_lora
+from .knapsack import import_scipy
 from .modules import ModuleName, vllm_layers
 from .setting import FanLoraSetting
 

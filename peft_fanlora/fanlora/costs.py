@@ -1,7 +1,6 @@
 """The time that LoRA modules add to a decoding step, and the modules with the highest scores within a time budget."""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -10,7 +9,8 @@ from typing import Any
 
 from ..sharing.reading import checked, ignore_later_fields, read_json
 from ..sharing.writing import staged
-from .choices import Engine
+from .choices import Engine, Strategy
+from .knapsack import best_even_items, best_items, fits, import_scipy
 from .modules import ModuleName
 from .shapes import CostsFile
 
@@ -67,18 +67,18 @@ class ModuleCosts:
         Raises:
             ValueError: a module was not in the timed model.
         """
-        computed = [name for members in self._units_with(names) for name in members]
+        computed = [name for members in self._units_with(names).values() for name in members]
         return len(computed), sum(self.parameters[name] for name in computed)
 
-    def _units_with(self, names: Iterable[str]) -> list[list[str]]:
-        """Returns the modules of each unit that has one of these modules, which must be of the timed model."""
+    def _units_with(self, names: Iterable[str]) -> dict[Unit, list[str]]:
+        """Returns the units that have one of these modules, which must be of the timed model."""
         names = {names} if isinstance(names, str) else set(names)
         if unknown := sorted(names - self.parameters.keys()):
             raise ValueError(
                 f"{unknown[0]} is not a module of the timed model, which has {len(self.parameters)} modules such as "
                 f"{next(iter(self.parameters))}: measure the costs on the model that was scored."
             )
-        return [members for members in self.units().values() if names & set(members)]
+        return {unit: members for unit, members in self.units().items() if names & set(members)}
 
     def slowdown(self, names: Iterable[str]) -> float:
         """Returns the predicted time of a decoding step with LoRA on these modules, relative to the base model's step.
@@ -113,43 +113,59 @@ class ModuleCosts:
         measured = tuple((int(modules), int(parameters), ratio) for modules, parameters, ratio in file.measured)
         return cls(**{**{each.name: getattr(file, each.name) for each in fields(cls)}, "measured": measured})
 
-    def best(self, scores: Mapping[str, float], max_slowdown: float) -> list[str]:
+    def best(self, scores: Mapping[str, float], max_slowdown: float, strategy: Strategy = "layer") -> list[str]:
         """Returns the modules with the highest sum of scores whose predicted slowdown is at most `max_slowdown`.
 
-        This is the exact solution of the knapsack problem over the units, found by SciPy's `milp`. Modules without a
-        positive score are not kept, even in a packed layer that is used by others.
+        This is the exact solution of a knapsack problem over the units, found by SciPy's `milp`. What has no positive
+        score is not kept, even in a packed layer that is used by others.
+
+        Args:
+            scores: the scores by qualified module name.
+            max_slowdown: the time budget.
+            strategy: "layer" for numbers of units that differ by at most one between the blocks, except where a block
+                has no more; "role" for a role in all blocks or in none; "global" for any units.
 
         Raises:
-            ValueError: no module has a positive score, `max_slowdown` is below the slowdown of every one that has, or a
-                module was not in the timed model.
+            ValueError: nothing has a positive score, `max_slowdown` leaves no time for anything that has, or a module
+                was not in the timed model.
             ModuleNotFoundError: SciPy is missing.
         """
-        optimize = import_scipy()
         self.size(scores)
-        positive = {name: score for name, score in scores.items() if score > 0}
+        positive = _positive(scores, by_role=strategy == "role")
         if not positive:
             raise ValueError("No module has a positive score, so there is none that is worth its time.")
-        units = self._units_with(positive)
-        costs = [self.cost(members) for members in units]
-        fastest = 1 + self.per_step + min(costs)
-        if fastest > max_slowdown and not math.isclose(fastest, max_slowdown):
-            raise ValueError(
-                f"max_slowdown={max_slowdown!r} leaves no time for any of the {len(positive)} modules: the fastest one "
-                f"makes a step {fastest:.3f} times as long as the base model's."
-            )
-        values = [sum(positive.get(name, 0.0) for name in members) for members in units]
-        unit_cost, unit_value = min(costs) or 1.0, max(values)  # the solver's tolerances are absolute
+        units: dict[Unit, list[str]] = {}
+        for (block, part), members in self._units_with(positive).items():
+            units.setdefault(("" if strategy == "role" else block, part), []).extend(members)
+        values = [sum(positive.get(name, 0.0) for name in members) for members in units.values()]
+        costs = [self.cost(members) for members in units.values()]
         left = max_slowdown - 1 - self.per_step
-        budget = optimize.LinearConstraint([[cost / unit_cost for cost in costs]], ub=left / unit_cost)
-        found = optimize.milp(
-            [-value / unit_value for value in values],
-            integrality=[1] * len(units),
-            bounds=optimize.Bounds(0, 1),
-            constraints=budget,
-            options={"mip_rel_gap": 0.0},
-        )
-        chosen = [members for members, x in zip(units, found.x, strict=True) if x > 0.5]
-        return [name for members in chosen for name in members if name in positive]
+        if not fits(min(costs), left):
+            raise ValueError(
+                f"max_slowdown={max_slowdown!r} leaves no time for any of the {len(positive)} modules: the fastest "
+                f"choice makes a step {1 + self.per_step + min(costs):.3f} times as long as the base model's."
+            )
+        if strategy == "layer":
+            blocks: dict[str, list[int]] = {}
+            for index, (block, _) in enumerate(units):
+                blocks.setdefault(block, []).append(index)
+            chosen = best_even_items(values, costs, left, list(blocks.values()))
+        else:
+            chosen = best_items(values, costs, left)
+        members_of = list(units.values())
+        return [name for index in chosen for name in members_of[index] if name in positive]
+
+
+def _positive(scores: Mapping[str, float], *, by_role: bool) -> dict[str, float]:
+    """Returns the modules with positive scores, or those of the roles whose scores have a positive sum."""
+    worth: dict[Any, float] = {}
+
+    def key(name: str) -> Any:
+        return ModuleName.parse(name)._replace(layer=0) if by_role else name
+
+    for name, score in scores.items():
+        worth[key(name)] = worth.get(key(name), 0.0) + score
+    return {name: score for name, score in scores.items() if worth[key(name)] > 0}
 
 
 def fit(
@@ -190,16 +206,3 @@ def fit(
         tuple(measured),
         dict(conditions),
     )
-
-
-def import_scipy() -> Any:
-    """Returns `scipy.optimize`.
-
-    Raises:
-        ModuleNotFoundError: SciPy is missing.
-    """
-    try:
-        from scipy import optimize
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("A time budget needs SciPy: pip install 'peft-fanlora[costs]'") from error
-    return optimize

@@ -154,8 +154,10 @@ class ImportanceScores(Mapping[str, float]):
           linear layers by role then wrap only these [ours].
         - "global": the best `keep` modules of the whole model [ours].
 
-        With `max_slowdown` and `costs`, the number of modules follows from a time budget instead: the modules with the
-        highest sum of scores for which a decoding step takes at most `max_slowdown` times the base model's [ours].
+        With `max_slowdown` and `costs`, the number of modules follows from a time budget instead of `keep`: the modules
+        with the highest sum of scores for which a decoding step takes at most `max_slowdown` times the base model's
+        [ours]. The strategy holds as well: "layer" keeps as many modules in each layer as in any other, give or take
+        one; "role" keeps a role in all layers or in none; "global" keeps any modules.
 
         Ties are resolved by the order of the roles in the model, then by the layer.
 
@@ -164,7 +166,7 @@ class ImportanceScores(Mapping[str, float]):
             strategy: which modules are ranked against each other.
             packed: keep projections that engines pack into one matrix (Q, K and V; gate and up) together or not at
                 all. A packed layer then counts as one module, and its score is the sum over its members.
-            max_slowdown: the time budget, such as 1.05. `keep`, `strategy` and `packed` are not used then.
+            max_slowdown: the time budget, such as 1.05, in place of `keep`. What is packed follows from the engine.
             costs: the costs of the modules on the serving machine, from `module_costs`.
 
         Returns:
@@ -174,10 +176,10 @@ class ImportanceScores(Mapping[str, float]):
             ValueError: `keep` is not an integer, is below 1 or would keep everything; the strategy is unknown; the time
                 budget has no costs, or no module fits into it.
         """
-        if max_slowdown is not None or costs is not None:
-            return self._within_budget(max_slowdown, costs, (keep, strategy, packed) != (2, "layer", False))
         if strategy not in get_args(Strategy):
             raise ValueError(f"strategy={strategy!r} is unknown; use one of {', '.join(get_args(Strategy))}.")
+        if max_slowdown is not None or costs is not None:
+            return self._within_budget(max_slowdown, costs, strategy, (keep, packed) != (2, False))
         if not isinstance(keep, int) or isinstance(keep, bool):
             raise ValueError(f"keep={keep!r} is not a whole number: pass how many to keep.")
         modules = [ModuleName.parse(name) for name in self]
@@ -207,23 +209,23 @@ class ImportanceScores(Mapping[str, float]):
         return self._setting(chosen, {"strategy": strategy, "keep": keep, "packed": packed})
 
     def _within_budget(
-        self, max_slowdown: float | None, costs: "ModuleCosts | None", is_ranked_too: bool
+        self, max_slowdown: float | None, costs: "ModuleCosts | None", strategy: Strategy, is_counted_too: bool
     ) -> FanLoraSetting:
         if max_slowdown is None or costs is None:
             raise ValueError(
                 "A time budget needs both `max_slowdown`, such as 1.05, and `costs`: measure them with "
                 "`module_costs(model)` on the machine that serves."
             )
-        if is_ranked_too:
-            raise ValueError("Pass either `max_slowdown` and `costs`, or `keep`, `strategy` and `packed`, not both.")
+        if is_counted_too:
+            raise ValueError("Pass either `max_slowdown` and `costs`, or `keep` and `packed`, not both.")
         if not isinstance(max_slowdown, (int, float)) or not 1 < max_slowdown < float("inf"):
             raise ValueError(
                 f"max_slowdown={max_slowdown!r} is not above 1 and finite: it is the time of a decoding step relative to the base "
                 "model's, such as 1.05."
             )
-        chosen = set(costs.best(self, max_slowdown))
+        chosen = set(costs.best(self, max_slowdown, strategy))
         predicted = {"predicted_slowdown": round(costs.slowdown(chosen), 4), "error": round(costs.error, 4)}
-        how = {"strategy": "budget", "max_slowdown": max_slowdown, "engine": costs.engine, **predicted}
+        how = {"strategy": strategy, "max_slowdown": max_slowdown, "engine": costs.engine, **predicted}
         return self._setting(chosen, how)
 
     def _setting(self, chosen: Collection[str], how: Mapping[str, Any]) -> FanLoraSetting:

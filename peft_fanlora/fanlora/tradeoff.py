@@ -54,7 +54,7 @@ def choice(
 def tradeoff(
     scores: Mapping[str, float], select: Callable[..., Any], costs: ModuleCosts | None
 ) -> dict[str, list[Choice]]:
-    """Returns the choices of each strategy, from few modules to many; the strategy that keeps the most comes first.
+    """Returns the choices of each strategy, from few modules to many; with costs, those within time budgets come first.
 
     Args:
         scores: the scores by qualified module name.
