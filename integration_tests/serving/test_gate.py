@@ -199,3 +199,22 @@ def test_calls_begin_after_a_thread_was_alone() -> None:
         events.append("alone")
     thread.join()
     assert events == ["alone", "call"]
+
+
+def test_after_a_change_the_calls_of_its_thread_count_again() -> None:
+    gate, changed = CallGate(), threading.Event()
+
+    def change() -> None:
+        with gate.closed():
+            changed.set()
+
+    with gate.closed():
+        pass
+    with pytest.raises(KeyError), gate.closed():
+        raise KeyError
+    thread = threading.Thread(target=change)
+    with gate.passed():
+        thread.start()
+        assert not changed.wait(0.1)
+    thread.join()
+    assert changed.is_set()
