@@ -47,6 +47,9 @@ class Run:
         start: PARA: the standard deviation of D before training.
         scale: PARA: what l - 1 is multiplied by, so that with a learning rate as many times smaller U learns as fast, and D
             and w more slowly.
+        contrast: PARA: how large what a prompt has of its own is beside what all prompts share, see
+            `generators.standardise`; 0 for the hidden states as they are.
+        targets: PARA: "usual" for Q, V and up, or "all-linear".
     """
 
     task: str
@@ -65,6 +68,8 @@ class Run:
     rank: int | None = None
     start: float = 1.0
     scale: float = 1.0
+    contrast: float = 0.0
+    targets: str = "usual"
 
     def __post_init__(self) -> None:
         if self.reads not in READS:  # it would be trained as if it were "prompt"

@@ -1,6 +1,7 @@
 """PARA that reads something else than its prompt where a block begins, or makes larger or smaller vectors of it."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -37,28 +38,50 @@ def scale_vectors(model: PeftModel, scale: float) -> None:
         )
 
 
-@torch.no_grad()
 def centre(model: PeftModel, batches: Iterable[Batch]) -> None:
     """Lets every generator see the hidden states less their mean over the prompts of some batches.
 
     The pooled states of different prompts point nearly the same way, so that what they share is most of what a
     generator sees. Without it, what a prompt has of its own is scaled up by the normalisation.
     """
-    sums: dict[VectorGenerator, tuple[torch.Tensor, int]] = {}
+    for generator, states in pooled_states(model, batches).items():
+        mean = states.mean(0)
+        generator.register_forward_pre_hook(lambda _, inputs, mean=mean: (inputs[0] - mean, inputs[1]))
 
-    def add(generator: VectorGenerator, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-        pooled = pool(*inputs, "mean").flatten(0, 1)
-        total, count = sums.get(generator, (torch.zeros_like(pooled[0]), 0))
-        sums[generator] = total + pooled.sum(0), count + len(pooled)
 
-    handles = [generator.register_forward_pre_hook(add) for generator in generators(model)]
+def standardise(model: PeftModel, batches: Iterable[Batch], contrast: float) -> None:
+    """Lets every generator see m / |m| + contrast · (h - m) / s in place of the hidden states h.
+
+    m and s are the mean and the standard deviation of the pooled states over the prompts of some batches, and |m| is the
+    root mean square of m. Unlike `centre`, it leaves what the prompts share, from which a generator learns the vector
+    that suits them all.
+    """
+    for generator, states in pooled_states(model, batches).items():
+        mean, deviation = states.mean(0), states.std(0)
+        shared = mean / mean.square().mean().sqrt()
+
+        def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor], fixed=(mean, deviation, shared)) -> Any:
+            mean, deviation, shared = fixed
+            return shared + contrast * (inputs[0] - mean) / deviation, inputs[1]
+
+        generator.register_forward_pre_hook(see)
+
+
+@torch.no_grad()
+def pooled_states(model: PeftModel, batches: Iterable[Batch]) -> dict[VectorGenerator, torch.Tensor]:
+    """Returns the mean of each prompt's hidden states, (prompts, d), as each generator sees them."""
+    found: dict[VectorGenerator, list[torch.Tensor]] = {}
+    handles = [
+        generator.register_forward_pre_hook(
+            lambda generator, inputs: found.setdefault(generator, []).append(pool(*inputs, "mean").flatten(0, 1))
+        )
+        for generator in generators(model)
+    ]
     for batch in batches:
         model(**on(next(model.parameters()).device, batch))
     for handle in handles:
         handle.remove()
-    for generator, (total, count) in sums.items():
-        mean = total / count
-        generator.register_forward_pre_hook(lambda _, inputs, mean=mean: (inputs[0] - mean, inputs[1]))
+    return {generator: torch.cat(states) for generator, states in found.items()}
 
 
 def generators(model: PeftModel) -> Iterator[VectorGenerator]:

@@ -123,6 +123,7 @@ def para(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
         r=run.rank or para_rank(base, run),
         pooling=run.pooling,
         activation=run.activation,
+        target_modules="all-linear" if run.targets == "all-linear" else None,
         prompt_end_token_ids=[base.config.eos_token_id] if run.reads == "task" else None,
         task_type="CAUSAL_LM",
     )
@@ -131,8 +132,9 @@ def para(base: PreTrainedModel, run: Run, store: Store) -> PeftConfig:
 def para_rank(base: PreTrainedModel, run: Run) -> int:
     """Returns the width of the generators whose parameters come nearest to the budget."""
     width, modules = base.config.hidden_size, candidates(base)
-    outputs = [module.out_features for name, module in modules.items() if name.endswith(tuple(SCALED))]
-    layers = len(outputs) // len(SCALED)
+    scaled = tuple(SCALED) if run.targets == "usual" else ""
+    outputs = [module.out_features for name, module in modules.items() if name.endswith(scaled)]
+    layers = len({ModuleName.parse(name).block for name in modules})
     query = width * layers if run.pooling == "attention" else 0
     return max(1, round((run.parameters - query) / (layers * width + sum(outputs))))
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from .experiments import Run, Store
-from .generators import centre
+from .generators import centre, standardise
 from .methods import adapted
 from .tasks import MIXTURES, TASKS, Rows, Split, Tokens, evaluate, mixed, on, rouge_l, split_of
 
@@ -99,8 +99,11 @@ def run_once(bench: Bench, run: Run) -> dict[str, Any]:
     model = adapted(bench.base(run.seed), run, bench.store)
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rows = mixed(splits, run.steps, run.seed)
+    first_rows = bench.tokens.loader(rows[:CENTRE_ROWS])
     if run.reads == "centred":
-        centre(model.eval(), bench.tokens.loader(rows[:CENTRE_ROWS]))
+        centre(model.eval(), first_rows)
+    if run.contrast:
+        standardise(model.eval(), first_rows, run.contrast)
     training = bench.train(model, rows, run.learning_rate or 0.0, run.steps)
     dev, test = (_evaluate(bench, model, splits, part) for part in ("dev", "test"))
     if run.task in TASKS and not TASKS[run.task].labels:
