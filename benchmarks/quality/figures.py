@@ -66,6 +66,10 @@ def _para_options(run: dict[str, Any]) -> list[str]:
         options.append(f"D init x {run['start']:g}")
     if run["scale"] != 1:
         options.append(f"vectors x {run['scale']:g}")
+    if run["contrast"]:
+        options.append(f"standardized prompt x {run['contrast']:g}")
+    if run["targets"] != "usual":
+        options.append("all linear layers")
     return options
 
 
