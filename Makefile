@@ -10,7 +10,7 @@ DEEPSPEED := .venv-deepspeed
 ABOUT_THE_PROJECT := $(addprefix integration_tests/,project peft_suite)
 CHECKED := $(addprefix integration_tests/,fanlora para project/test_layers.py project/test_tests.py)
 
-.PHONY: quickstart test test-project check coverage mutants fuzz soak test-oldest test-deepspeed test-peft test-vllm test-vllm-short support results docs build quality style
+.PHONY: quickstart test test-project check coverage coverage-vllm mutants fuzz soak test-oldest test-deepspeed test-peft test-vllm test-vllm-short support results docs build quality style
 
 quickstart: $(EXAMPLES)
 	$(BIN)/python examples/quickstart.py
@@ -31,7 +31,13 @@ check: quality
 coverage: $(READY)
 	$(BIN)/python -m coverage run -m pytest --numprocesses auto --dist loadgroup
 	$(BIN)/python -m coverage combine --quiet
-	$(BIN)/python -m coverage report
+	$(BIN)/python -m coverage report --omit 'peft_fanlora/vllm_plugin/*'
+
+# Branch coverage of vLLM's plugin, whose tests have an environment of their own.
+coverage-vllm: $(VLLM)/ready $(VLLM)/triton
+	$(VLLM)/bin/python -m coverage run -m pytest -m vllm integration_tests/vllm_engine
+	$(VLLM)/bin/python -m coverage combine --quiet
+	$(VLLM)/bin/python -m coverage report --include 'peft_fanlora/vllm_plugin/*'
 
 # Changes the code of the modules that results depend on, one expression at a time: which changes does no test notice?
 mutants: $(BIN)/mutmut
