@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -181,7 +182,12 @@ def reading(frame: pd.DataFrame, setting: str) -> str:
     """Returns how PARA compares in a setting, on its task or over its tasks, in a sentence."""
     own = frame[frame["setting"] == setting]
     whole = own[own["task"] == own["task"].iloc[0]]
-    asked = {"IA3": IA3, "the same generators with a constant input": CONSTANT, "LoRA on all modules": LORA}
+    asked = {
+        "IA3": IA3,
+        "the same generators with a constant input": CONSTANT,
+        "the same generators that read the task alone": TASK_ONLY,
+        "LoRA on all modules": LORA,
+    }
     found = [
         f"{so_far(one)} compared with {name}"
         for name, second in asked.items()
@@ -196,6 +202,21 @@ def reading_by_task(frame: pd.DataFrame, setting: str) -> str:
     found = {task: difference(own[own["task"] == task], PARA, CONSTANT) for task in TASKS}
     parts = [f"on *{task}* PARA {so_far(one)}" for task, one in found.items() if one is not None]
     return f"compared with a constant input, {'; '.join(parts)}." if parts else "no comparison is finished yet."
+
+
+def trials(store: Store, where: str) -> str:
+    """Returns PARA's variants with fewer than three seeds in a setting: their dev loss minus PARA's on the same seeds."""
+    dev = {
+        name: dev_losses(contents)[best_learning_rate(contents)]
+        for (place, _, name), contents in groups(store).items()
+        if place == where and name.startswith(PARA)
+    }
+    found = []
+    for name, losses in dev.items():
+        gaps = [loss - dev[PARA][seed] for seed, loss in losses.items() if seed in dev.get(PARA, {})]
+        if gaps and len(losses) < FEWEST_SEEDS:
+            found.append(f"{name.removeprefix(f'{PARA}, ')} {fmean(gaps):+.3f}")
+    return "; ".join(found) or "none"
 
 
 def further_methods(frame: pd.DataFrame) -> str:
