@@ -126,8 +126,8 @@ def main(
 
     def save(part: str, found: list[dict[str, Any]]) -> None:
         content[part] += found
-        others = {"pruned": [PER_LAYER], "retrained": [PER_LAYER, ALL]}[part]
-        compared = [each for other in others for each in differences(content[part], GLOBAL, other)]
+        pairs = [(GLOBAL, PER_LAYER)] if part == "pruned" else [(GLOBAL, PER_LAYER), (PER_LAYER, ALL), (GLOBAL, ALL)]
+        compared = [each for choice, other in pairs for each in differences(content[part], choice, other)]
         content["differences"] = {**content.get("differences", {}), part: compared}
         Console().print_json(data=content["differences"])
         if output is not None:

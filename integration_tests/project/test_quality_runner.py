@@ -540,7 +540,8 @@ def test_choices_by_time_and_per_layer_are_compared(
     pruned, _ = content["differences"]["pruned"]
     assert (pruned["choice"], pruned["minus"], pruned["budget"]) == ("global", "per layer", "two per layer")
     assert pruned["by_seed"] == [pytest.approx(by_score["loss"] - per_layer["loss"], abs=1e-4)]
-    assert [one["minus"] for one in content["differences"]["retrained"]] == ["per layer", "all modules"]
+    compared = [(one["choice"], one["minus"]) for one in content["differences"]["retrained"]]
+    assert compared == [("global", "per layer"), ("per layer", "all modules"), ("global", "all modules")]
     monkeypatch.setattr(time_budget, "after_pruning", lambda *_: pytest.fail("it runs a seed again"))
     time_budget.main(tiny["model"], seeds=1, **run)
     assert json.loads(output.read_text()) == content
