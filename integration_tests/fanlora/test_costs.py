@@ -83,6 +83,15 @@ def test_a_block_with_fewer_modules_does_not_limit_the_others() -> None:
     assert counts["1"] == 1 and min(counts["0"], counts["2"]) > 2
 
 
+def test_a_role_of_the_encoder_is_not_one_of_the_decoder() -> None:
+    own = {
+        f"{stack}.block.{layer}.{role}": 1.0 for stack in ("encoder", "decoder") for layer in (0, 1) for role in "qo"
+    }
+    own["decoder.block.1.q"] = 1.5
+    timed = ModuleCosts("transformers", 0.0, 0.01, 0.0, dict.fromkeys(own, 1), 0.0)
+    assert timed.best(own, 1.025, "role") == ["decoder.block.0.q", "decoder.block.1.q"]
+
+
 def test_small_scores_are_compared_as_exactly_as_large_ones() -> None:
     """The solver stops at an absolute gap, which is more than such scores."""
     own = scores()

@@ -123,7 +123,7 @@ class ModuleCosts:
             scores: the scores by qualified module name.
             max_slowdown: the time budget.
             strategy: "layer" for numbers of units that differ by at most one between the blocks, except where a block
-                has no more; "role" for a role in all blocks or in none; "global" for any units.
+                has no more; "role" for a role in all blocks of a stack or in none; "global" for any units.
 
         Raises:
             ValueError: nothing has a positive score, `max_slowdown` leaves no time for anything that has, or a module
@@ -136,7 +136,8 @@ class ModuleCosts:
             raise ValueError("No module has a positive score, so there is none that is worth its time.")
         units: dict[Unit, list[str]] = {}
         for (block, part), members in self._units_with(positive).items():
-            units.setdefault(("" if strategy == "role" else block, part), []).extend(members)
+            place = ModuleName.parse(members[0]).stack if strategy == "role" else block
+            units.setdefault((place, part), []).extend(members)
         values = [sum(positive.get(name, 0.0) for name in members) for members in units.values()]
         costs = [self.cost(members) for members in units.values()]
         left = max_slowdown - 1 - self.per_step
