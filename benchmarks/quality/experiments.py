@@ -20,6 +20,8 @@ LORA_RANK_2 = 610_560
 
 READS = ("prompt", "constant", "task", "embeddings", "centred")
 """What PARA's generators may see, see `generators.py`."""
+TARGETS = ("usual", "all-linear")
+"""What PARA may scale."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Run:
             and w more slowly.
         contrast: PARA: how large what a prompt has of its own is beside what all prompts share, see
             `generators.standardise`; 0 for the hidden states as they are.
-        targets: PARA: "usual" for Q, V and up, or "all-linear".
+        targets: PARA: one of `TARGETS`, "usual" for Q, V and up.
     """
 
     task: str
@@ -74,6 +76,8 @@ class Run:
     def __post_init__(self) -> None:
         if self.reads not in READS:  # it would be trained as if it were "prompt"
             raise ValueError(f"reads={self.reads!r} is none of {', '.join(READS)}.")
+        if self.targets not in TARGETS:
+            raise ValueError(f"targets={self.targets!r} is none of {', '.join(TARGETS)}.")
 
     @property
     def is_plain(self) -> bool:

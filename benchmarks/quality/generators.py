@@ -1,7 +1,6 @@
 """PARA that reads something else than its prompt where a block begins, or makes larger or smaller vectors of it."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -59,12 +58,12 @@ def standardise(model: PeftModel, batches: Iterable[Batch], contrast: float) -> 
     for generator, states in pooled_states(model, batches).items():
         mean, deviation = states.mean(0), states.std(0)
         shared = mean / mean.square().mean().sqrt()
-
-        def see(_: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor], fixed=(mean, deviation, shared)) -> Any:
-            mean, deviation, shared = fixed
-            return shared + contrast * (inputs[0] - mean) / deviation, inputs[1]
-
-        generator.register_forward_pre_hook(see)
+        generator.register_forward_pre_hook(
+            lambda _, inputs, mean=mean, deviation=deviation, shared=shared: (
+                shared + contrast * (inputs[0] - mean) / deviation,
+                inputs[1],
+            )
+        )
 
 
 @torch.no_grad()

@@ -364,7 +364,7 @@ def test_prune_at_has_to_be_a_point_of_the_run(prune_at: Any) -> None:
 
 
 def test_what_cannot_be_scored_or_selected_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`num_points` is 0; it must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match="`num_points` is 0; it must be an integer of at least 1"):
         FanLoraCallback(CALIBRATION, num_points=0)
     for selection, reason in [
         ({"keep": 7}, "at least 1 and less than 7"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from integration_tests.helpers.costs import PER_MODULE, PER_PARAMETER, PER_STEP, costs, scores
+from integration_tests.helpers.costs import ABOUT, PER_MODULE, PER_PARAMETER, PER_STEP, costs, scores
 from integration_tests.helpers.models import fanlora, tiny
 from peft_fanlora import ImportanceScores, ModuleCosts, module_costs
 from peft_fanlora.fanlora import cost_measurement
@@ -21,14 +21,6 @@ from peft_fanlora.timing import Contestant, Seconds
 
 
 pytestmark = pytest.mark.slow
-
-ABOUT: dict[str, Any] = {
-    "method": "path",
-    "num_tokens": 1,
-    "num_layers": {"model.layers": 3},
-    "model_type": "llama",
-    "calibration": {},
-}
 
 
 @pytest.mark.parametrize("strategy", ["layer", "role", "global"])

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from integration_tests.helpers.costs import costs, scores
+from integration_tests.helpers.costs import ABOUT, costs, scores
 from integration_tests.helpers.models import tiny
 from peft_fanlora import FanLoraSetting, ImportanceScores
 from peft_fanlora.fanlora.tradeoff import Choice, cost_label, tradeoff
@@ -89,8 +89,8 @@ def test_the_plot_shows_each_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_has_no_tradeoff(tmp_path: Path) -> None:
-    own, about = scores(), {"num_layers": {"model.layers": 3}, "model_type": "llama", "calibration": {}}
-    negative = ImportanceScores(dict.fromkeys(own, -1.0), method="path", num_tokens=1, **about)
+    own = scores()
+    negative = ImportanceScores(dict.fromkeys(own, -1.0), **ABOUT)
     with pytest.raises(ValueError, match="add up to zero or less"):
         negative.plot_tradeoff(tmp_path / "x.png")
     other = FanLoraSetting.from_modules(tiny("opt"), ["model.decoder.layers.0.fc1"])

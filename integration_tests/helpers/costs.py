@@ -9,6 +9,14 @@ from peft_fanlora.fanlora.candidates import candidates
 
 
 PER_STEP, PER_MODULE, PER_PARAMETER = 5e-3, 4e-3, 2e-5
+ABOUT: dict[str, Any] = {
+    "method": "path",
+    "num_tokens": 1,
+    "num_layers": {"model.layers": 3},
+    "model_type": "llama",
+    "calibration": {},
+}
+"""What `ImportanceScores` of the tiny model say beside their values."""
 
 
 def costs(engine: Any = "transformers", model: str = "llama") -> ModuleCosts:
@@ -20,5 +28,4 @@ def costs(engine: Any = "transformers", model: str = "llama") -> ModuleCosts:
 def scores(seed: int = 0) -> ImportanceScores:
     chance = random.Random(seed)
     values = {name: chance.gauss(0.5, 1.0) for name in costs().parameters}
-    about = {"num_layers": {"model.layers": 3}, "model_type": "llama", "calibration": {}}
-    return ImportanceScores(values, method="path", num_tokens=1, **about)
+    return ImportanceScores(values, **ABOUT)

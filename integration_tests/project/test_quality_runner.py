@@ -345,6 +345,8 @@ def test_unknown_fields_and_missing_searches_are_refused(tmp_path: Path) -> None
     path.write_text("runs: [{task: gloss, method: lora, learning_rat: 1.e-3}]")
     with pytest.raises(ValueError, match="reads='embedding' is none of prompt, constant, task, embeddings, centred"):
         Run("category", "para", reads="embedding")
+    with pytest.raises(ValueError, match="targets='all_linear' is none of usual, all-linear"):
+        Run("category", "para", targets="all_linear")
     with pytest.raises(ValueError, match="a Run has no 'learning_rat'"):
         list(read(path, Store(tmp_path)))
     path.write_text("runs: [{task: gloss, method: lora}]")

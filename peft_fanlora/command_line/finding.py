@@ -14,6 +14,7 @@ from ..fanlora import report as reports
 from ..fanlora.choices import Engine, ScoreName, Strategy
 from ..fanlora.config import FanLoraConfig
 from ..fanlora.costs import ModuleCosts
+from ..fanlora.extras import from_extra
 from ..fanlora.scores import ImportanceScores
 from ..fanlora.scoring import check_selection
 from ..fanlora.setting import FanLoraSetting
@@ -53,10 +54,8 @@ def run(
         ValueError: the model or the data cannot be read, or the data has too few rows.
         ModuleNotFoundError: TRL or plotly is missing.
     """
-    try:
+    with from_extra("cli,trl", "find trains with TRL"):
         from trl import SFTConfig, SFTTrainer
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("find trains with TRL: pip install 'peft-fanlora[cli,trl]'") from error
     reports.import_plotly()
     tokenizer, base, data = _read(plan, dataset, split, name, rows, calibration_rows)
     budget = _budget(plan, base)

@@ -11,13 +11,14 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from ..serving.sharding import is_sharded
+from .arguments import check_count
 from .calibration import calibration_batches, check_calibration_data
 from .choices import Strategy
 from .importance import Method, find_score
 from .model import FanLoraModel
 from .modules import ModuleName
 from .scores import ImportanceScores
-from .scoring import check_count, check_selection
+from .scoring import check_selection
 from .setting import FanLoraSetting
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..timing import BASE, Contestant, Stopwatch, decode_steps, in_turns, summaries, twin, with_tenants
+from .arguments import check_count
 from .candidates import candidates, num_parameters_per_rank
 from .choices import Engine
 from .config import FanLoraConfig
@@ -60,8 +61,7 @@ def module_costs(
     if engine not in get_args(Engine):
         raise ValueError(f"engine={engine!r} is unknown; use one of {', '.join(get_args(Engine))}.")
     for argument, value, least in (("r", r, 1), ("tenants", tenants, 1), ("rounds", rounds, 2)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"`{argument}` is {value!r}; it must be an integer of at least {least}.")
+        check_count(argument, value, least)
     import_scipy()
     base = twin(model)
     if isinstance(base, PeftModel):

@@ -159,14 +159,11 @@ class ModuleCosts:
 
 def _positive(scores: Mapping[str, float], *, by_role: bool) -> dict[str, float]:
     """Returns the modules with positive scores, or those of the roles whose scores have a positive sum."""
+    places: dict[str, Any] = {name: ModuleName.parse(name).place if by_role else name for name in scores}
     worth: dict[Any, float] = {}
-
-    def key(name: str) -> Any:
-        return ModuleName.parse(name)._replace(layer=0) if by_role else name
-
     for name, score in scores.items():
-        worth[key(name)] = worth.get(key(name), 0.0) + score
-    return {name: score for name, score in scores.items() if worth[key(name)] > 0}
+        worth[places[name]] = worth.get(places[name], 0.0) + score
+    return {name: score for name, score in scores.items() if worth[places[name]] > 0}
 
 
 def fit(

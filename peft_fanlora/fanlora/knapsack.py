@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .extras import from_extra
+
 
 def best_items(values: Sequence[float], costs: Sequence[float], budget: float) -> list[int]:
     """Returns the indices of the items with the highest sum of values that fit into the budget.
@@ -83,8 +85,6 @@ def import_scipy() -> Any:
     Raises:
         ModuleNotFoundError: SciPy is missing.
     """
-    try:
+    with from_extra("costs", "A time budget needs SciPy"):
         from scipy import optimize
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("A time budget needs SciPy: pip install 'peft-fanlora[costs]'") from error
     return optimize

@@ -48,6 +48,11 @@ class ModuleName(NamedTuple):
         return f"{self.block}.{self.role}" if self.stack else self.role
 
     @property
+    def place(self) -> tuple[str, str]:
+        """What it has in common with the modules of its role in the other layers: the stack and the role."""
+        return self.stack, self.role
+
+    @property
     def packed_group(self) -> tuple[str, str]:
         """The key of a packed group within a block: the parent and the names of the members."""
         parent, _, leaf = self.role.rpartition(".")

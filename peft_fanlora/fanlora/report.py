@@ -10,6 +10,7 @@ from typing import Any
 
 from .card import facts_of
 from .costs import ModuleCosts
+from .extras import from_extra
 from .modules import ModuleName, layers_by_role, ranges
 from .scores import ImportanceScores
 from .setting import FanLoraSetting
@@ -30,10 +31,8 @@ def import_plotly() -> Any:
     Raises:
         ModuleNotFoundError: plotly is missing.
     """
-    try:
+    with from_extra("report", "report.html needs plotly"):
         from plotly import graph_objects
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("report.html needs plotly: pip install 'peft-fanlora[report]'") from error
     return graph_objects
 
 

@@ -183,7 +183,9 @@ class ImportanceScores(Mapping[str, float]):
         if not isinstance(keep, int) or isinstance(keep, bool):
             raise ValueError(f"keep={keep!r} is not a whole number: pass how many to keep.")
         modules = [ModuleName.parse(name) for name in self]
-        role_order = {place: position for position, place in enumerate(dict.fromkeys(map(_place, modules)))}
+        role_order = {
+            place: position for position, place in enumerate(dict.fromkeys(module.place for module in modules))
+        }
 
         units: dict[tuple[Any, ...], list[ModuleName]] = {}  # modules that are kept or dropped together
         for module in modules:
@@ -202,7 +204,7 @@ class ImportanceScores(Mapping[str, float]):
             )
 
         def rank(unit: list[ModuleName]) -> tuple[float, int, int]:
-            return -sum(self[module.name] for module in unit), role_order[_place(unit[0])], unit[0].layer
+            return -sum(self[module.name] for module in unit), role_order[unit[0].place], unit[0].layer
 
         best = [unit for contest in contests.values() for unit in sorted(contest, key=rank)[:keep]]
         chosen = {module.name for unit in best for module in unit}
@@ -232,7 +234,3 @@ class ImportanceScores(Mapping[str, float]):
         kept = {ModuleName.parse(name): score for name, score in self.items() if name in chosen}
         dropped = {ModuleName.parse(name): score for name, score in self.items() if name not in chosen}
         return FanLoraSetting(kept, dropped, self.num_layers, self.model_type, {**self.calibration, **how})
-
-
-def _place(module: ModuleName) -> tuple[str, str]:
-    return module.stack, module.role

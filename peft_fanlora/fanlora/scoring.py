@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..serving.sharding import is_sharded
+from .arguments import check_count
 from .candidates import lora_factors, lora_modules, model_type, num_layers
 from .gated_loss import Batch
 from .gates import InitialFactors, module_gates
@@ -114,12 +115,6 @@ def _check_arguments(
         dataloader is None or hasattr(dataloader, "__iter__") or hasattr(dataloader, "__getitem__")
     ):
         raise ValueError(f"`dataloader` is {dataloader!r}; pass an iterable of batches, such as a DataLoader.")
-
-
-def check_count(argument: str, value: int) -> None:
-    """Raises a ValueError that names the argument if the value is not a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{argument}` is {value!r}; it must be a whole number of at least 1.")
 
 
 @contextmanager

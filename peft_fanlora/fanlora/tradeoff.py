@@ -72,7 +72,7 @@ def tradeoff(
     modules = [ModuleName.parse(name) for name in scores]
     sizes = {
         "layer": max(Counter(module.block for module in modules).values()),
-        "role": len({(module.stack, module.role) for module in modules}),
+        "role": len({module.place for module in modules}),
         "global": len(modules),
     }
     curves: dict[str, list[Choice]] = {}
